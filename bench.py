@@ -1,0 +1,714 @@
+"""Speed and memory of the losses and of a whole distillation step, each beside the plain form that it replaces.
+
+    python bench.py                         # 6L-512H, B 32, T 128: about 4 minutes on 2 CPU cores, alone on the machine
+    python bench.py --only nst,crd --json bench.json
+    python bench.py --device cuda --preset base
+
+Everything runs in one process: after a warm-up, which is thrown away, the variants of a section take turns, and the
+table has their medians and spread. Before anything is timed its values and gradients are compared with ours. The plain
+forms are written here, for comparison only, and used nowhere else.
+
+nst, crd, hinge, soft and voken: forward and backward of one loss. mlm_head: head and loss. step: teacher forward,
+student forward and backward, clipping, AdamW and bank; the batch is in memory. text: packing a corpus.
+"""
+import contextlib
+import copy
+import itertools
+import json
+import math
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import losses
+from common import (duration, init_world, keyed_integers, keyed_uniform, parse_cli, peak_flops, print0, progress,
+                    set_seed, write_json)
+from model import BERT, BERTConfig, DistillHead, MLMHead, flops_per_token, param_groups
+
+
+@dataclass(frozen=True)
+class Config:
+    preset: str = "small"  # small = 6L-512H, base = 12L-768H, teacher and student alike
+    only: str = "nst,crd,mlm_head,hinge,soft,voken,step,text"  # sections to run
+    # sizes
+    batch: int = 32  # B, sequences
+    tokens: int = 128  # T, tokens of a sequence
+    layers: int = 6  # of teacher and student
+    hidden: int = 512  # C = d_s = d_t; heads are 64 wide
+    vocab: int = 30522  # V, and the K of voken
+    anchors: int = 32  # A of crd
+    negatives: int = 4096  # N of crd
+    dim: int = 128  # E of crd
+    rows: int = 1_000_000  # M of crd's bank
+    text: str = ""  # a text file to pack; empty = synthetic English-like text
+    megabytes: int = 16  # of that text
+    # measuring
+    rounds: int = 5  # timed rounds of a loss
+    step_rounds: int = 3  # timed rounds of the step
+    threads: int = 0  # CPU threads; 0 = PyTorch's own choice
+    device: str = "cpu"  # cpu, cuda or auto
+    json: str = ""  # file for the same numbers; empty = none
+
+
+PRESETS = {"small": {}, "base": dict(layers=12, hidden=768)}
+MASKED = 0.15  # share of the tokens at which the masked-language loss is taken
+SAMPLES = 2  # samples on which a loop over the batch is timed; its time is scaled to the batch
+LOOP = f"loop over samples (*)"
+
+
+# ---------------------------------------------------------------------------- plain forms of the losses
+
+
+def gaussian_broadcast(x, y):
+    """x, y (d, T) -> (d, d) kernel, sigma 1, by way of all (d, d, T) differences."""
+    return (-(x[:, None] - y[None]).square().sum(-1) / 2).exp()
+
+
+def poly_broadcast(x, y):
+    """x, y (d, T) -> (d, d) kernel, degree 2 and no constant, by way of all (d, d, T) products, as released."""
+    return (x[:, None] * y[None]).sum(-1).square()
+
+
+def nst_loop(s, t, kernel, teacher_term=True):
+    """Eq. 7, sample by sample; s, t (B, T, d). The released code leaves the teacher's term out, a constant."""
+    total = 0.0
+    for S, T in zip(s, t):
+        S, T = (F.normalize(x, dim=0, eps=1e-6).T for x in (S, T))              # (d, T)
+        total = total + kernel(S, S).mean() - 2 * kernel(S, T).mean()
+        if teacher_term:
+            total = total + kernel(T, T).mean()
+    return total / len(s)
+
+
+def squared_distances(x, y):
+    """x, y (B, d, T) -> (B, d, d), by one product."""
+    return x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None] - 2 * torch.bmm(x, y.transpose(1, 2))
+
+
+def nst_batched(s, t, distances):
+    """Eq. 7 for the whole batch, gradient by autograd."""
+    S, T = (F.normalize(x, dim=1, eps=1e-6).transpose(1, 2) for x in (s, t))    # (B, d, T)
+
+    def kernel(x, y):
+        return (-distances(x, y) / 2).exp().mean()
+    return kernel(S, S) + kernel(T, T) - 2 * kernel(S, T)
+
+
+def crd_gather(z_s, z_t, slots, bank, drawn):
+    """Eq. 8 as RepDistiller computes it: every anchor gathers its own negatives, drawn (A, N), then exp and log."""
+    A, N = drawn.shape
+    total, noise = 0.0, N / bank.rows
+    for z, other, rows, log_z in ((z_s, z_t, bank.z_t, bank.log_z[0]), (z_t, z_s, bank.z_s, bank.log_z[1])):
+        negatives = rows.index_select(0, drawn.flatten()).view(A, N, -1)
+        positive = ((z * other).sum(-1) / bank.tau).exp() / math.exp(log_z)
+        negative = (torch.bmm(negatives, z[:, :, None])[..., 0] / bank.tau).exp() / math.exp(log_z)
+        negative = negative * (drawn != slots[:, None])
+        total = total - (positive / (positive + noise)).log().sum() - (noise / (negative + noise)).log().sum()
+    return total / A
+
+
+def crd_shared(z_s, z_t, slots, bank, negatives):
+    """Eq. 8 with negatives (N,) that all anchors share, gradient by autograd."""
+    total, positive = 0.0, (z_s * z_t).sum(-1) / bank.tau
+    for z, rows, log_z in ((z_s, bank.z_t, bank.log_z[0]), (z_t, bank.z_s, bank.log_z[1])):
+        shift = log_z + math.log(len(negatives) / bank.rows)
+        scores = (z @ rows[negatives].T / bank.tau - shift).masked_fill(slots[:, None] == negatives, -math.inf)
+        total = total + F.softplus(shift - positive).sum() + F.softplus(scores).sum()
+    return total / len(z_s)
+
+
+def hinge_loop(h, v, texts):
+    """Eq. 3 against all other items, pair by pair, for the first `texts` texts; h (B, T, C), v (B, C), margin 1."""
+    total = 0.0
+    for b in range(texts):
+        own = F.cosine_similarity(h[b], v[b], dim=-1)                           # (T,)
+        for c in range(len(v)):
+            if c != b:
+                total = total + (1 - own + F.cosine_similarity(h[c], v[b], dim=-1)).clamp(min=0).sum()
+                total = total + (1 - own + F.cosine_similarity(h[b], v[c], dim=-1)).clamp(min=0).sum()
+    return total / (texts * h.shape[1] * (len(v) - 1))
+
+
+def hinge_batched(h, v):
+    """The same for the whole batch by way of a (B, B, T, C) tensor, gradient by autograd."""
+    B = len(v)
+    cos = F.cosine_similarity(h[:, None], v[None, :, None], dim=-1)             # (B text, B video, T)
+    own, others = cos.diagonal().T, ~torch.eye(B, dtype=torch.bool, device=h.device)
+    video = (1 - own[:, None] + cos).clamp(min=0)[others].sum()
+    text = (1 - own[None] + cos).clamp(min=0)[others].sum()                     # last pair: (x' text, v video)
+    return (text + video) / (own.numel() * (B - 1))
+
+
+def soft_whole(h_s, W_s, b_s, h_t, W_t, b_t, tau=2.0):
+    """Eq. 5 through the whole (n, V) logits, gradient by autograd."""
+    wanted = ((h_t @ W_t.T + b_t) / tau).softmax(-1)
+    return -(wanted * ((h_s @ W_s.T + b_s) / tau).log_softmax(-1)).sum(-1).mean()
+
+
+def voken_whole(h_s, W, b, h_t, videos):
+    """Eq. 9 through the whole (n, K) scores and logits, gradient by autograd."""
+    return F.cross_entropy(h_s @ W.T + b, (h_t @ videos.T).argmax(-1))
+
+
+# ---------------------------------------------------------------------------- the step as released
+
+
+class EagerLayer(nn.Module):
+    """A layer of model.BERT the eager way: three maps, mask always added, F.dropout. Takes over the layer's weights."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, qkv = layer, layer.attention.qkv
+        self.maps = nn.ModuleList(nn.Linear(qkv.in_features, qkv.in_features) for _ in range(3))
+        for part, weight, bias in zip(self.maps, qkv.weight.chunk(3), qkv.bias.chunk(3)):
+            part.weight.data.copy_(weight)
+            part.bias.data.copy_(bias)
+        layer.attention.qkv = None
+
+    def forward(self, x, mask=None):
+        layer, (B, T, C) = self.layer, x.shape
+        q, k, v = (part(x).view(B, T, layer.attention.heads, -1).transpose(1, 2) for part in self.maps)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + x.new_zeros(B, 1, 1, T)
+        y = F.dropout(scores.softmax(-1), layer.dropout, self.training) @ v
+        y = layer.attention.out(y.transpose(1, 2).reshape(B, T, C))
+        x = layer.attention_norm(x + F.dropout(y, layer.dropout, self.training))
+        y = layer.contract(F.gelu(layer.expand(x)))
+        return layer.output_norm(x + F.dropout(y, layer.dropout, self.training))
+
+
+def eager(bert):
+    """bert, its layers replaced by eager ones of the same weights."""
+    bert.layers = nn.ModuleList(EagerLayer(layer) for layer in bert.layers)
+    return bert
+
+
+def contrast_at(z_s, z_t, temperature=0.5):
+    """In-batch NT-Xent at one position, which runs in CRD's place in the released code: z_s, z_t (B, C)."""
+    z, B = torch.cat([z_s, z_t]), len(z_s)
+    scores = F.cosine_similarity(z[:, None], z[None], dim=-1) / temperature     # (2B, 2B) by way of (2B, 2B, C)
+    scores = scores.masked_fill(torch.eye(2 * B, dtype=torch.bool, device=z.device), -math.inf)
+    return F.cross_entropy(scores, torch.arange(2 * B, device=z.device).roll(B))
+
+
+class Released(nn.Module):
+    """Student, heads and loss with the released code's structure (VidLanKD at 46bae35).
+
+    Loops over samples (NST, polynomial, d x d x T) and positions (NT-Xent, where the paper has CRD), logits at all
+    positions, eager attention, teacher outputs in float32 that travel to the CPU and back. Heads as ours.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.bert = eager(BERT(config))
+        self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
+        self.nst, self.crd_s, self.crd_t = (DistillHead(config.hidden, config.hidden) for _ in range(3))
+
+    def forward(self, ids, labels, teacher):
+        with torch.no_grad():
+            h_t = teacher(ids).cpu().to(ids.device)
+        h, T = self.bert(ids), ids.shape[1]
+        mlm = F.cross_entropy(self.mlm(h).flatten(0, 1), labels.flatten())
+        nst = nst_loop(self.nst(h), h_t, poly_broadcast, teacher_term=False)
+        z_s, z_t = self.crd_s(h), self.crd_t(h_t)
+        return mlm + nst + sum(contrast_at(z_s[:, i], z_t[:, i]) for i in range(T)) / T
+
+
+# ---------------------------------------------------------------------------- our step
+
+
+class Ours(nn.Module):
+    """Student, heads and loss as in distill.py with --objective nst+crd, one anchor token a sequence."""
+
+    def __init__(self, config, bank):
+        super().__init__()
+        self.bert, self.bank = BERT(config), bank
+        self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
+        self.nst, self.crd = (DistillHead(config.hidden, config.hidden) for _ in range(2))
+        self.f1, self.f2 = (nn.Linear(config.hidden, bank.z_s.shape[1]) for _ in range(2))
+
+    def forward(self, batch, h_t):
+        h = self.bert(batch["ids"])
+        rows = h.flatten(0, 1)[batch["target_index"]]
+        return losses.mlm(self.mlm(rows), batch["targets"]) + self.distil(h, h_t, batch)
+
+    def distil(self, h, h_t, batch):
+        """All that distillation adds behind the states h: heads, NST, CRD, the bank's draw and update."""
+        z_s, z_t = self.project(h, h_t, batch)
+        nst = losses.nst(self.nst(h), h_t, batch["mask"])
+        crd = losses.crd(z_s, z_t, batch["slots"], self.bank, self.bank.draw(0))
+        self.bank.update(batch["index"], z_s.detach(), z_t.detach())
+        return 100 * nst + crd
+
+    def project(self, h, h_t, batch):
+        """f_1 and f_2 of the anchors, (A, E) each, of length 1."""
+        s, t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))            # (A, C)
+        return tuple(F.normalize(x.float(), dim=-1) for x in (self.f1(self.crd(s)), self.f2(t.to(s.dtype))))
+
+
+def train_step(student, optimizer, loss):
+    """What both steps do with their loss: backward, clip, AdamW."""
+    loss.backward()
+    nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------- measuring
+
+
+def peak_mb(run, device):
+    """Runs it; the most memory that it held at once, on top of what was there before, in MB (1e6 bytes).
+
+    CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release of PyTorch's allocator, as recorded by
+    torch.profiler, added up: exact to the byte, but blind to what MKL or oneDNN take for themselves.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    sizes = [event["args"]["Bytes"] for event in sorted((e for e in events if e.get("name") == "[memory]"),
+                                                        key=lambda e: e["ts"])]
+    return max(itertools.accumulate(sizes, initial=0)) / 1e6
+
+
+def seconds(run, device, repeats=1):
+    """Mean wall time of a run; by CUDA events on a GPU."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(repeats):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3 / repeats
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(section, variants, device, rounds):
+    """{name: (run, scale)} -> {name: {ms, low, high, peak_mb}}; the variants take turns in each round.
+
+    scale: the loop's whole time in terms of the part that run does. The first run is the warm-up and gives the memory;
+    short ones get a second, and are repeated to 50 ms a round.
+    """
+    results, repeats, times = {}, {}, {name: [] for name in variants}
+    order = [(-1, name) for name in variants] + [(i, name) for i in range(rounds) for name in variants]
+    for i, name in progress(order, len(order), "run", section):
+        run, scale = variants[name]
+        if i < 0:
+            start = time.perf_counter()
+            peak = peak_mb(run, device)
+            warm = time.perf_counter() - start
+            repeats[name] = max(1, round(0.05 / seconds(run, device))) if warm < 1 else 1
+            results[name] = {"peak_mb": peak}
+        else:
+            times[name].append(1e3 * scale * seconds(run, device, repeats[name]))
+    return {name: results[name] | {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
+            for name, ms in times.items()}
+
+
+def same(what, plain, ours, inputs, tolerance=1e-3):
+    """Relative difference of two losses' values and gradients to `inputs`; beyond the tolerance there is no ratio."""
+    (value, *grads), (wanted, *wanted_grads) = ((loss.detach(), *torch.autograd.grad(loss, inputs))
+                                                for loss in (plain(), ours()))
+    worst = max(((a - b).norm() / b.norm()).item() for a, b in zip([value, *grads], [wanted, *wanted_grads]))
+    if not worst < tolerance:
+        raise SystemExit(f"{what}: plain form and ours differ by {worst:.1e} (value or gradient), allowed {tolerance:.0e}; "
+                         "a ratio would compare different things")
+    return f"{what} {worst:.0e}"
+
+
+def backward(loss, inputs):
+    """A run of measure: value and gradients of loss()."""
+    return lambda: torch.autograd.grad(loss(), inputs)
+
+
+def show(title, rows, checks, out, tokens=0):
+    """Prints a section and keeps it in out["table"]. tokens: of a run, for the speed; checks: what `same` found."""
+    print0(f"\n{title}")
+    for name, row in rows.items():
+        row["tokens_per_s"] = 1e3 * tokens / row["ms"]
+        speed = f"{row['tokens_per_s']:,.0f}" if tokens else "-"
+        print0(f"  {name:<36}{row['ms']:11.2f}  {row['low']:9.2f} .. {row['high']:<9.2f}{speed:>11}"
+               f"{row['peak_mb']:10.1f}{row['ratio']:8.2f}x")
+    if checks:
+        print0(f"  largest difference from ours in value and gradients: {', '.join(checks)}")
+    out["table"][title] = rows
+
+
+def loss_section(title, variants, checks, cfg, device, out, tokens=0):
+    """Measures and shows a loss; the last variant is ours, ratio = how many times its time a variant takes."""
+    rows = measure(title.split(":")[0], variants, device, cfg.rounds)
+    for row in rows.values():
+        row["ratio"] = row["ms"] / list(rows.values())[-1]["ms"]
+    show(title, rows, checks, out, tokens)
+    return rows
+
+
+# ---------------------------------------------------------------------------- sections
+
+
+def bench_nst(cfg, device, out):
+    """NST against the loop over samples, and against cdist and bmm with autograd."""
+    B, T, d = cfg.batch, cfg.tokens, cfg.hidden
+    s, t = torch.randn(B, T, d, device=device, requires_grad=True), torch.randn(B, T, d, device=device)
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+    few = min(SAMPLES, B)
+
+    def bench(kernel, broadcast, batched):
+        def loop():
+            return nst_loop(s[:few], t[:few], broadcast)
+
+        def ours(n=B):
+            return losses.nst(s[:n], t[:n], mask[:n], kernel)
+        checks = [same("loop", loop, lambda: ours(few), [s])] + [same(k, f, ours, [s]) for k, f in batched.items()]
+        variants = {LOOP: (backward(loop, s), B / few)}
+        variants |= {name: (backward(f, s), 1) for name, f in batched.items()} | {"ours": (backward(ours, s), 1)}
+        return loss_section(f"nst, {kernel} kernel: B {B}, T {T}, d {d}", variants, checks, cfg, device, out, B * T)
+
+    rows = bench("gaussian", gaussian_broadcast, {
+        "cdist + autograd": lambda: nst_batched(s, t, lambda x, y: torch.cdist(x, y).square()),
+        "bmm + autograd": lambda: nst_batched(s, t, squared_distances)})
+    print0(f"  ours is to hold at most 3 B T d 4 bytes + 32 MB = {3 * B * T * d * 4 / 1e6 + 32:.0f} MB")
+    bench("poly", poly_broadcast, {})
+    out |= {"nst.ratio_loop": rows[LOOP]["ratio"], "nst.ratio_bmm": rows["bmm + autograd"]["ratio"],
+            "nst.peak_mb": rows["ours"]["peak_mb"]}
+
+
+def full_bank(rows, cfg, device):
+    """A bank whose every row is written, with random samples."""
+    bank = losses.CRDBank(rows, cfg.dim, cfg.negatives, 0.07, 0.0, torch.float32, device, 0)
+    for start in range(0, rows, 1 << 16):
+        index = np.arange(start, min(start + (1 << 16), rows))
+        bank.update(index, *torch.randn(2, len(index), cfg.dim, device=device))
+    return bank
+
+
+def bench_crd(cfg, device, out):
+    """CRD against RepDistiller's gather for each anchor; each draws its negatives; and the bank's update."""
+    A, N, M = cfg.anchors, cfg.negatives, cfg.rows
+    bank = full_bank(M, cfg, device)
+    z = [F.normalize(x, dim=-1).requires_grad_() for x in torch.randn(2, A, cfg.dim, device=device)]
+    slots = keyed_integers(M, "bench anchors", np.arange(A))
+    slots_there, shared = torch.from_numpy(slots).to(device), torch.from_numpy(bank.draw(0)).to(device)
+    bank.set_z(*(x.detach() for x in z), slots, bank.draw(0))
+
+    def gather(drawn):
+        return crd_gather(*z, slots_there, bank, drawn)
+
+    def autograd(negatives):
+        return crd_shared(*z, slots_there, bank, negatives)
+
+    def ours():
+        return losses.crd(*z, slots, bank, bank.draw(0))
+    checks = [same("gather", lambda: gather(shared.expand(A, N)), ours, z),
+              same("one gather + autograd", lambda: autograd(shared), ours, z)]
+    rows = loss_section(f"crd: {A} anchors, N {N}, E {cfg.dim}, M {M:,}, negatives drawn each time", {
+        "gather for each anchor + bmm": (backward(lambda: gather(torch.randint(M, (A, N), device=device)), z), 1),
+        "one gather + autograd": (backward(lambda: autograd(torch.randint(M, (N,), device=device)), z), 1),
+        "ours": (backward(ours, z), 1)}, checks, cfg, device, out)
+
+    # other rows each time, as in training: the same ones would come from the cache
+    def update(bank):
+        touched = itertools.cycle([keyed_integers(bank.rows, "bench update", i, np.arange(A)) for i in range(256)])
+        return lambda: bank.update(next(touched), z[0].detach(), z[1].detach())
+    small = max(A, M // 100)
+    updates = loss_section(f"crd: the bank's update of {A} rows", {
+        f"M {small:,}": (update(full_bank(small, cfg, device)), 1), f"M {M:,}": (update(bank), 1)}, [], cfg, device, out)
+    out |= {"crd.ratio_gather": rows["gather for each anchor + bmm"]["ratio"]}
+    out |= {f"crd.update_ms.{m}": updates[f"M {m:,}"]["ms"] for m in (small, M)}
+
+
+def bert_config(cfg):
+    return BERTConfig(vocab_size=cfg.vocab, layers=cfg.layers, hidden=cfg.hidden, heads=max(1, cfg.hidden // 64),
+                      intermediate=4 * cfg.hidden, max_positions=max(512, cfg.tokens))
+
+
+def make_batch(cfg, device):
+    """A batch as distill.py makes it: ids, 15 % targets, and one anchor token of each sequence."""
+    B, T = cfg.batch, cfg.tokens
+    place = np.arange(B * T)
+    index = torch.from_numpy(np.flatnonzero(keyed_uniform("bench targets", place) < MASKED))
+    ids = torch.from_numpy(keyed_integers(cfg.vocab, "bench ids", place)).view(B, T)
+    labels = torch.full((B * T,), -100).index_copy(0, index, ids.flatten()[index]).view(B, T)
+    sample = keyed_integers(cfg.rows, "bench samples", np.arange(B))
+    batch = {"ids": ids, "mask": torch.ones(B, T, dtype=torch.bool), "labels": labels, "target_index": index,
+             "targets": ids.flatten()[index],
+             "anchors": torch.from_numpy(np.arange(B) * T + keyed_integers(T, "bench anchors", np.arange(B)))}
+    return {name: x.to(device) for name, x in batch.items()} | {"index": sample, "slots": sample % cfg.rows}
+
+
+def bench_mlm_head(cfg, device, out):
+    """Masked-word head and loss at all positions against the masked ones."""
+    config, batch = bert_config(cfg), make_batch(cfg, device)
+    h = torch.randn(cfg.batch, cfg.tokens, cfg.hidden, device=device, requires_grad=True)
+    head = MLMHead(config, nn.Parameter(0.02 * torch.randn(cfg.vocab, cfg.hidden))).to(device)
+    inputs = [h, *head.parameters()]
+
+    def everywhere():
+        return F.cross_entropy(head(h).flatten(0, 1), batch["labels"].flatten())
+
+    def ours():
+        return losses.mlm(head(h.flatten(0, 1)[batch["target_index"]]), batch["targets"])
+    tokens = cfg.batch * cfg.tokens
+    rows = loss_section(
+        f"mlm_head: {tokens} positions, {len(batch['targets'])} of them masked, C {cfg.hidden}, V {cfg.vocab}",
+        {"logits at all positions": (backward(everywhere, inputs), 1), "ours": (backward(ours, inputs), 1)},
+        [same("all positions", everywhere, ours, inputs)], cfg, device, out, tokens)
+    out["mlm_head.ratio_all"] = rows["logits at all positions"]["ratio"]
+
+
+def bench_hinge(cfg, device, out):
+    """The teacher's contrastive loss against the loop over pairs, and against one broadcast with autograd."""
+    B, T, C = cfg.batch, cfg.tokens, cfg.hidden
+    h, v = torch.randn(B, T, C, device=device, requires_grad=True), torch.randn(B, C, device=device, requires_grad=True)
+    mask = torch.ones(B, T, dtype=torch.bool, device=device)
+
+    def batched():
+        return hinge_batched(h, v)
+
+    def ours():
+        return losses.hinge_all(h, v, mask)
+    few, part = min(SAMPLES, B), (h[:4], v[:4])
+    loss_section(f"hinge, all negatives: B {B}, T {T}, C {C}", {
+        LOOP: (backward(lambda: hinge_loop(h, v, few), [h, v]), B / few),
+        "B x B x T x C broadcast + autograd": (backward(batched, [h, v]), 1),
+        "ours": (backward(ours, [h, v]), 1)},
+        [same("loop", lambda: hinge_loop(*part, len(part[1])), lambda: losses.hinge_all(*part, mask[:4]), [h, v]),
+         same("broadcast", batched, ours, [h, v])],
+        cfg, device, out, B * T)
+
+
+def bench_soft(cfg, device, out):
+    """Soft labels through whole logits against chunks; a quarter of the batch."""
+    n, C, V = max(1, cfg.batch * cfg.tokens // 4), cfg.hidden, cfg.vocab
+    (h_s, h_t), (W_s, W_t) = torch.randn(2, n, C, device=device), 0.02 * torch.randn(2, V, C, device=device)
+    b_s, b_t = torch.zeros(2, V, device=device)
+    inputs = [x.detach().requires_grad_() for x in (h_s, W_s, b_s)]
+
+    def whole():
+        return soft_whole(*inputs, h_t, W_t, b_t)
+
+    def ours():
+        return losses.soft(*inputs, h_t, W_t, b_t)
+    loss_section(f"soft: {n} tokens, C {C}, V {V}", {"whole logits + autograd": (backward(whole, inputs), 1),
+                                                     "ours": (backward(ours, inputs), 1)},
+                 [same("whole", whole, ours, inputs)], cfg, device, out, n)
+
+
+def bench_voken(cfg, device, out):
+    """Vokens through whole scores and logits against chunks; a quarter of the batch, K = V."""
+    n, C, K = max(1, cfg.batch * cfg.tokens // 4), cfg.hidden, cfg.vocab
+    (h_s, h_t), (W, videos) = torch.randn(2, n, C, device=device), torch.randn(2, K, C, device=device)
+    videos = F.normalize(videos, dim=-1)
+    inputs = [x.detach().requires_grad_() for x in (h_s, 0.02 * W, torch.zeros(K, device=device))]
+
+    def whole():
+        return voken_whole(*inputs, h_t, videos)
+
+    def ours():
+        return losses.voken(*inputs, h_t, videos)
+    loss_section(f"voken: {n} tokens, C {C}, K {K}", {"whole scores + autograd": (backward(whole, inputs), 1),
+                                                      "ours": (backward(ours, inputs), 1)},
+                 [same("whole", whole, ours, inputs)], cfg, device, out, n)
+
+
+def bench_step(cfg, device, out):
+    """The whole distillation step, nst+crd: released structure in float32, ours in float32 and in bfloat16."""
+    config, batch, bank = bert_config(cfg), make_batch(cfg, device), full_bank(cfg.rows, cfg, device)
+    B, T, C = cfg.batch, cfg.tokens, cfg.hidden
+    teacher = BERT(config).to(device).eval().requires_grad_(False)
+    teacher_eager, teacher_bf16 = eager(copy.deepcopy(teacher)).eval(), copy.deepcopy(teacher).to(torch.bfloat16)
+    h_t, h_eager = teacher(batch["ids"]), teacher_eager(batch["ids"])
+    worst = ((h_t - h_eager).norm() / h_t.norm()).item()
+    if not worst < 1e-3:
+        raise SystemExit(f"step: eager and our hidden states differ by {worst:.1e}; no ratio of different things")
+
+    variants = {}
+
+    def add(name, student, loss, **options):
+        optimizer = torch.optim.AdamW(param_groups(student, 0.01), lr=1e-4, **options)
+
+        def run():
+            loss().backward()
+            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        variants[name] = run, 1
+
+    def add_ours(dtype, teacher):
+        name, student = str(dtype).removeprefix("torch."), Ours(config, bank).to(device).train()
+        if bank.log_z is None:
+            with torch.no_grad():
+                bank.set_z(*student.project(h_t, h_t, batch), batch["slots"], bank.draw(0))
+
+        def forward(run):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                return run()
+        add(f"ours, {name}", student, lambda: forward(lambda: student(batch, teacher(batch["ids"]))))
+        with torch.no_grad():
+            h = forward(lambda: student.bert(batch["ids"]))
+        states, trained = teacher(batch["ids"]), [p for part in (student.nst, student.crd, student.f1, student.f2)
+                                                  for p in part.parameters()]
+        h.requires_grad_()
+        variants[f"distillation alone, {name}"] = \
+            backward(lambda: forward(lambda: student.distil(h, states, batch)), [h, *trained]), 1
+
+    released = Released(config).to(device).train()
+    add("released structure, float32", released, lambda: released(batch["ids"], batch["labels"], teacher_eager),
+        foreach=False)
+    add_ours(torch.float32, teacher)
+    add_ours(torch.bfloat16, teacher_bf16)
+    rows = measure("step", variants, device, cfg.step_rounds)
+    for row in rows.values():
+        row["ratio"] = rows["released structure, float32"]["ms"] / row["ms"]
+    show(f"step: {cfg.layers}L-{C}H, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio: times faster than released", rows,
+         [f"eager hidden states {worst:.0e}", "NT-Xent, which is not CRD: not compared"], out, B * T)
+
+    # floating-point operations a token; NST: three products of T x d with d x d, d x 2d and 2d x d
+    forward = flops_per_token(config, T)
+    mlm = 3 * (flops_per_token(config, T, MASKED) - forward)
+    heads = 3 * 2 * (2 * C * C + (2 * C * C + 2 * C * cfg.dim) / T) + 8 * cfg.negatives * cfg.dim / T
+    parts = {"teacher": forward, "student": 3 * forward, "MLM": mlm, "heads and CRD": heads, "NST": 10 * C * C}
+    flops = sum(parts.values())
+    print0("  MFLOP a token: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in parts.items()) + f", total {flops / 1e6:.0f}")
+    for dtype, key in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+        name = str(dtype).removeprefix("torch.")
+        ours, alone = rows[f"ours, {name}"], rows[f"distillation alone, {name}"]
+        peak, rate = peak_flops(device, dtype), matmul_flops(device, dtype)
+        mfu = f"MFU {100 * flops * ours['tokens_per_s'] / peak:.0f} % of {peak / 1e12:.3g} TFLOP/s, " if peak else ""
+        out |= {f"step.ratio_{key}": ours["ratio"], f"step.kd_share_{key}": alone["ms"] / ours["ms"]}
+        print0(f"  {key}: distillation is {100 * alone['ms'] / ours['ms']:.1f} % of the step, {mfu}floor at the "
+               f"{rate / 1e12:.3g} TFLOP/s of one large product: {B * T * flops / rate * 1e3:.3g} ms = "
+               f"{rate / flops:,.0f} tokens/s, {0.4 * rate / flops:,.0f} at 40 %")
+    out["step.kd_share"] = out["step.kd_share_fp32"]
+
+
+def matmul_flops(device, dtype):
+    """FLOP/s of one large square product, measured: what the floor is counted against."""
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    a @ a
+    return 2 * n ** 3 / min(seconds(lambda: a @ a, device) for _ in range(8))
+
+
+def write_text(path, size):
+    """About `size` bytes of English-like text: word frequencies, number of different words and lengths as in English.
+
+    Rank r has frequency 1 / ((r + 2.7) (1 + r / 12000)): Zipf's law, steeper in the tail. Against 14 MB of Wikipedia
+    (91 k different words, the first 10,000 cover 91 %): 92 k, 91 %.
+    """
+    syllables = [c + v for c in "bdfghklmnprstvwz" for v in "aeiou"]
+    rank = np.arange(500_000)
+    share = np.cumsum(1 / (rank + 2.7) / (1 + rank / 12_000))
+    words = np.searchsorted(share / share[-1], keyed_uniform("bench text", np.arange(size // 5)))
+    names = {}
+    for r in np.unique(words).tolist():
+        name, rest = syllables[r % 80], r // 80
+        while rest:
+            name, rest = name + syllables[rest % 80], rest // 80
+        names[r] = name
+    text = [names[r] for r in words.tolist()]
+    with open(path, "w") as f:
+        for start in range(0, len(text), 18):  # sentences of 18 words, documents of 10 sentences
+            f.write(" ".join(text[start:start + 9]).capitalize() + ", " + " ".join(text[start + 9:start + 18]) + ".\n")
+            if start % 180 == 162:
+                f.write("\n")
+
+
+def bench_text(cfg, device, out):
+    """data.py text, which keeps the ids of frequent words, against plain encode_batch, on the first megabytes."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "text.txt"
+        if cfg.text:
+            with open(cfg.text, "rb") as f:
+                source.write_bytes(f.read(cfg.megabytes * 10 ** 6).decode(errors="ignore").encode())
+        else:
+            write_text(source, cfg.megabytes * 10 ** 6)
+        size = source.stat().st_size
+        print0(f"\ntext: {cfg.text or 'synthetic English'}, {size / 1e6:.1f} MB")
+        vocab = data.train_vocab([source], Path(folder) / "vocab.txt", cfg.vocab)
+        lines = source.read_text().splitlines()
+        plain = size / 1e6 / seconds(lambda: [vocab.encode(lines[i:i + 1000]) for i in range(0, len(lines), 1000)],
+                                     torch.device("cpu"))
+        packed = data.pack_text([source], vocab, Path(folder) / "text.h5")["mb_per_s"]
+    print0(f"  encode_batch {plain:.1f} MB/s; data.py text {packed:.1f} MB/s = {packed / plain:.1f}x")
+    out |= {"text.mb_per_s": packed, "text.encode_batch_mb_per_s": plain}
+
+
+# ---------------------------------------------------------------------------- main
+
+
+SECTIONS = {"nst": bench_nst, "crd": bench_crd, "mlm_head": bench_mlm_head, "hinge": bench_hinge, "soft": bench_soft,
+            "voken": bench_voken, "step": bench_step, "text": bench_text}
+
+
+def machine(device):
+    """What the figures depend on, in one line."""
+    cpu, flags = platform.processor() or platform.machine(), ""
+    if Path("/proc/cpuinfo").exists():
+        info = dict(line.split("\t: ", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
+        cpu, flags = next((v for k, v in info.items() if k.strip() == "model name"), cpu), str(info)
+    amx = "with AMX" if "amx_bf16" in flags else "no AMX (bf16 gains less)"
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    return (f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}, {amx}; torch {torch.__version__}")
+
+
+def main(cfg):
+    """Runs the sections of cfg.only, prints the table; returns {number's name: value, "table": every row}."""
+    chosen = cfg.only.split(",")
+    if not set(chosen) <= set(SECTIONS):
+        raise SystemExit(f"--only {cfg.only}: write some of {','.join(SECTIONS)}")
+    for name in ("batch", "tokens", "layers", "hidden", "vocab", "anchors", "negatives", "dim", "rows", "rounds",
+                 "step_rounds", "megabytes"):
+        if getattr(cfg, name) < 1:
+            raise SystemExit(f"--{name} {getattr(cfg, name)}: must be 1 or more")
+    if cfg.batch < 2 or cfg.rows < max(cfg.batch, cfg.anchors):
+        raise SystemExit(f"--batch {cfg.batch} --rows {cfg.rows}: needs 2 sequences, and a row for each of them and of "
+                         f"--anchors {cfg.anchors}")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    device, start = init_world(cfg.device).device, time.monotonic()
+    set_seed(0, 0)
+    print0(machine(device))
+    print0(f"{'median of rounds, variants taking turns':<38}{'ms':>11}  {'min':>9} .. {'max':<9}{'tokens/s':>11}"
+           f"{'peak MB':>10}{'ratio':>9}")
+    print0(f"(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}. Peak memory: on top of the "
+           "inputs, first run; "
+           + ("torch.cuda.max_memory_allocated" if device.type == "cuda" else "PyTorch's allocator by torch.profiler"))
+    out = {"machine": machine(device), "table": {}}
+    for name in chosen:
+        # losses.py computes without TF32, so its plain forms do; the step as distill.py runs it
+        with contextlib.nullcontext() if name == "step" else losses.no_tf32():
+            SECTIONS[name](cfg, device, out)
+    print0(f"\n{duration(time.monotonic() - start)}")
+    if cfg.json:
+        write_json(cfg.json, out)
+    return out
+
+
+if __name__ == "__main__":
+    main(parse_cli(Config, PRESETS))

@@ -1,0 +1,480 @@
+"""Plumbing that the four training scripts share: flags, processes, keyed randomness, schedule, checkpoints, log.
+
+Nothing here learns: models are in model.py, objectives in losses.py, and each script writes out its own loop.
+"""
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------- flags
+
+
+def parse_cli(Config, presets, argv=None):
+    """Command line -> Config. Every field is a flag: `--name value` or `--name=value`, dashes and underscores equal.
+
+    Config: frozen dataclass of int, float, str and bool fields, one of them `preset`; the comment behind a field is its
+    help. presets: {name: {field: value}}; flags beat the preset. A text is converted by the field's type, never
+    evaluated; a bare flag means true. A mistake ends the program with one line that names the flag.
+    """
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    args, given = list(sys.argv[1:] if argv is None else argv), {}
+    while args:
+        arg = args.pop(0)
+        if arg in ("-h", "--help"):
+            print(cli_help(Config, presets))
+            raise SystemExit(0)
+        name, equals, text = arg[2:].partition("=")
+        name = name.replace("-", "_")
+        if not arg.startswith("--") or name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            raise SystemExit(f"unknown flag {arg}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+        if name in given:
+            raise SystemExit(f"--{name} is given twice; keep one")
+        kind = fields[name].type
+        if not equals:
+            if kind is bool and (not args or args[0].startswith("--")):
+                text = "true"
+            elif not args or args[0].startswith("--"):
+                raise SystemExit(f"--{name} needs a value ({kind.__name__})")
+            else:
+                text = args.pop(0)
+        given[name] = convert(name, text, kind)
+    preset = given.get("preset", fields["preset"].default)
+    if preset not in presets:
+        raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
+    try:
+        return Config(**(presets[preset] | given))
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+
+
+def convert(name, text, kind):
+    """The text of flag `name` as an int, float, str or bool; SystemExit with the flag's name where it is none."""
+    if kind is bool:
+        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
+            return text.lower() in ("true", "1", "yes")
+        raise SystemExit(f"--{name} {text}: write true or false")
+    try:
+        return kind(text)
+    except ValueError:
+        hint = " (a whole number, without point or exponent)" if kind is int else ""
+        raise SystemExit(f"--{name} {text}: not a valid {kind.__name__}{hint}") from None
+
+
+def cli_help(Config, presets):
+    """The flags with type, default and the comment that stands behind each field in the source."""
+    source = inspect.getsource(Config)
+    lines = [(sys.modules[Config.__module__].__doc__ or "").strip(), "",
+             f"presets: {', '.join(presets)} (the values are at the top of the file)", ""]
+    for f in dataclasses.fields(Config):
+        comment = re.search(rf"^ +{f.name}:.*?  # (.*)$", source, re.M)
+        default = '""' if f.default == "" else f.default
+        lines.append(f"  --{f.name:<20} {f.type.__name__:<6} {default!s:<14} {comment.group(1) if comment else ''}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- processes and device
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """This process among all: rank of world, and its device. `main` is the one that prints and writes."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.size > 1:
+            self.sum(torch.zeros(1))
+
+    def sum(self, tensor):
+        """Sum over the ranks, in place (CPU tensors travel by gloo, CUDA tensors by nccl); returns the tensor."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor):
+        """(n, ...) of each rank, n alike -> (size n, ...) in the order of ranks, equal on all of them."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def any(self, flag):
+        """True on every rank where it is true on one of them, so that all leave the loop at the same step."""
+        return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+
+
+def init_world(device="auto"):
+    """torchrun's environment -> World; one process without torchrun. Called again it returns the same group's World."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if use_cuda:
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"torchrun started process {local} but there are {torch.cuda.device_count()} GPUs; "
+                             "lower --nproc_per_node")
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    return World(rank, size, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+
+
+def end_world():
+    """Leaves the process group; for the end of a script."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def print0(*text, **kw):
+    """print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*text, flush=True, **kw)
+
+
+def colour(text, code):
+    """ANSI colour on a terminal, plain text elsewhere. code: 1 bold, 2 dim, 31 red, 32 green, 33 yellow."""
+    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() else str(text)
+
+
+def progress(iterable, total, unit, desc, **kw):
+    """tqdm on rank 0 with an ETA; silent on the other ranks and for what takes under a second."""
+    from tqdm import tqdm
+    return tqdm(iterable, total=total, unit=unit, desc=desc, delay=1, dynamic_ncols=True, mininterval=0.5,
+                disable=int(os.environ.get("RANK", 0)) != 0, **kw)
+
+
+# ---------------------------------------------------------------------------- randomness
+
+
+def hash64(*keys):
+    """Counter-based random bits: uint64 array, a pure function of the keys, which broadcast (str, int or int arrays).
+
+    Each key is mixed in by splitmix64's finaliser. Draws keyed by (seed, step, position in the global batch) do not
+    depend on rank, number of ranks or history: that is what makes DDP equal to one process and resume exact.
+    """
+    state = np.uint64(0x9E3779B97F4A7C15)
+    with np.errstate(over="ignore"):
+        for key in keys:
+            key = zlib.crc32(key.encode()) if isinstance(key, str) else key
+            state = state ^ np.asarray(key).astype(np.int64).view(np.uint64)
+            state = state + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def keyed_uniform(*keys):
+    """Uniform numbers in [0, 1), float64, one per broadcast element of the keys; see hash64."""
+    return (hash64(*keys) >> np.uint64(11)).astype(np.float64) * 2.0 ** -53
+
+
+def keyed_integers(high, *keys):
+    """Uniform integers in [0, high), int64; `high` broadcasts with the keys."""
+    return np.minimum((keyed_uniform(*keys) * high).astype(np.int64), np.asarray(high) - 1)
+
+
+def set_seed(seed, rank):
+    """Seeds torch (initial weights, dropout). Call it with rank 0 before the weights, with the rank before the loop."""
+    torch.manual_seed(int(hash64("torch", seed, rank) >> np.uint64(1)))
+
+
+# ---------------------------------------------------------------------------- schedule and speed
+
+
+def lr_at(step, lr, warmup_steps, max_steps):
+    """Linear warm-up from lr / warmup to lr, then linear decay to 0 at max_steps (Devlin et al. 2019)."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    return lr * max(0.0, (max_steps - step) / max(1, max_steps - warmup_steps))
+
+
+# dense peak of one device in TFLOP/s: (name in torch.cuda.get_device_name, bf16 or fp16, fp32 through TF32)
+PEAK_TFLOPS = (("GH200", 989, 494), ("H200", 989, 494), ("H100 PCIe", 756, 378), ("H100", 989, 494),
+               ("B200", 2250, 1100), ("A100", 312, 156), ("A800", 312, 156), ("L40S", 362, 183), ("L4", 121, 60),
+               ("A10", 125, 62), ("RTX 4090", 165, 83), ("RTX 3090", 71, 36), ("V100", 125, 15.7), ("T4", 65, 8.1),
+               ("2080 Ti", 54, 13.4))
+
+
+def peak_flops(device, dtype):
+    """FLOP/s that MFU is counted against: the GPU's data sheet, or a matmul measured now on a CPU; 0 where unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, half, single in PEAK_TFLOPS:
+            if part in name:
+                return 1e12 * (single if dtype == torch.float32 else half)
+        return 0.0
+    a, best = torch.randn(768, 768, dtype=dtype, generator=torch.Generator().manual_seed(0)), math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768 ** 3 / best
+
+
+def move(batch, device):
+    """Dict of CPU tensors -> the device, from pinned memory and without waiting where that is a GPU."""
+    if device.type == "cpu":
+        return batch
+    return {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def peak_memory_mb(device):
+    """Highest memory so far: allocated on the GPU, or the process's resident set, in MB (1e6 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def out_of_memory(error):
+    """True for an allocation failure of CUDA or of the CPU allocator."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or \
+        isinstance(error, MemoryError)
+
+
+def step_line(step, terms, lr, speed, tokens, mfu, seconds_left):
+    """The line printed after a window. terms: {name: mean}; speed in steps a second, 0 while warming up."""
+    parts = [f"step {step:6d}", *(f"{name} {value:.4f}" for name, value in terms.items()), f"lr {lr:.1e}"]
+    if speed:
+        parts += [f"{1e3 / speed:.0f} ms", f"{speed * tokens / 1e3:.1f}k tokens/s", f"mfu {100 * mfu:.0f}%"]
+    return "  ".join([*parts, f"eta {duration(seconds_left)}"])
+
+
+def duration(seconds):
+    """63 -> '1m03s'."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+# ---------------------------------------------------------------------------- the run folder
+
+
+def open_run(folder, cfg, world, hashes):
+    """Makes the run's folder with config.json; an older run of the same name is moved to folder.1, .2, ...
+
+    cfg: the Config; hashes: {what: hash} of the data and models that the run reads. With cfg.resume the folder stays.
+    """
+    folder = Path(folder)
+    if world.main:
+        if folder.exists() and not cfg.resume:
+            n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
+            folder.rename(folder.with_name(f"{folder.name}.{n}"))
+            print0(f"{folder} exists: moved to {folder}.{n}")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", {
+            "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(), "hashes": hashes,
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__},
+            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            "ranks": world.size, "threads": torch.get_num_threads()})
+    world.barrier()
+    return folder
+
+
+def finished_run(folder, cfg, hashes, ignore=()):
+    """The run's results where `folder` holds a FINISHED run of the same configuration and data, else None."""
+    try:
+        results = json.loads((Path(folder) / "results.json").read_text())
+        before = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", *ignore}
+    same = all(before["config"].get(k) == v for k, v in dataclasses.asdict(cfg).items() if k not in free)
+    return results if same and before["hashes"] == hashes and "finished" in results else None
+
+
+def git_state():
+    """{commit, dirty} of the code, or nothing outside a git checkout."""
+    def git(*args):
+        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout
+    if shutil.which("git") is None or not (commit := git("rev-parse", "HEAD").strip()):
+        return {}
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain").strip())}
+
+
+def write_json(path, value):
+    """Atomic: readers see the old file or the new one, never a part."""
+    path = Path(path)
+    part = path.with_name(path.name + ".tmp")
+    part.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(part, path)
+
+
+def model_folder(path, flag):
+    """The model's folder from a run's folder or the model's own; `flag` is named where there is neither."""
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / "config.json").exists() and not (folder / "log.jsonl").exists():
+            return folder
+    raise SystemExit(f"{flag} {path}: no model there; give the folder of a finished run, or one with config.json and "
+                     "model.safetensors")
+
+
+def file_hash(folder):
+    """SHA-256 of a model folder's weights, for what a run was trained with."""
+    path = next(p for p in (Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin") if p.exists())
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
+            hashlib.sha256(f.read()).hexdigest()  # Python 3.10
+
+
+class Log:
+    """log.jsonl, one line a window of steps; on resume the lines after the checkpoint's step are cut."""
+
+    def __init__(self, folder, world, step):
+        self.path, self.main = Path(folder) / "log.jsonl", world.main
+        if self.main:
+            old = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in old if step and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    def write(self, **values):
+        if self.main:
+            with self.path.open("a") as f:
+                f.write(json.dumps(values) + "\n")
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder, state, world, name="checkpoint.pt"):
+    """Atomic: written beside, flushed, renamed; the one before is kept as *.prev. Tensors and plain containers only.
+
+    Each rank's RNG state is added, so that dropout goes on as if nothing had happened.
+    """
+    rng = torch.get_rng_state() if world.device.type == "cpu" else torch.cuda.get_rng_state(world.device)
+    rng = world.gather(rng[None])
+    if not world.main:
+        return
+    path = Path(folder) / name
+    part = path.with_name(name + ".tmp")
+    state = state | {"rng": rng, "ranks": world.size, "threads": torch.get_num_threads(),
+                     "torch": str(torch.__version__), "device": world.device.type,
+                     "instructions": torch.backends.cpu.get_cpu_capability()}
+    try:
+        with open(part, "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        if path.exists():
+            os.replace(path, path.with_name(name + ".prev"))
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # a full disk comes as either, by torch version
+        part.unlink(missing_ok=True)
+        kept = next((p for p in (path, path.with_name(name + ".prev")) if p.exists()), None)
+        raise SystemExit(f"{path}: could not be written ({error}); free disk space, then go on with --resume"
+                         + (f" from {kept}" if kept else "")) from None
+
+
+def load_checkpoint(folder, world, name="checkpoint.pt"):
+    """The newest checkpoint of the run that reads whole, on the CPU; says so where the newest was damaged."""
+    folder = Path(folder)
+    for path in (folder / name, folder / (name + ".prev")):
+        if not path.exists():
+            continue
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()
+            if broken:
+                raise ValueError(f"checksum of {broken} differs")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file makes torch raise
+            print0(f"{path} is damaged ({str(error).splitlines()[0]}); trying the one before it")
+    raise SystemExit(f"--resume: no readable checkpoint in {folder}; run without --resume to start anew")
+
+
+def check_finite(values, first, names, folder):
+    """Stops the run where a loss is NaN or infinite. values: (window, terms), row = step % window; first: its step."""
+    bad = (~torch.isfinite(values)).nonzero().tolist()
+    if bad:
+        row, column = bad[0]
+        kept = next((p for p in (Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.pt.prev") if p.exists()), None)
+        raise SystemExit(f"the {names[column]} loss is {values[row, column].item()} at step "
+                         f"{first + (row - first) % len(values)}; " + (f"the last good checkpoint is {kept}; go on from it "
+                         "with --resume and" if kept else "start anew with") + " a lower --lr")
+
+
+def restore_rng(state, world):
+    """RNG of this rank from a checkpoint; a note where the run cannot go on bit for bit."""
+    now = {"ranks": world.size, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+           "device": world.device.type, "instructions": torch.backends.cpu.get_cpu_capability()}
+    changed = [f"{k} {state[k]} -> {v}" for k, v in now.items() if state[k] != v]
+    if changed:
+        print0(f"resume: {', '.join(changed)}: the run goes on, but not bit for bit")
+    if state["device"] != world.device.type or state["ranks"] != world.size:
+        return
+    if world.device.type == "cpu":
+        torch.set_rng_state(state["rng"][world.rank])
+    else:
+        torch.cuda.set_rng_state(state["rng"][world.rank], world.device)
+
+
+def check_resume(before, cfg, hashes_before, hashes, fixed):
+    """Prints what changed since the checkpoint; refuses a change of the data or of a field in `fixed`."""
+    now = dataclasses.asdict(cfg)
+    changed = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v and k != "resume"}
+    for k, (old, new) in changed.items():
+        print0(f"resume: --{k} was {old}, is {new}")
+    refused = [k for k in fixed if k in changed]
+    if refused:
+        raise SystemExit(f"--resume: --{refused[0]} was {before.get(refused[0])} in the checkpoint and cannot change; "
+                         "give the old value, or start anew without --resume")
+    for what, old in hashes_before.items():
+        if hashes.get(what) != old:
+            raise SystemExit(f"--resume: {what} is not what the checkpoint was trained on; start anew without --resume")
+
+
+class Interrupt:
+    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves and leaves. A second Ctrl-C is rude."""
+
+    def __init__(self, max_minutes=0.0):
+        self.reason, self.deadline = "", time.monotonic() + 60 * max_minutes if max_minutes else math.inf
+        self.before = {}
+        try:
+            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+        except ValueError:  # not in the main thread: no handlers, the run just cannot be interrupted gently
+            pass
+
+    def note(self, number, frame):
+        self.reason = signal.Signals(number).name
+        self.release()
+
+    def release(self):
+        """Puts the former handlers back."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def due(self, world):
+        if not self.reason and time.monotonic() > self.deadline:
+            self.reason = "--max_minutes"
+        return world.any(bool(self.reason))
