@@ -1,15 +1,17 @@
-"""Speed and memory of the losses and of a whole distillation step, each beside the plain form that it replaces.
+"""Speed and memory of the losses and of a distillation step, each beside the plain form that it replaces.
 
-    python bench.py                         # 6L-512H, B 32, T 128: about 4 minutes on 2 CPU cores, alone on the machine
+    python bench.py                         # 6L-512H, B 32, T 128: about 4 minutes on 2 CPU cores
     python bench.py --only nst,crd --json bench.json
     python bench.py --device cuda --preset base
 
-Everything runs in one process: after a warm-up, which is thrown away, the variants of a section take turns, and the
-table has their medians and spread. Before anything is timed its values and gradients are compared with ours. The plain
-forms are written here, for comparison only, and used nowhere else.
+Let it be alone on the machine. Everything runs in one process: after a warm-up, which is thrown away, the
+variants of a section take turns, and the table has their medians and spread. Before a loss is timed, its
+value and gradients are compared with ours. The plain forms are written here, for comparison only.
 
-nst, crd, hinge, soft and voken: forward and backward of one loss. mlm_head: head and loss. step: teacher forward,
-student forward and backward, clipping, AdamW and bank; the batch is in memory. text: packing a corpus.
+nst, crd, hinge, soft and voken: forward and backward of one loss (the other losses cost next to nothing).
+mlm_head: head and loss. step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch
+is in memory. "distillation alone" is its part of the step: heads, losses and bank, forward and backward,
+without the teacher. text: packing a corpus.
 """
 import contextlib
 import copy
@@ -31,8 +33,8 @@ from torch import nn
 
 import data
 import losses
-from common import (duration, init_world, keyed_integers, keyed_uniform, parse_cli, peak_flops, print0, progress,
-                    set_seed, write_json)
+from common import (duration, init_world, keyed_integers, keyed_uniform, parse_cli, peak_flops, print0,
+                    progress, set_seed, write_json)
 from model import BERT, BERTConfig, DistillHead, MLMHead, flops_per_token, param_groups
 
 
@@ -63,7 +65,7 @@ class Config:
 PRESETS = {"small": {}, "base": dict(layers=12, hidden=768)}
 MASKED = 0.15  # share of the tokens at which the masked-language loss is taken
 SAMPLES = 2  # samples on which a loop over the batch is timed; its time is scaled to the batch
-LOOP = f"loop over samples (*)"
+LOOP = "loop over samples (*)"
 
 
 # ---------------------------------------------------------------------------- plain forms of the losses
@@ -75,12 +77,12 @@ def gaussian_broadcast(x, y):
 
 
 def poly_broadcast(x, y):
-    """x, y (d, T) -> (d, d) kernel, degree 2 and no constant, by way of all (d, d, T) products, as released."""
+    """x, y (d, T) -> (d, d) kernel, degree 2, no constant, by way of all (d, d, T) products, as released."""
     return (x[:, None] * y[None]).sum(-1).square()
 
 
 def nst_loop(s, t, kernel, teacher_term=True):
-    """Eq. 7, sample by sample; s, t (B, T, d). The released code leaves the teacher's term out, a constant."""
+    """Eq. 7, sample by sample; s, t (B, T, d). The released code leaves the teacher's (constant) term out."""
     total = 0.0
     for S, T in zip(s, t):
         S, T = (F.normalize(x, dim=0, eps=1e-6).T for x in (S, T))              # (d, T)
@@ -105,7 +107,7 @@ def nst_batched(s, t, distances):
 
 
 def crd_gather(z_s, z_t, slots, bank, drawn):
-    """Eq. 8 as RepDistiller computes it: every anchor gathers its own negatives, drawn (A, N), then exp and log."""
+    """Eq. 8 as in RepDistiller: every anchor gathers its own negatives, drawn (A, N); exp, then log."""
     A, N = drawn.shape
     total, noise = 0.0, N / bank.rows
     for z, other, rows, log_z in ((z_s, z_t, bank.z_t, bank.log_z[0]), (z_t, z_s, bank.z_s, bank.log_z[1])):
@@ -122,13 +124,14 @@ def crd_shared(z_s, z_t, slots, bank, negatives):
     total, positive = 0.0, (z_s * z_t).sum(-1) / bank.tau
     for z, rows, log_z in ((z_s, bank.z_t, bank.log_z[0]), (z_t, bank.z_s, bank.log_z[1])):
         shift = log_z + math.log(len(negatives) / bank.rows)
-        scores = (z @ rows[negatives].T / bank.tau - shift).masked_fill(slots[:, None] == negatives, -math.inf)
+        scores = z @ rows[negatives].T / bank.tau - shift                       # (A, N)
+        scores = scores.masked_fill(slots[:, None] == negatives, -math.inf)
         total = total + F.softplus(shift - positive).sum() + F.softplus(scores).sum()
     return total / len(z_s)
 
 
 def hinge_loop(h, v, texts):
-    """Eq. 3 against all other items, pair by pair, for the first `texts` texts; h (B, T, C), v (B, C), margin 1."""
+    """Eq. 3 against all others, pair by pair, for the first `texts` of h (B, T, C); v (B, C), margin 1."""
     total = 0.0
     for b in range(texts):
         own = F.cosine_similarity(h[b], v[b], dim=-1)                           # (T,)
@@ -145,7 +148,7 @@ def hinge_batched(h, v):
     cos = F.cosine_similarity(h[:, None], v[None, :, None], dim=-1)             # (B text, B video, T)
     own, others = cos.diagonal().T, ~torch.eye(B, dtype=torch.bool, device=h.device)
     video = (1 - own[:, None] + cos).clamp(min=0)[others].sum()
-    text = (1 - own[None] + cos).clamp(min=0)[others].sum()                     # last pair: (x' text, v video)
+    text = (1 - own[None] + cos).clamp(min=0)[others].sum()                     # text x' against video v
     return (text + video) / (own.numel() * (B - 1))
 
 
@@ -164,7 +167,7 @@ def voken_whole(h_s, W, b, h_t, videos):
 
 
 class EagerLayer(nn.Module):
-    """A layer of model.BERT the eager way: three maps, mask always added, F.dropout. Takes over the layer's weights."""
+    """A layer of model.BERT the eager way: three maps, mask always added, F.dropout; the layer's weights."""
 
     def __init__(self, layer):
         super().__init__()
@@ -195,7 +198,7 @@ def eager(bert):
 def contrast_at(z_s, z_t, temperature=0.5):
     """In-batch NT-Xent at one position, which runs in CRD's place in the released code: z_s, z_t (B, C)."""
     z, B = torch.cat([z_s, z_t]), len(z_s)
-    scores = F.cosine_similarity(z[:, None], z[None], dim=-1) / temperature     # (2B, 2B) by way of (2B, 2B, C)
+    scores = F.cosine_similarity(z[:, None], z[None], dim=-1) / temperature     # by way of (2B, 2B, C)
     scores = scores.masked_fill(torch.eye(2 * B, dtype=torch.bool, device=z.device), -math.inf)
     return F.cross_entropy(scores, torch.arange(2 * B, device=z.device).roll(B))
 
@@ -203,8 +206,8 @@ def contrast_at(z_s, z_t, temperature=0.5):
 class Released(nn.Module):
     """Student, heads and loss with the released code's structure (VidLanKD at 46bae35).
 
-    Loops over samples (NST, polynomial, d x d x T) and positions (NT-Xent, where the paper has CRD), logits at all
-    positions, eager attention, teacher outputs in float32 that travel to the CPU and back. Heads as ours.
+    Loops over samples (NST, polynomial, d x d x T) and positions (NT-Xent, where the paper has CRD), logits
+    at all positions, eager attention, teacher outputs in float32 by way of the CPU. Heads as ours.
     """
 
     def __init__(self, config):
@@ -269,8 +272,8 @@ def train_step(student, optimizer, loss):
 def peak_mb(run, device):
     """Runs it; the most memory that it held at once, on top of what was there before, in MB (1e6 bytes).
 
-    CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release of PyTorch's allocator, as recorded by
-    torch.profiler, added up: exact to the byte, but blind to what MKL or oneDNN take for themselves.
+    CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release of PyTorch's allocator, recorded
+    by torch.profiler, added up: exact to the byte, but blind to what MKL or oneDNN take for themselves.
     """
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -281,7 +284,8 @@ def peak_mb(run, device):
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        cpu = torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
             run()
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
@@ -310,8 +314,8 @@ def seconds(run, device, repeats=1):
 def measure(section, variants, device, rounds):
     """{name: (run, scale)} -> {name: {ms, low, high, peak_mb}}; the variants take turns in each round.
 
-    scale: the loop's whole time in terms of the part that run does. The first run is the warm-up and gives the memory;
-    short ones get a second, and are repeated to 50 ms a round.
+    scale: whole time of a loop over that of the part which `run` does. The first run is the warm-up and gives
+    the memory; short ones get a second, and are repeated to 50 ms a round.
     """
     results, repeats, times = {}, {}, {name: [] for name in variants}
     order = [(-1, name) for name in variants] + [(i, name) for i in range(rounds) for name in variants]
@@ -330,13 +334,13 @@ def measure(section, variants, device, rounds):
 
 
 def same(what, plain, ours, inputs, tolerance=1e-3):
-    """Relative difference of two losses' values and gradients to `inputs`; beyond the tolerance there is no ratio."""
+    """Relative difference of two losses' values and gradients to `inputs`: no ratio of unlike things."""
     (value, *grads), (wanted, *wanted_grads) = ((loss.detach(), *torch.autograd.grad(loss, inputs))
                                                 for loss in (plain(), ours()))
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip([value, *grads], [wanted, *wanted_grads]))
     if not worst < tolerance:
-        raise SystemExit(f"{what}: plain form and ours differ by {worst:.1e} (value or gradient), allowed {tolerance:.0e}; "
-                         "a ratio would compare different things")
+        raise SystemExit(f"{what}: plain form and ours differ by {worst:.1e} in value or gradient, allowed "
+                         f"are {tolerance:.0e}; a ratio would compare unlike things")
     return f"{what} {worst:.0e}"
 
 
@@ -346,20 +350,20 @@ def backward(loss, inputs):
 
 
 def show(title, rows, checks, out, tokens=0):
-    """Prints a section and keeps it in out["table"]. tokens: of a run, for the speed; checks: what `same` found."""
+    """Prints a section and keeps it in out["table"]. tokens: of a run; checks: what `same` found."""
     print0(f"\n{title}")
     for name, row in rows.items():
         row["tokens_per_s"] = 1e3 * tokens / row["ms"]
-        speed = f"{row['tokens_per_s']:,.0f}" if tokens else "-"
-        print0(f"  {name:<36}{row['ms']:11.2f}  {row['low']:9.2f} .. {row['high']:<9.2f}{speed:>11}"
-               f"{row['peak_mb']:10.1f}{row['ratio']:8.2f}x")
+        print0(f"  {name:<36}{row['ms']:11.2f}  {row['low']:9.2f} .. {row['high']:<9.2f}"
+               + (f"{row['tokens_per_s']:11,.0f}" if tokens else f"{'-':>11}")
+               + f"{row['peak_mb']:10.1f}" + (f"{row['ratio']:8.2f}x" if "ratio" in row else ""))
     if checks:
         print0(f"  largest difference from ours in value and gradients: {', '.join(checks)}")
     out["table"][title] = rows
 
 
-def loss_section(title, variants, checks, cfg, device, out, tokens=0):
-    """Measures and shows a loss; the last variant is ours, ratio = how many times its time a variant takes."""
+def loss_section(cfg, device, out, title, variants, checks, tokens=0):
+    """Measures and shows a loss; the last variant is ours, ratio = how many times its time one takes."""
     rows = measure(title.split(":")[0], variants, device, cfg.rounds)
     for row in rows.values():
         row["ratio"] = row["ms"] / list(rows.values())[-1]["ms"]
@@ -383,10 +387,12 @@ def bench_nst(cfg, device, out):
 
         def ours(n=B):
             return losses.nst(s[:n], t[:n], mask[:n], kernel)
-        checks = [same("loop", loop, lambda: ours(few), [s])] + [same(k, f, ours, [s]) for k, f in batched.items()]
         variants = {LOOP: (backward(loop, s), B / few)}
-        variants |= {name: (backward(f, s), 1) for name, f in batched.items()} | {"ours": (backward(ours, s), 1)}
-        return loss_section(f"nst, {kernel} kernel: B {B}, T {T}, d {d}", variants, checks, cfg, device, out, B * T)
+        variants |= {name: (backward(loss, s), 1) for name, loss in (batched | {"ours": ours}).items()}
+        checks = [same("loop", loop, lambda: ours(few), [s])]
+        checks += [same(name, loss, ours, [s]) for name, loss in batched.items()]
+        title = f"nst, {kernel} kernel: B {B}, T {T}, d {d}"
+        return loss_section(cfg, device, out, title, variants, checks, B * T)
 
     rows = bench("gaussian", gaussian_broadcast, {
         "cdist + autograd": lambda: nst_batched(s, t, lambda x, y: torch.cdist(x, y).square()),
@@ -425,25 +431,31 @@ def bench_crd(cfg, device, out):
         return losses.crd(*z, slots, bank, bank.draw(0))
     checks = [same("gather", lambda: gather(shared.expand(A, N)), ours, z),
               same("one gather + autograd", lambda: autograd(shared), ours, z)]
-    rows = loss_section(f"crd: {A} anchors, N {N}, E {cfg.dim}, M {M:,}, negatives drawn each time", {
-        "gather for each anchor + bmm": (backward(lambda: gather(torch.randint(M, (A, N), device=device)), z), 1),
-        "one gather + autograd": (backward(lambda: autograd(torch.randint(M, (N,), device=device)), z), 1),
-        "ours": (backward(ours, z), 1)}, checks, cfg, device, out)
+
+    def drawn(*shape):
+        return torch.randint(M, shape, device=device)
+    title = f"crd: {A} anchors, N {N}, E {cfg.dim}, M {M:,}, negatives drawn each time"
+    rows = loss_section(cfg, device, out, title, {
+        "gather for each anchor + bmm": (backward(lambda: gather(drawn(A, N)), z), 1),
+        "one gather + autograd": (backward(lambda: autograd(drawn(N)), z), 1),
+        "ours": (backward(ours, z), 1)}, checks)
 
     # other rows each time, as in training: the same ones would come from the cache
     def update(bank):
-        touched = itertools.cycle([keyed_integers(bank.rows, "bench update", i, np.arange(A)) for i in range(256)])
+        touched = [keyed_integers(bank.rows, "bench update", i, np.arange(A)) for i in range(256)]
+        touched = itertools.cycle(touched)
         return lambda: bank.update(next(touched), z[0].detach(), z[1].detach())
-    small = max(A, M // 100)
-    updates = loss_section(f"crd: the bank's update of {A} rows", {
-        f"M {small:,}": (update(full_bank(small, cfg, device)), 1), f"M {M:,}": (update(bank), 1)}, [], cfg, device, out)
+    small = max(A, cfg.batch, M // 100)
+    updates = loss_section(cfg, device, out, f"crd: the bank's update of {A} rows", {
+        f"M {small:,}": (update(full_bank(small, cfg, device)), 1), f"M {M:,}": (update(bank), 1)}, [])
     out |= {"crd.ratio_gather": rows["gather for each anchor + bmm"]["ratio"]}
     out |= {f"crd.update_ms.{m}": updates[f"M {m:,}"]["ms"] for m in (small, M)}
 
 
 def bert_config(cfg):
-    return BERTConfig(vocab_size=cfg.vocab, layers=cfg.layers, hidden=cfg.hidden, heads=max(1, cfg.hidden // 64),
-                      intermediate=4 * cfg.hidden, max_positions=max(512, cfg.tokens))
+    return BERTConfig(vocab_size=cfg.vocab, layers=cfg.layers, hidden=cfg.hidden,
+                      heads=max(1, cfg.hidden // 64), intermediate=4 * cfg.hidden,
+                      max_positions=max(512, cfg.tokens))
 
 
 def make_batch(cfg, device):
@@ -472,18 +484,18 @@ def bench_mlm_head(cfg, device, out):
 
     def ours():
         return losses.mlm(head(h.flatten(0, 1)[batch["target_index"]]), batch["targets"])
-    tokens = cfg.batch * cfg.tokens
-    rows = loss_section(
-        f"mlm_head: {tokens} positions, {len(batch['targets'])} of them masked, C {cfg.hidden}, V {cfg.vocab}",
-        {"logits at all positions": (backward(everywhere, inputs), 1), "ours": (backward(ours, inputs), 1)},
-        [same("all positions", everywhere, ours, inputs)], cfg, device, out, tokens)
+    tokens, masked = cfg.batch * cfg.tokens, len(batch["targets"])
+    title = f"mlm_head: {tokens} positions, {masked} of them masked, C {cfg.hidden}, V {cfg.vocab}"
+    rows = loss_section(cfg, device, out, title, {
+        "logits at all positions": (backward(everywhere, inputs), 1), "ours": (backward(ours, inputs), 1)},
+        [same("all positions", everywhere, ours, inputs)], tokens)
     out["mlm_head.ratio_all"] = rows["logits at all positions"]["ratio"]
 
 
 def bench_hinge(cfg, device, out):
     """The teacher's contrastive loss against the loop over pairs, and against one broadcast with autograd."""
     B, T, C = cfg.batch, cfg.tokens, cfg.hidden
-    h, v = torch.randn(B, T, C, device=device, requires_grad=True), torch.randn(B, C, device=device, requires_grad=True)
+    h, v = (torch.randn(shape, device=device, requires_grad=True) for shape in ((B, T, C), (B, C)))
     mask = torch.ones(B, T, dtype=torch.bool, device=device)
 
     def batched():
@@ -491,14 +503,14 @@ def bench_hinge(cfg, device, out):
 
     def ours():
         return losses.hinge_all(h, v, mask)
-    few, part = min(SAMPLES, B), (h[:4], v[:4])
-    loss_section(f"hinge, all negatives: B {B}, T {T}, C {C}", {
+    few, four = min(SAMPLES, B), (h[:4], v[:4])
+    checks = [same("loop", lambda: hinge_loop(*four, len(four[1])),
+                   lambda: losses.hinge_all(*four, mask[:4]), [h, v]),
+              same("broadcast", batched, ours, [h, v])]
+    loss_section(cfg, device, out, f"hinge, all negatives: B {B}, T {T}, C {C}", {
         LOOP: (backward(lambda: hinge_loop(h, v, few), [h, v]), B / few),
         "B x B x T x C broadcast + autograd": (backward(batched, [h, v]), 1),
-        "ours": (backward(ours, [h, v]), 1)},
-        [same("loop", lambda: hinge_loop(*part, len(part[1])), lambda: losses.hinge_all(*part, mask[:4]), [h, v]),
-         same("broadcast", batched, ours, [h, v])],
-        cfg, device, out, B * T)
+        "ours": (backward(ours, [h, v]), 1)}, checks, B * T)
 
 
 def bench_soft(cfg, device, out):
@@ -513,9 +525,9 @@ def bench_soft(cfg, device, out):
 
     def ours():
         return losses.soft(*inputs, h_t, W_t, b_t)
-    loss_section(f"soft: {n} tokens, C {C}, V {V}", {"whole logits + autograd": (backward(whole, inputs), 1),
-                                                     "ours": (backward(ours, inputs), 1)},
-                 [same("whole", whole, ours, inputs)], cfg, device, out, n)
+    loss_section(cfg, device, out, f"soft: {n} tokens, C {C}, V {V}", {
+        "whole logits + autograd": (backward(whole, inputs), 1), "ours": (backward(ours, inputs), 1)},
+        [same("whole", whole, ours, inputs)], n)
 
 
 def bench_voken(cfg, device, out):
@@ -530,25 +542,24 @@ def bench_voken(cfg, device, out):
 
     def ours():
         return losses.voken(*inputs, h_t, videos)
-    loss_section(f"voken: {n} tokens, C {C}, K {K}", {"whole scores + autograd": (backward(whole, inputs), 1),
-                                                      "ours": (backward(ours, inputs), 1)},
-                 [same("whole", whole, ours, inputs)], cfg, device, out, n)
+    loss_section(cfg, device, out, f"voken: {n} tokens, C {C}, K {K}", {
+        "whole scores + autograd": (backward(whole, inputs), 1), "ours": (backward(ours, inputs), 1)},
+        [same("whole", whole, ours, inputs)], n)
 
 
 def bench_step(cfg, device, out):
-    """The whole distillation step, nst+crd: released structure in float32, ours in float32 and in bfloat16."""
+    """The whole distillation step, nst+crd: released structure in float32, ours in float32 and bfloat16."""
     config, batch, bank = bert_config(cfg), make_batch(cfg, device), full_bank(cfg.rows, cfg, device)
-    B, T, C = cfg.batch, cfg.tokens, cfg.hidden
-    teacher = BERT(config).to(device).eval().requires_grad_(False)
-    teacher_eager, teacher_bf16 = eager(copy.deepcopy(teacher)).eval(), copy.deepcopy(teacher).to(torch.bfloat16)
-    h_t, h_eager = teacher(batch["ids"]), teacher_eager(batch["ids"])
+    B, T, C, N, E = cfg.batch, cfg.tokens, cfg.hidden, cfg.negatives, cfg.dim
+    teachers = {"fp32": BERT(config).to(device).eval().requires_grad_(False)}
+    teachers["bf16"] = copy.deepcopy(teachers["fp32"]).to(torch.bfloat16)
+    teachers["eager"] = eager(copy.deepcopy(teachers["fp32"])).eval()
+    h_t, h_eager = teachers["fp32"](batch["ids"]), teachers["eager"](batch["ids"])
     worst = ((h_t - h_eager).norm() / h_t.norm()).item()
     if not worst < 1e-3:
-        raise SystemExit(f"step: eager and our hidden states differ by {worst:.1e}; no ratio of different things")
+        raise SystemExit(f"step: eager and our states differ by {worst:.1e}; no ratio of unlike things")
 
-    variants = {}
-
-    def add(name, student, loss, **options):
+    def step(student, loss, **options):
         optimizer = torch.optim.AdamW(param_groups(student, 0.01), lr=1e-4, **options)
 
         def run():
@@ -556,54 +567,53 @@ def bench_step(cfg, device, out):
             nn.utils.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        variants[name] = run, 1
+        return run, 1
 
-    def add_ours(dtype, teacher):
-        name, student = str(dtype).removeprefix("torch."), Ours(config, bank).to(device).train()
+    def ours(teacher, dtype):
+        """The step, and what distillation alone adds to it."""
+        student = Ours(config, bank).to(device).train()
         if bank.log_z is None:
             with torch.no_grad():
                 bank.set_z(*student.project(h_t, h_t, batch), batch["slots"], bank.draw(0))
 
-        def forward(run):
+        def cast(run):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 return run()
-        add(f"ours, {name}", student, lambda: forward(lambda: student(batch, teacher(batch["ids"]))))
         with torch.no_grad():
-            h = forward(lambda: student.bert(batch["ids"]))
-        states, trained = teacher(batch["ids"]), [p for part in (student.nst, student.crd, student.f1, student.f2)
-                                                  for p in part.parameters()]
-        h.requires_grad_()
-        variants[f"distillation alone, {name}"] = \
-            backward(lambda: forward(lambda: student.distil(h, states, batch)), [h, *trained]), 1
+            h, states = cast(lambda: student.bert(batch["ids"])), teacher(batch["ids"])
+        kd = [p for part in (student.nst, student.crd, student.f1, student.f2) for p in part.parameters()]
+        alone = backward(lambda: cast(lambda: student.distil(h, states, batch)), [h.requires_grad_(), *kd])
+        return step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"])))), (alone, 1)
 
-    released = Released(config).to(device).train()
-    add("released structure, float32", released, lambda: released(batch["ids"], batch["labels"], teacher_eager),
-        foreach=False)
-    add_ours(torch.float32, teacher)
-    add_ours(torch.bfloat16, teacher_bf16)
+    released, variants = Released(config).to(device).train(), {}
+    variants["released structure, fp32"] = step(
+        released, lambda: released(batch["ids"], batch["labels"], teachers["eager"]), foreach=False)
+    for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        variants[f"ours, {key}"], variants[f"distillation alone, {key}"] = ours(teachers[key], dtype)
     rows = measure("step", variants, device, cfg.step_rounds)
-    for row in rows.values():
-        row["ratio"] = rows["released structure, float32"]["ms"] / row["ms"]
-    show(f"step: {cfg.layers}L-{C}H, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio: times faster than released", rows,
-         [f"eager hidden states {worst:.0e}", "NT-Xent, which is not CRD: not compared"], out, B * T)
+    for name in ("released structure, fp32", "ours, fp32", "ours, bf16"):
+        rows[name]["ratio"] = rows["released structure, fp32"]["ms"] / rows[name]["ms"]
+    show(f"step: {cfg.layers}L-{C}H, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio = speed-up over released",
+         rows, [f"eager hidden states {worst:.0e}"], out, B * T)
+    print0("  the released code runs NT-Xent over positions in CRD's place: another loss, not compared")
 
-    # floating-point operations a token; NST: three products of T x d with d x d, d x 2d and 2d x d
+    # floating-point operations a token; NST: T x d times d x d, d x 2d and 2d x d
     forward = flops_per_token(config, T)
     mlm = 3 * (flops_per_token(config, T, MASKED) - forward)
-    heads = 3 * 2 * (2 * C * C + (2 * C * C + 2 * C * cfg.dim) / T) + 8 * cfg.negatives * cfg.dim / T
-    parts = {"teacher": forward, "student": 3 * forward, "MLM": mlm, "heads and CRD": heads, "NST": 10 * C * C}
-    flops = sum(parts.values())
-    print0("  MFLOP a token: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in parts.items()) + f", total {flops / 1e6:.0f}")
-    for dtype, key in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        name = str(dtype).removeprefix("torch.")
-        ours, alone = rows[f"ours, {name}"], rows[f"distillation alone, {name}"]
-        peak, rate = peak_flops(device, dtype), matmul_flops(device, dtype)
-        mfu = f"MFU {100 * flops * ours['tokens_per_s'] / peak:.0f} % of {peak / 1e12:.3g} TFLOP/s, " if peak else ""
-        out |= {f"step.ratio_{key}": ours["ratio"], f"step.kd_share_{key}": alone["ms"] / ours["ms"]}
-        print0(f"  {key}: distillation is {100 * alone['ms'] / ours['ms']:.1f} % of the step, {mfu}floor at the "
-               f"{rate / 1e12:.3g} TFLOP/s of one large product: {B * T * flops / rate * 1e3:.3g} ms = "
-               f"{rate / flops:,.0f} tokens/s, {0.4 * rate / flops:,.0f} at 40 %")
-    out["step.kd_share"] = out["step.kd_share_fp32"]
+    parts = {"teacher": forward, "student": 3 * forward, "MLM": mlm,
+             "heads": 12 * C * C + (12 * C * C + 12 * C * E) / T, "NST": 10 * C * C, "CRD": 8 * N * E / T}
+    parts["all"] = flops = sum(parts.values())
+    print0("  MFLOP a token: " + ", ".join(f"{name} {value / 1e6:.1f}" for name, value in parts.items()))
+    for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        row, peak, rate = rows[f"ours, {key}"], peak_flops(device, dtype), matmul_flops(device, dtype)
+        share = rows[f"distillation alone, {key}"]["ms"] / row["ms"]
+        out |= {f"step.ratio_{key}": row["ratio"], f"step.kd_share_{key}": share}
+        mfu = 100 * flops * row["tokens_per_s"] / peak if peak else math.nan
+        print0(f"  {key}: distillation is {100 * share:.1f} % of the step; "
+               f"MFU {mfu:.0f} % of {peak / 1e12:.3g} TFLOP/s; "
+               f"floor {1e3 * B * T * flops / rate:.3g} ms\n        = {rate / flops:,.0f} tokens/s "
+               f"({0.4 * rate / flops:,.0f} at 40 %) at the {rate / 1e12:.3g} TFLOP/s of one large product")
+    out["step.kd_share"] = max(out["step.kd_share_fp32"], out["step.kd_share_bf16"])
 
 
 def matmul_flops(device, dtype):
@@ -615,10 +625,10 @@ def matmul_flops(device, dtype):
 
 
 def write_text(path, size):
-    """About `size` bytes of English-like text: word frequencies, number of different words and lengths as in English.
+    """About `size` bytes with the word frequencies of English: rank r has 1 / ((r + 2.7) (1 + r / 12000)).
 
-    Rank r has frequency 1 / ((r + 2.7) (1 + r / 12000)): Zipf's law, steeper in the tail. Against 14 MB of Wikipedia
-    (91 k different words, the first 10,000 cover 91 %): 92 k, 91 %.
+    That is Zipf's law, steeper in the tail: in 2.6 M words 90,000 different ones, and the first 10,000 cover
+    92 %; in 14 MB of Wikipedia it is 91,000 and 91 %. A packer that remembers words gains on both alike.
     """
     syllables = [c + v for c in "bdfghklmnprstvwz" for v in "aeiou"]
     rank = np.arange(500_000)
@@ -633,13 +643,12 @@ def write_text(path, size):
     text = [names[r] for r in words.tolist()]
     with open(path, "w") as f:
         for start in range(0, len(text), 18):  # sentences of 18 words, documents of 10 sentences
-            f.write(" ".join(text[start:start + 9]).capitalize() + ", " + " ".join(text[start + 9:start + 18]) + ".\n")
-            if start % 180 == 162:
-                f.write("\n")
+            first, second = (" ".join(text[a:a + 9]) for a in (start, start + 9))
+            f.write(f"{first.capitalize()}, {second}.\n" + "\n" * (start % 180 == 162))
 
 
 def bench_text(cfg, device, out):
-    """data.py text, which keeps the ids of frequent words, against plain encode_batch, on the first megabytes."""
+    """data.py text, which remembers the ids of words, against plain encode_batch, on the first megabytes."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text.txt"
         if cfg.text:
@@ -650,9 +659,10 @@ def bench_text(cfg, device, out):
         size = source.stat().st_size
         print0(f"\ntext: {cfg.text or 'synthetic English'}, {size / 1e6:.1f} MB")
         vocab = data.train_vocab([source], Path(folder) / "vocab.txt", cfg.vocab)
-        lines = source.read_text().splitlines()
-        plain = size / 1e6 / seconds(lambda: [vocab.encode(lines[i:i + 1000]) for i in range(0, len(lines), 1000)],
-                                     torch.device("cpu"))
+        lines, start = source.read_text().splitlines(), time.perf_counter()
+        for i in progress(range(0, len(lines), 1000), None, "batch", "encode_batch"):
+            vocab.encode(lines[i:i + 1000])
+        plain = size / 1e6 / (time.perf_counter() - start)
         packed = data.pack_text([source], vocab, Path(folder) / "text.h5")["mb_per_s"]
     print0(f"  encode_batch {plain:.1f} MB/s; data.py text {packed:.1f} MB/s = {packed / plain:.1f}x")
     out |= {"text.mb_per_s": packed, "text.encode_batch_mb_per_s": plain}
@@ -661,16 +671,17 @@ def bench_text(cfg, device, out):
 # ---------------------------------------------------------------------------- main
 
 
-SECTIONS = {"nst": bench_nst, "crd": bench_crd, "mlm_head": bench_mlm_head, "hinge": bench_hinge, "soft": bench_soft,
-            "voken": bench_voken, "step": bench_step, "text": bench_text}
+SECTIONS = {"nst": bench_nst, "crd": bench_crd, "mlm_head": bench_mlm_head, "hinge": bench_hinge,
+            "soft": bench_soft, "voken": bench_voken, "step": bench_step, "text": bench_text}
 
 
 def machine(device):
     """What the figures depend on, in one line."""
     cpu, flags = platform.processor() or platform.machine(), ""
     if Path("/proc/cpuinfo").exists():
-        info = dict(line.split("\t: ", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
-        cpu, flags = next((v for k, v in info.items() if k.strip() == "model name"), cpu), str(info)
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        cpu, flags = info.get("model name", cpu), info.get("flags", "")
     amx = "with AMX" if "amx_bf16" in flags else "no AMX (bf16 gains less)"
     gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
     return (f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
@@ -682,23 +693,23 @@ def main(cfg):
     chosen = cfg.only.split(",")
     if not set(chosen) <= set(SECTIONS):
         raise SystemExit(f"--only {cfg.only}: write some of {','.join(SECTIONS)}")
-    for name in ("batch", "tokens", "layers", "hidden", "vocab", "anchors", "negatives", "dim", "rows", "rounds",
-                 "step_rounds", "megabytes"):
+    for name in ("batch", "tokens", "layers", "hidden", "vocab", "anchors", "negatives", "dim", "rows",
+                 "rounds", "step_rounds", "megabytes"):
         if getattr(cfg, name) < 1:
             raise SystemExit(f"--{name} {getattr(cfg, name)}: must be 1 or more")
     if cfg.batch < 2 or cfg.rows < max(cfg.batch, cfg.anchors):
-        raise SystemExit(f"--batch {cfg.batch} --rows {cfg.rows}: needs 2 sequences, and a row for each of them and of "
-                         f"--anchors {cfg.anchors}")
+        raise SystemExit(f"--batch {cfg.batch} --rows {cfg.rows}: at least 2 sequences, and a row for each "
+                         f"of them and of --anchors {cfg.anchors}")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, start = init_world(cfg.device).device, time.monotonic()
     set_seed(0, 0)
     print0(machine(device))
-    print0(f"{'median of rounds, variants taking turns':<38}{'ms':>11}  {'min':>9} .. {'max':<9}{'tokens/s':>11}"
-           f"{'peak MB':>10}{'ratio':>9}")
-    print0(f"(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}. Peak memory: on top of the "
-           "inputs, first run; "
-           + ("torch.cuda.max_memory_allocated" if device.type == "cuda" else "PyTorch's allocator by torch.profiler"))
+    print0(f"{'median of the rounds':<38}{'ms':>11}  {'min':>9} .. {'max':<9}{'tokens/s':>11}{'peak MB':>10}"
+           f"{'ratio':>9}")
+    print0(f"(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}")
+    print0("peak MB: on top of weights and inputs, in the first run (a step's: gradients, AdamW's moments), by "
+           + ("torch.cuda.max_memory_allocated" if device.type == "cuda" else "torch.profiler"))
     out = {"machine": machine(device), "table": {}}
     for name in chosen:
         # losses.py computes without TF32, so its plain forms do; the step as distill.py runs it

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ class BERTConfig:
     dropout: float = 0.1
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
+    init_std: float = 0.02
 
     def __post_init__(self):
         sizes = ("vocab_size", "layers", "hidden", "heads", "intermediate", "max_positions", "type_vocab")
@@ -48,7 +50,7 @@ class BERTConfig:
 
 # 6L-512H is the ablation model of VidLanKD, 12L-768H is BERT-base
 SHAPES = {
-    "demo": dict(layers=2, hidden=128, heads=4, intermediate=512),
+    "demo": dict(layers=2, hidden=128, heads=4, intermediate=512, init_std=0.05),  # 0.02 is small for so few channels
     "6L-512H": dict(layers=6, hidden=512, heads=8, intermediate=2048),
     "12L-768H": dict(layers=12, hidden=768, heads=12, intermediate=3072),
 }
@@ -164,7 +166,7 @@ class BERT(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.pooler = nn.Linear(config.hidden, config.hidden) if pooler else None
-        self.apply(init_weights)
+        self.apply(partial(init_weights, std=config.init_std))
 
     def forward(self, ids, mask=None, segments=None, all_states=False):
         """Hidden states of a batch of sequences.
@@ -221,14 +223,14 @@ class BERT(nn.Module):
             tensors |= {HEAD_NAMES[ours][0]: value for ours, value in state.items()}
         settings = {"architectures": ["BertForMaskedLM" if head else "BertModel"], **HF_SETTINGS,
                     **{theirs: getattr(config, ours) for theirs, ours in HF_CONFIG.items()},
-                    "attention_probs_dropout_prob": config.dropout, "initializer_range": 0.02}
+                    "attention_probs_dropout_prob": config.dropout}
         write_folder(folder, "model.safetensors", tensors, "config.json", settings, vocab)
 
 
-def init_weights(module):
-    """Weights N(0, 0.02), biases 0 (Devlin et al. 2019); for `.apply`. LayerNorm keeps PyTorch's 1 and 0."""
+def init_weights(module, std):
+    """Weights N(0, std), biases 0 (Devlin et al. 2019: 0.02); for `.apply`. LayerNorm keeps PyTorch's 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
 
@@ -246,7 +248,7 @@ class MLMHead(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden, config.hidden)
         self.norm = nn.LayerNorm(config.hidden, eps=config.layer_norm_eps)
-        self.apply(init_weights)
+        self.apply(partial(init_weights, std=config.init_std))
         self.weight = embedding_weight
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
@@ -286,7 +288,7 @@ class VideoEncoder(nn.Module):
         self.position = nn.Embedding(max_frames, config.hidden)
         self.norm = nn.LayerNorm(config.hidden, eps=config.layer_norm_eps)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.apply(init_weights)
+        self.apply(partial(init_weights, std=config.init_std))
 
     def forward(self, frames, mask=None):
         """frames (B, F, D), mask (B, F) bool, True = real frame (at least one each), None = all -> (B, C)."""
@@ -349,7 +351,8 @@ def memory_report(model, config, batch, T):
 HF_CONFIG = {"vocab_size": "vocab_size", "num_hidden_layers": "layers", "hidden_size": "hidden",
              "num_attention_heads": "heads", "intermediate_size": "intermediate",
              "max_position_embeddings": "max_positions", "type_vocab_size": "type_vocab",
-             "hidden_dropout_prob": "dropout", "layer_norm_eps": "layer_norm_eps", "pad_token_id": "pad_id"}
+             "hidden_dropout_prob": "dropout", "layer_norm_eps": "layer_norm_eps", "pad_token_id": "pad_id",
+             "initializer_range": "init_std"}
 # the only values that our BERT can represent; but model_type, a config.json may leave them out
 HF_SETTINGS = {"model_type": "bert", "hidden_act": "gelu", "position_embedding_type": "absolute",
                "is_decoder": False}

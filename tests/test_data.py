@@ -668,25 +668,8 @@ def test_voken_clips_take_one_of_each_task_first(demo):
 
 def broken(folder):
     """howto with every kind of broken feature file and caption row; returns the arguments of pack_videos."""
-    names = [
-        "good",
-        "gone",
-        "nothing",
-        "cut",
-        "junk",
-        "nan",
-        "inf",
-        "flat",
-        "wide",
-        "long",
-        "pickled",
-        "norows",
-        "late",
-        "times",
-        "uneven",
-        "nocaptions",
-        "good2",
-    ]
+    names = ("good gone nothing cut junk nan inf flat wide long pickled norows late times uneven nocaptions "
+             "silent good2").split()
     args, f2 = howto(folder, names), folder / "f2"
     (f2 / "gone.npy").unlink()
     (folder / "f3" / "gone.npy").unlink()
@@ -706,6 +689,7 @@ def broken(folder):
     captions["late"]["start"][2], captions["late"]["end"][2] = 11, 30
     captions["times"]["end"][0] = "soon"
     captions["uneven"]["text"].pop()
+    captions["silent"]["text"] = ["", " ", "\u200b"]
     captions["other"] = captions["good"]
     del captions["nocaptions"]
     args["captions"].write_text(json.dumps(captions))
@@ -716,9 +700,9 @@ def test_every_broken_file_is_reported_at_once(vocab, tmp_path, capsys):
     args = broken(tmp_path)
     line = stop_line(data.pack_videos, vocab=vocab, **args)
     said = capsys.readouterr().out
-    assert line.startswith("videos: 16 problems in 17 videos (")
-    for count in ("2 missing", "2 empty", "3 damaged", "2 not finite", "3 mis-shaped", "1 times", "1 no captions"):
-        assert count in line and "2 captions" in line
+    assert line.startswith("videos: 17 problems in 18 videos (")
+    for count in ("2 missing", "2 empty", "3 damaged", "2 not finite", "3 mis-shaped", "2 no captions"):
+        assert count in line and "1 times, 2 captions" in line
     for text in (
         "missing: ",
         "f2/gone.npy",
@@ -736,12 +720,12 @@ def test_every_broken_file_is_reported_at_once(vocab, tmp_path, capsys):
         "long: 13 s of 2D features, 10.0 s of 3D",
         "norows.npy: shape (0, 4)",
         "late: 1 of 3 captions " "lie beyond",
-        "times: a time is no number",
+        "times: a time is no number of seconds",
         "uneven: 3 starts, 3 ends, 2 texts",
         "nocaptions: in ",
     ):
         assert text in said, text
-    assert (tmp_path / "videos.h5.problems.txt").read_text().count("\n") == 16
+    assert (tmp_path / "videos.h5.problems.txt").read_text().count("\n") == 17
     assert not (tmp_path / "videos.h5").exists() and not list(tmp_path.glob("*.tmp"))
 
 
@@ -749,8 +733,8 @@ def test_skip_bad_leaves_out_just_the_broken(vocab, tmp_path, capsys):
     counts = data.pack_videos(vocab=vocab, skip_bad=True, **broken(tmp_path))
     said = capsys.readouterr().out
     assert (
-        counts["problems"] == 16
-        and "left out 16 problems" in said
+        counts["problems"] == 17
+        and "left out 17 problems" in said
         and "1 videos with captions are not in" in said
     )
     maps = packed(tmp_path / "videos.h5")

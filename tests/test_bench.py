@@ -1,0 +1,125 @@
+"""bench.py: the plain forms mean what the equations say, unlike things get no ratio, memory is counted to the
+byte, and the command runs through at small sizes. No test asserts a speed.
+
+Run: python -m pytest -q tests/test_bench.py
+"""
+import copy
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+import losses
+from model import BERT
+
+CPU = torch.device("cpu")
+SMALL = bench.Config(batch=4, tokens=8, layers=1, hidden=64, vocab=300, anchors=3, negatives=16, dim=8,
+                     rows=120, megabytes=1, rounds=1, step_rounds=1)
+NUMBERS = {"nst": ("nst.ratio_loop", "nst.ratio_bmm", "nst.peak_mb"),
+           "crd": ("crd.ratio_gather", "crd.update_ms.4", "crd.update_ms.120"),
+           "mlm_head": ("mlm_head.ratio_all",), "hinge": (), "soft": (), "voken": (),
+           "step": ("step.ratio_fp32", "step.ratio_bf16", "step.kd_share")}
+
+
+def test_every_section_runs_and_writes_its_numbers(tmp_path, capsys):
+    path = tmp_path / "bench.json"
+    out = bench.main(replace(SMALL, only=",".join(NUMBERS), json=str(path)))
+    written = json.loads(path.read_text())
+    for name in sum(NUMBERS.values(), ()):
+        assert math.isfinite(out[name]) and out[name] > 0 and written[name] == out[name], name
+    rows = [row for section in out["table"].values() for row in section.values()]
+    assert len(rows) >= 20 and all(0 < row["low"] <= row["ms"] <= row["high"] for row in rows)
+    printed = capsys.readouterr().out
+    assert torch.__version__ in printed and "AMX" in printed and "scaled to the batch" in printed
+    loop, *_, ours = out["table"]["nst, gaussian kernel: B 4, T 8, d 64"].values()
+    assert out["nst.ratio_loop"] == loop["ms"] / ours["ms"] and out["nst.peak_mb"] == ours["peak_mb"]
+
+
+def test_text_prints_both_rates(tmp_path, capsys):
+    source = tmp_path / "text.txt"
+    bench.write_text(source, 200_000)
+    assert 150_000 < source.stat().st_size < 250_000
+    out = bench.main(replace(SMALL, only="text", text=str(source)))
+    assert out["text.mb_per_s"] > 0 and out["text.encode_batch_mb_per_s"] > 0
+    assert "encode_batch" in capsys.readouterr().out
+
+
+def test_nst_forms_equal_the_equation():
+    s, t = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    wanted = 0.0
+    for S, T in zip(F.normalize(s, dim=1), F.normalize(t, dim=1)):
+        def k(x, y):
+            return math.exp(-float((x - y).square().sum()) / 2)
+        S, T = S.T, T.T
+        wanted += sum(k(a, b) for a in S for b in S) / 9 + sum(k(a, b) for a in T for b in T) / 9
+        wanted -= 2 * sum(k(a, b) for a in S for b in T) / 9
+    assert bench.nst_loop(s, t, bench.gaussian_broadcast).item() == pytest.approx(wanted / 2, rel=1e-12)
+    assert bench.nst_batched(s, t, bench.squared_distances).item() == pytest.approx(wanted / 2, rel=1e-12)
+
+
+def test_crd_gather_equals_a_literal_eq_8():
+    bank = bench.full_bank(SMALL.rows, SMALL, CPU)
+    z_s, z_t = (F.normalize(x, dim=-1) for x in torch.randn(2, 3, SMALL.dim))
+    slots, drawn = torch.tensor([5, 6, 7]), torch.randint(SMALL.rows, (3, 16))
+    drawn[1, 2] = 6                                        # its own row: left out
+    bank.set_z(z_s, z_t, slots.numpy(), drawn[0].numpy())
+    wanted, ratio = 0.0, 16 / SMALL.rows
+    for a in range(3):
+        for z, other, rows, log_z in ((z_s, z_t, bank.z_t, bank.log_z[0]),
+                                      (z_t, z_s, bank.z_s, bank.log_z[1])):
+            def h(row):
+                e = math.exp(float(z[a] @ row) / 0.07) / math.exp(log_z)
+                return e / (e + ratio)
+            wanted -= math.log(h(other[a]))
+            wanted -= sum(math.log(1 - h(rows[i])) for i in drawn[a].tolist() if i != slots[a])
+    assert bench.crd_gather(z_s, z_t, slots, bank, drawn).item() == pytest.approx(wanted / 3, rel=1e-4)
+
+
+def test_eager_bert_equals_ours_and_trains_its_own_weights():
+    ours = BERT(bench.bert_config(SMALL)).eval()
+    eager = bench.eager(copy.deepcopy(ours)).eval()
+    ids = torch.randint(SMALL.vocab, (2, 8))
+    assert torch.allclose(eager(ids), ours(ids), atol=1e-5)
+    eager(ids).square().sum().backward()
+    assert all(p.grad is not None for layer in eager.layers for p in layer.parameters())
+    assert sum(p.numel() for p in eager.parameters()) == sum(p.numel() for p in ours.parameters())
+
+
+def test_released_nst_has_the_polynomial_gradient():
+    s, t = torch.randn(3, 6, 4, requires_grad=True), torch.randn(3, 6, 4)
+    released = bench.nst_loop(s, t, bench.poly_broadcast, teacher_term=False)
+    ours = losses.nst(s, t, torch.ones(3, 6, dtype=torch.bool), "poly")
+    assert torch.allclose(*(torch.autograd.grad(x, s)[0] for x in (released, ours)), atol=1e-6)
+
+
+def test_unlike_things_get_no_ratio(monkeypatch):
+    nst = losses.nst
+    monkeypatch.setattr(losses, "nst", lambda *args, **kwargs: 1.01 * nst(*args, **kwargs))
+    with pytest.raises(SystemExit, match="loop: plain form and ours differ"):
+        bench.main(replace(SMALL, only="nst"))
+
+
+def test_peak_memory_is_exact():
+    def run():
+        a, b = torch.ones(1_000_000), torch.ones(1_000_000)
+        del a
+        c = torch.ones(1_000_000)
+        del b, c
+    assert bench.peak_mb(run, CPU) == 8.0
+
+
+def test_a_scaled_loop_is_reported_for_the_batch(monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda run, device, repeats=1: 0.25)
+    row = bench.measure("x", {"loop": (lambda: None, 16)}, CPU, 3)["loop"]
+    assert row["ms"] == row["low"] == row["high"] == 4000.0
+
+
+@pytest.mark.parametrize("wrong, message", [(dict(only="nst,foo"), "--only"), (dict(rounds=0), "--rounds"),
+                                            (dict(batch=1), "--batch"), (dict(rows=2), "--rows")])
+def test_bad_flags_are_named(wrong, message):
+    with pytest.raises(SystemExit, match=message):
+        bench.main(replace(SMALL, **wrong))
