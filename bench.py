@@ -269,6 +269,19 @@ def train_step(student, optimizer, loss):
 # ---------------------------------------------------------------------------- measuring
 
 
+@contextlib.contextmanager
+def silent_stderr():
+    """Nothing reaches file descriptor 2: some versions of torch.profiler log each start and stop there."""
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
 def peak_mb(run, device):
     """Runs it; the most memory that it held at once, on top of what was there before, in MB (1e6 bytes).
 
@@ -285,7 +298,7 @@ def peak_mb(run, device):
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         cpu = torch.profiler.ProfilerActivity.CPU
-        with torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
+        with silent_stderr(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
             run()
         profile.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text())["traceEvents"]
@@ -708,7 +721,7 @@ def main(cfg):
     print0(f"{'median of the rounds':<38}{'ms':>11}  {'min':>9} .. {'max':<9}{'tokens/s':>11}{'peak MB':>10}"
            f"{'ratio':>9}")
     print0(f"(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}")
-    print0("peak MB: on top of weights and inputs, in the first run (a step's: gradients, AdamW's moments), by "
+    print0("peak MB: on top of weights and inputs, in the first run (a step's: gradients, AdamW moments), by "
            + ("torch.cuda.max_memory_allocated" if device.type == "cuda" else "torch.profiler"))
     out = {"machine": machine(device), "table": {}}
     for name in chosen:

@@ -2,6 +2,7 @@
 
 Nothing here learns: models are in model.py, objectives in losses.py, and each script writes out its own loop.
 """
+import ctypes
 import dataclasses
 import difflib
 import hashlib
@@ -134,6 +135,8 @@ def init_world(device="auto"):
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if not use_cuda:
+        keep_freed_memory()
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if use_cuda:
         if local >= torch.cuda.device_count():
@@ -146,6 +149,17 @@ def init_world(device="auto"):
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
     return World(rank, size, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+
+
+def keep_freed_memory():
+    """Has glibc keep what is freed: by default large tensors go back to the system, and each step faults them in anew."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0)
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
 
 
 def end_world():
