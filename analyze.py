@@ -85,6 +85,8 @@ def noun_vectors(encode, blocks, vocab, nouns, occurrences=20, scan=4000, batch_
 
 # ---------------------------------------------------------------------------- what a model learned
 
+PERCEPTUAL = ("material", "colour", "size", "order")  # what the demo's videos show and its text never says
+
 
 def mean_state(h, mask):
     """(B, T, C) -> (B, C): mean over the real tokens (VidLanKD, Appendix E)."""
@@ -132,7 +134,8 @@ def probes(bert, blocks, latents, device):
     x = noun_vectors(lambda ids: bert(ids.to(device)), blocks, blocks.vocab, nouns)
     held_out = torch.tensor([latents["nouns"][noun]["split"] == "dev" for noun in nouns])
     found = {}
-    for name, values in latents["properties"].items():
+    for name in PERCEPTUAL:
+        values = latents["properties"][name]
         labels = torch.tensor([values.index(latents["nouns"][noun][name]) for noun in nouns])
         split = x[~held_out], labels[~held_out], x[held_out], labels[held_out]
         near, chance = neighbour_probe(*split)

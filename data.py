@@ -1021,8 +1021,8 @@ OTHERS = "crowd voice fog price rumor army road moon river night choir wind".spl
 PEOPLE = ["someone", "the man", "the woman", "a child", "my neighbour", "the guest"]
 # share of each latent in a frame; its vector has length about 4, noise is 0.5 a channel. The material leads:
 # where actions are as strong, the teacher aligns on actions alone and has nothing to teach about nouns
-APPEARANCE = {"material": 1.0, "noun": 0.4, "colour": 0.8, "size": 0.8, "scene": 0.4}
-EFFECT_2D, ACTION_3D, EFFECT_3D, ORDER_3D, NOISE = 0.5, 0.1, 0.1, 1.5, 0.5
+APPEARANCE = {"material": 1.0, "noun": 0.4, "colour": 0.6, "size": 0.6, "scene": 0.4}
+EFFECT_2D, ACTION_3D, EFFECT_3D, ORDER_3D, NOISE = 0.5, 0.1, 0.1, 1.0, 0.5
 VIDEOS, CLIPS, SECONDS, CHANNELS, SENTENCES, PIECES = 2000, 4, 6, 64, 32000, 760
 TASK_SIZES = {"train": 1000, "dev": 500, "dev_seen": 500}
 

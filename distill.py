@@ -39,7 +39,7 @@ class Config:
     train: str = ""  # packed text: files of data.py text, or a glob; empty = the demo world
     val: str = ""  # packed text to evaluate on; empty = the last 1 % of the blocks
     videos: str = ""  # packed clips for the retrieval part of the closing table; empty = the demo world's, or none
-    block_size: int = 48  # tokens of a sequence, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of a sequence, [CLS] and [SEP] included
     eval_blocks: int = 2000  # validation blocks that are read
     # models
     teacher: str = ""  # a run of teacher.py or a Hugging Face BERT folder; empty = the demo world's teacher
@@ -63,8 +63,8 @@ class Config:
     nst_kernel: str = "gaussian"  # k of Eq. 7: gaussian (sigma 1), poly or linear
     nst_normalize: bool = True  # L2-normalise each neuron's pattern; false = Eq. 7 to the letter, whose gradient vanishes
     crd_level: str = "token"  # an anchor is a token, or a sentence = the mean over its real tokens
-    crd_tokens: int = 512  # anchors of the global batch, token level
-    crd_negatives: int = 4096  # N of Eq. 8, shared by the batch
+    crd_tokens: int = 192  # anchors of the global batch, token level
+    crd_negatives: int = 512  # N of Eq. 8, shared by the batch
     crd_dim: int = 128  # E: width of f_1 and f_2
     crd_tau: float = 0.07  # temperature
     crd_momentum: float = 0.5  # of a bank row, sentence level; token rows are replaced
@@ -78,12 +78,12 @@ class Config:
     # optimizer
     batch_size: int = 96  # sequences a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
-    lr: float = 1e-3  # peak learning rate of AdamW
+    lr: float = 2e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
     clip: float = 1.0  # largest norm of the gradient; 0 = off
-    warmup_steps: int = 30  # linear warm-up
-    max_steps: int = 300  # then linearly to 0; 0 = as many as --epochs takes
+    warmup_steps: int = 60  # linear warm-up
+    max_steps: int = 600  # then linearly to 0; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the corpus, where max_steps is 0
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
@@ -95,10 +95,10 @@ class Config:
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     # logging
-    log_every: int = 20  # steps a log line
-    grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
-    eval_every: int = 100  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    log_every: int = 25  # steps a log line
+    grad_every: int = 200  # steps between measurements of each term's gradient; a multiple of log_every
+    eval_every: int = 200  # steps between evaluations
+    save_every: int = 200  # steps between checkpoints
 
     def __post_init__(self):
         chosen = self.objective.split("+")
@@ -130,7 +130,7 @@ FIXED = ("train", "val", "block_size", "teacher", "model", "layers", "hidden", "
          "batch_size", "seed")
 
 # VidLanKD 4.3 and the released scripts (batch 256): 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H
-SMALL = dict(model="6L-512H", block_size=128, batch_size=256, lr=2e-4, beta2=0.999, warmup_steps=10_000, max_steps=0,
+SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4, beta2=0.999, warmup_steps=10_000, max_steps=0,
              epochs=40.0, eval_every=2000, save_every=2000, grad_every=1000, log_every=100)
 BASE = SMALL | dict(model="12L-768H", warmup_steps=5000, max_steps=500_000, epochs=0.0)
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(w_nst=1.0)}
@@ -414,7 +414,7 @@ def main(cfg, reuse=False):
         student.bert.load_state_dict(BERT.from_pretrained(source).state_dict())
     student.to(world.device)
     print0(memory_report(student, config, cfg.batch_size // ranks, cfg.block_size))
-    optimizer = torch.optim.AdamW(param_groups(student, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8)
+    optimizer = torch.optim.AdamW(param_groups(student, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
 
     # resume
