@@ -1,21 +1,24 @@
 """Looks into trained models: retrieval, probes of perceptual properties, learning curves.
 
-    python analyze.py curves --out docs/demo.png            # the newest demo run: losses, gradients, what it learned
-    python analyze.py clips --out docs/clips.png            # sentences and the clips that the student retrieves
+    python analyze.py curves                # docs/curves.png: losses and gradients of the newest run
+    python analyze.py clips                 # docs/clips.png: captions and the clips that are retrieved
+    python analyze.py table out/distill-*   # results of several runs, a row each
 """
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import data
 from common import move
 
 
 def recall(query, target, ks=(1, 5, 10), chunk=1024):
-    """Share of the queries whose own target is among the k nearest by cosine; equal scores count against the query.
+    """Share of the queries whose own target is among the k nearest by cosine; ties count against the query.
 
     query, target: (n, C), row i of both belong together. Returns {"1": share, ...}; by chance it is k / n.
     """
@@ -24,9 +27,14 @@ def recall(query, target, ks=(1, 5, 10), chunk=1024):
     for i in range(0, len(query), chunk):
         scores = query[i:i + chunk] @ target.T  # (chunk, n)
         own = scores.gather(1, torch.arange(i, i + len(scores))[:, None])
-        ranks.append((scores >= own).sum(1) - 1)
+        ranks.append((~(scores < own)).sum(1) - 1)  # NaN counts against it, too
     ranks = torch.cat(ranks)
     return {str(k): (ranks < k).float().mean().item() for k in ks}
+
+
+def nearest(query, target):
+    """Index of the target of highest cosine for each query: (n, C), (m, C) -> (n,)."""
+    return (F.normalize(query.float(), dim=-1) @ F.normalize(target.float(), dim=-1).T).argmax(1)
 
 
 def ridge(x, y, strength=0.01):
@@ -49,7 +57,7 @@ def linear_probe(x_train, labels_train, x_test, labels_test):
 
 
 def neighbour_probe(x_train, labels_train, x_test, labels_test, k=5):
-    """Share of the k nearest training items (cosine of centred vectors) that have the test item's label; and by chance."""
+    """Share of the k nearest training items (cosine, centred) with the test item's label; and by chance."""
     mean = x_train.mean(0)
     scores = F.normalize(x_test - mean, dim=-1) @ F.normalize(x_train - mean, dim=-1).T
     near = labels_train[scores.topk(k, 1).indices]  # (n_test, k)
@@ -72,7 +80,7 @@ def noun_vectors(encode, blocks, vocab, nouns, occurrences=20, scan=4000, batch_
             hit &= ids[:, i:ids.shape[1] - len(word) + 1 + i] == piece
         rows, columns = hit.nonzero()
         if not len(rows):
-            raise SystemExit(f"the noun {nouns[len(places)]} does not occur in the first {len(ids):,} blocks of the corpus")
+            raise SystemExit(f"the first {len(ids):,} blocks of the corpus do not hold {nouns[len(places)]}")
         places.append((rows[:occurrences], columns[:occurrences]))
     needed = np.unique(np.concatenate([rows for rows, _ in places]))
     states = {}
@@ -95,40 +103,44 @@ def mean_state(h, mask):
 
 @torch.no_grad()
 def vectors(encode, clips, index, device, batch_size=128):
-    """encode(batch) -> (b, C), over the clips `index`, each with its own caption alone -> (n, C) float32 on the CPU."""
-    parts = [encode(move(clips.clips(index[i:i + batch_size]), device)).float().cpu()
+    """encode(batch) -> tuple of (b, C), over the clips `index` with one caption each -> tuple of (n, C)."""
+    parts = [encode(move(clips.clips(index[i:i + batch_size]), device))
              for i in range(0, len(index), batch_size)]
-    return torch.cat(parts)
+    return tuple(torch.cat([x.float().cpu() for x in column]) for column in zip(*parts))
 
 
+@torch.no_grad()
 def retrieval(bert, video, train, val, device, aligned=None, fit=4000):
     """Text-to-video recall@1/5/10 on the held-out clips, in three spaces (Fig. 4 of VidLanKD).
 
-    bert: ids, mask -> (B, T, C); video: frames, mask -> (B, C_v); train, val: data.VideoClips. aligned: (text, clip), the
-    maps from h, mask and from v into the space in which the model's objective compares them, or None.
-    -> {"aligned": ..., "mean state": the paper's recipe, None where the widths differ, "ridge": after one ridge map
-    from mean state to v, fitted on `fit` training clips, the same for every model}, each {k: share}.
+    bert: ids, mask -> (B, T, C); video: frames, mask -> (B, C_v); train, val: data.VideoClips. aligned: the
+    maps (text, clip) from h, mask and from v into the space in which the objective compares them, or None.
+    -> {"aligned": ..., "mean state": the paper's recipe, None where the widths differ, "ridge": after one
+    ridge map from mean state to v, fitted on `fit` training clips, alike for every model}, each {k: share},
+    and "nearest": each caption's first clip, aligned where there is such a space, else after the ridge map.
     """
+    def encode(batch):
+        h = bert(batch["ids"], batch["mask"])
+        v = video(batch["frames"], batch["frame_mask"])
+        query, target = (aligned[0](h, batch["mask"]), aligned[1](v)) if aligned else (v, v)
+        return mean_state(h, batch["mask"]), v, query, target
+
     fit_index = np.linspace(0, len(train) - 1, min(fit, len(train))).astype(np.int64)
-    index = np.arange(len(val))
-    v_fit, v = (vectors(lambda b: video(b["frames"], b["frame_mask"]), c, i, device)
-                for c, i in ((train, fit_index), (val, index)))
-    x_fit, x = (vectors(lambda b: mean_state(bert(b["ids"], b["mask"]), b["mask"]), c, i, device)
-                for c, i in ((train, fit_index), (val, index)))
-    found = {"aligned": None, "mean state": recall(x, v) if x.shape == v.shape else None, "ridge": recall(ridge(x_fit, v_fit)(x), v)}
+    x_fit, v_fit, *_ = vectors(encode, train, fit_index, device)
+    x, v, query, target = vectors(encode, val, np.arange(len(val)), device)
+    mapped = ridge(x_fit, v_fit)(x)
+    found = {"aligned": None, "mean state": recall(x, v) if x.shape == v.shape else None,
+             "ridge": recall(mapped, v), "nearest": nearest(mapped, v).tolist()}
     if aligned:
-        text, clip = aligned
-        query = vectors(lambda b: text(bert(b["ids"], b["mask"]), b["mask"]), val, index, device)
-        with torch.no_grad():
-            found["aligned"] = recall(query, clip(v.to(device)).cpu())
+        found |= {"aligned": recall(query, target), "nearest": nearest(query, target).tolist()}
     return found
 
 
 def probes(bert, blocks, latents, device):
     """How far a noun's vector tells its perceptual properties, for nouns held out from the probe.
 
-    -> {property: {"linear": accuracy of a linear classifier, "neighbours": share of the same property among the 5 nearest
-    nouns of the other split, "linear_chance": 1 / values, "neighbours_chance": of any noun of the other split}}.
+    -> {property: {"linear": accuracy of a linear classifier, "neighbours": share of the same property among
+    the 5 nearest nouns of the other split, "linear_chance": 1 / values, "neighbours_chance": of any}}.
     """
     nouns = sorted(latents["nouns"])
     x = noun_vectors(lambda ids: bert(ids.to(device)), blocks, blocks.vocab, nouns)
@@ -144,43 +156,95 @@ def probes(bert, blocks, latents, device):
     return found
 
 
+@torch.no_grad()
+def shared_neighbours(bert, other, blocks, device, k=10, n=1000):
+    """Share of the k nearest blocks, by cosine of centred mean states, on which two models agree; n blocks,
+    None where there are fewer than k + 2.
+
+    bert, other: ids (b, T) -> (b, T, C); it compares what two models hold alike, whatever their widths.
+    """
+    n = min(n, len(blocks))
+    if n < k + 2:
+        return None
+
+    def neighbours(encode):
+        x = torch.cat([encode(blocks.batch(part)["ids"].to(device)).float().mean(1).cpu()
+                       for part in np.array_split(np.arange(n), math.ceil(n / 64))])
+        x = F.normalize(x - x.mean(0), dim=-1)
+        scores = (x @ x.T).fill_diagonal_(-2)
+        return torch.zeros_like(scores).scatter_(1, scores.topk(k, 1).indices, 1)
+    return (neighbours(bert) * neighbours(other)).sum(1).mean().item() / k
+
+
+@torch.no_grad()
+def fill_in(bert, head, vocab, ids, place, device):
+    """Text of a sequence ids (T,) with [MASK] at `place`, and the three likeliest words: [(word, share)]."""
+    masked = ids.clone()
+    masked[place] = vocab.mask
+    best = head(bert(masked[None].to(device))[0, place]).float().softmax(-1).topk(3)
+    text = vocab.decode(masked[1:-1].tolist())
+    return text, [(vocab.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def clip_states(latents, clips):
+    """The latent state of each of the demo's clips, in the order of data.VideoClips `clips`."""
+    states = {(state["video_id"], state["caption"]): state for state in latents["clips"]}
+    videos = clips.video_of(np.arange(len(clips)))
+    number = np.arange(len(clips)) - np.searchsorted(videos, videos)  # of a caption in its video
+    return [states[clips.video_id[v].decode(), int(n)] for v, n in zip(videos, number)]
+
+
+def describe(state):
+    """One line on a clip's latent state."""
+    effect = f", it {state['effect']}" if state["effect"] else ""
+    return (f"{state['size']} {state['colour']} {state['material']} {state['noun']}, {state['scene']}: "
+            f"{state['action']}{effect} ({state['order']})")
+
+
 def closing_table(columns, n_clips):
-    """The aligned text of the closing table. columns: {model: {"mlm_loss", "mlm_accuracy", "retrieval", "probes"}}."""
+    """The aligned text of the closing table.
+
+    columns: {model: {"mlm_loss", "mlm_accuracy", "neighbours", "retrieval", "probes"}}, what was not measured
+    missing or None; n_clips: held-out clips, 0 without retrieval. All but the loss in percent.
+    """
     def percent(value):
         return "-" if value is None else f"{100 * value:.1f}"
 
     def shares(found):
         return "-" if found is None else " / ".join(percent(found[k]) for k in ("1", "5", "10"))
 
-    rows = [["", *columns, "chance"],
-            ["masked words: loss", *(f"{c['mlm_loss']:.3f}" if c["mlm_loss"] is not None else "-" for c in columns.values()), "-"],
-            ["masked words: accuracy", *(percent(c["mlm_accuracy"]) for c in columns.values()), "-"]]
-    if n_clips:
-        by_chance = shares({str(k): k / n_clips for k in (1, 5, 10)})
-        for space, title in (("aligned", "aligned space"), ("mean state", "mean state, as it is"), ("ridge", "after one ridge map")):
-            rows.append([f"text-to-video R@1/5/10: {title}", *(shares(c["retrieval"][space]) for c in columns.values()), by_chance])
-    found = next(iter(columns.values())).get("probes", {})
-    for name in found:
+    every = list(columns.values())
+    loss = ["-" if column.get("mlm_loss") is None else f"{column['mlm_loss']:.3f}" for column in every]
+    rows = [["", *columns, "chance"], ["masked words: loss", *loss, "-"],
+            ["masked words: accuracy", *(percent(column.get("mlm_accuracy")) for column in every), "-"],
+            ["10 nearest blocks shared with the teacher",
+             *(percent(column.get("neighbours")) for column in every), "-"]]
+    spaces = {"aligned": "aligned space", "mean state": "mean state as it is", "ridge": "after one ridge map"}
+    for space, title in spaces.items():
+        if n_clips:
+            rows.append([f"text-to-video R@1/5/10: {title}",
+                         *(shares(column["retrieval"][space]) for column in every),
+                         shares({str(k): k / n_clips for k in (1, 5, 10)})])
+    for name, chance in (every[-1].get("probes") or {}).items():
         for kind, title in (("linear", "linear probe"), ("neighbours", "5 nearest nouns")):
-            rows.append([f"{name} of held-out nouns: {title}", *(percent(c["probes"][name][kind]) for c in columns.values()),
-                         percent(found[name][kind + "_chance"])])
-    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(row[1:], width[1:]))]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+            rows.append([f"{name} of held-out nouns: {title}",
+                         *(percent(column["probes"][name][kind]) for column in every),
+                         percent(chance[kind + "_chance"])])
+    return aligned(rows)
 
 
 # ---------------------------------------------------------------------------- figures
 
 
 def newest_run(out="out"):
-    """The folder of the latest finished distillation with an objective, by its stored finish time."""
+    """The folder of the latest distillation on the demo with an objective, by its stored finish time."""
     found = []
     for path in Path(out).glob("distill-*/results.json"):
         results = json.loads(path.read_text())
-        if results.get("objective", "none") != "none" and "finished" in results:
+        if "finished" in results and "table" in results and "probes" in results:
             found.append((results["finished"], path.parent))
     if not found:
-        raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd first")
+        raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd")
     return max(found)[1]
 
 
@@ -192,64 +256,159 @@ def finished_results(run):
     return json.loads(path.read_text())
 
 
-def curves(run, out):
-    """PNG of a distillation: its terms, the gradient that each sends, and what student, text-only and teacher know."""
+def grid(rows, columns, width, height):
+    """A matplotlib figure of rows x columns panels of width x height inches, without a screen; its axes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), constrained_layout=True,
+                        squeeze=False)
+
+
+def curves(run, out):
+    """PNG of a distillation: its terms, the gradient that each sends, and what each model has learned."""
     results = finished_results(run)
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
-    terms = [line for line in lines if "lr" in line]
-    gradients = [line for line in lines if "gradient_mlm" in line]
-    names = [name for name in ("mlm", "soft", "l2", "voken", "nst", "crd") if name in terms[0]]
-    figure, axes = plt.subplots(1, 4, figsize=(17, 3.8), constrained_layout=True)
-    colours = dict(zip(("mlm", "soft", "l2", "voken", "nst", "crd"), plt.cm.tab10.colors))
-    for name in names:
+    terms, gradients, validation = ([line for line in lines if key in line]
+                                    for key in ("lr", "gradient_mlm", "val_mlm_loss"))
+    if not terms or not gradients:
+        raise SystemExit(f"{run}/log.jsonl: too few steps to draw; train for more than --log_every")
+    table = results.get("table", {results["objective"]: results})
+    has_retrieval = all(column.get("retrieval") for column in table.values())
+    figure, ((decline, gradient, *rest),) = grid(1, 2 + has_retrieval + ("probes" in results), 4.3, 3.8)
+    for name in (name for name in ("mlm", "soft", "l2", "voken", "nst", "crd") if name in terms[0]):
         values = np.array([line[name] for line in terms])
-        axes[0].plot([line["step"] for line in terms], values / values[0], label=f"{name} (from {values[0]:.3g})", color=colours[name])
-        axes[1].plot([line["step"] for line in gradients], [line["gradient_" + name] for line in gradients], "o-", label=name,
-                     color=colours[name])
-    validation = [line for line in lines if "val_mlm_loss" in line]
-    axes[0].plot([line["step"] for line in validation], [line["val_mlm_loss"] / terms[0]["mlm"] for line in validation], "k.--",
-                 label="mlm, held-out text", linewidth=1)
-    axes[0].set(title="terms, relative to their start", xlabel="step", ylim=(0, None))
-    axes[1].set(title="weighted gradient into the last hidden states", xlabel="step", yscale="log")
-    table = results["table"]
-    bars(axes[2], "text-to-video recall after one ridge map, %", [f"R@{k}" for k in (1, 5, 10)],
-         {model: [100 * column["retrieval"]["ridge"][str(k)] for k in (1, 5, 10)] for model, column in table.items()},
-         [100 * k / results["clips"] for k in (1, 5, 10)])
-    properties = list(results["probes"])
-    bars(axes[3], "linear probe of held-out nouns, %", properties,
-         {model: [100 * column["probes"][p]["linear"] for p in properties] for model, column in table.items()},
-         [100 * results["probes"][p]["linear_chance"] for p in properties])
-    for axis in axes:
-        axis.legend(fontsize=8, frameon=False)
+        decline.plot([line["step"] for line in terms], values / values[0],
+                     label=f"{name} (from {values[0]:.3g})")
+        gradient.plot([line["step"] for line in gradients], [line["gradient_" + name] for line in gradients],
+                      "o-", label=name)
+    decline.plot([line["step"] for line in validation],
+                 [line["val_mlm_loss"] / terms[0]["mlm"] for line in validation], "k.--",
+                 label="mlm, held-out text")
+    decline.set(title="terms, relative to their start", xlabel="step", ylim=(0, 1.1))
+    gradient.set(title="weighted gradient into the last states", xlabel="step", yscale="log")
+    if has_retrieval:
+        bars(rest[0], "text-to-video recall after one ridge map, %", [f"R@{k}" for k in (1, 5, 10)],
+             {model: [100 * column["retrieval"]["ridge"][str(k)] for k in (1, 5, 10)]
+              for model, column in table.items()},
+             [100 * k / results["clips"] for k in (1, 5, 10)])
+    if "probes" in results:
+        bars(rest[-1], "linear probe of held-out nouns, %", list(results["probes"]),
+             {model: [100 * found["linear"] for found in column["probes"].values()]
+              for model, column in table.items()},
+             [100 * found["linear_chance"] for found in results["probes"].values()])
+    for axis in figure.axes:
+        axis.title.set_fontsize(10)
+        axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=2 if axis in rest else 1)
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(out, dpi=110)
     print(f"wrote {out}: {run}")
 
 
 def bars(axis, title, groups, values, chance):
-    """Grouped bars, one group a measure and one bar a model, with a tick at chance. values: {model: [a value a group]}."""
+    """Grouped bars: a group a measure, a bar a model, a line at chance. values: {model: [one a group]}."""
     width = 0.8 / len(values)
     for i, (model, heights) in enumerate(values.items()):
         axis.bar(np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width, heights, width, label=model)
     for x, level in enumerate(chance):
-        axis.plot([x - 0.42, x + 0.42], [level, level], "k:", linewidth=1.2, label="chance" if x == 0 else None)
-    axis.set(title=title, xticks=range(len(groups)), xticklabels=groups)
+        axis.plot([x - 0.42, x + 0.42], [level, level], "k:", label="chance" if x == 0 else None)
+    axis.set(title=title, xticks=range(len(groups)), xticklabels=groups, ylim=(0, 125),
+             yticks=range(0, 101, 20))
+
+
+# how a clip is drawn: the material as a form (corners, 0 polygon or 1 star), the size as its size
+FORMS = {"glass": (3, 0), "ceramic": (4, 0), "metal": (5, 0), "wood": (6, 0), "stone": (8, 0),
+         "cloth": (3, 1), "paper": (4, 1), "plastic": (5, 1), "rubber": (6, 1), "wax": (8, 1)}
+SIZES = {"small": 60, "medium": 160, "large": 340}
+
+
+def draw_clip(axis, state, mark):
+    """A clip of the demo as six frames: form = material, colour, size; it turns (spins) or leans (tilts)
+    around the middle, and pales from the fourth second on where the action has an effect."""
+    for second in range(6):
+        turn = {2: 20, 3: 40, 4: 60}.get(second, 0)
+        spins = state["order"] == "spins first"
+        axis.scatter(second, 0 if spins else turn / 150, SIZES[state["size"]], state["colour"],
+                     marker=(*FORMS[state["material"]], turn if spins else 0),
+                     alpha=0.4 if state["effect"] and second > 2 else 0.9)
+    axis.set(xlim=(-0.7, 5.7), ylim=(-0.8, 0.8), xticks=[], yticks=[])
+    axis.set_xlabel(describe(state), fontsize=6.5, labelpad=2)
+    for side in axis.spines.values():
+        side.set_color(mark)
+
+
+def clips(run, out, rows=6):
+    """PNG of held-out captions of the demo, each with its own clip and what every model retrieves first.
+
+    A frame is green where the clip is the caption's own, blue where it shows the same noun, grey elsewhere.
+    """
+    results, config = finished_results(run), json.loads((Path(run) / "config.json").read_text())["config"]
+    world = Path(config["data_dir"]) / f"demo-s{config['seed']}"
+    if config["train"] or "table" not in results:
+        raise SystemExit(f"{run}: not a distillation on the demo world; only its clips can be drawn")
+    held_out = data.VideoClips(world / "videos.h5", config["block_size"], part="val",
+                               val_clips=results["clips"])
+    states = clip_states(json.loads((world / "raw" / "latents.json").read_text()), held_out)
+    chosen = [i for i, state in enumerate(states) if state["noun"] in state["text"]]
+    chosen = chosen[::max(1, len(chosen) // rows)][:rows]
+    models = {name: column["retrieval"]["nearest"] for name, column in results["table"].items()}
+    figure, axes = grid(rows, 1 + len(models), 3.4, 1.1)
+    for row, i in enumerate(chosen):
+        draw_clip(axes[row, 0], states[i], "green")
+        axes[row, 0].set_title(f'"{states[i]["text"]}"', fontsize=8, loc="left")
+        for column, (name, found) in enumerate(models.items(), 1):
+            state = states[found[i]]
+            draw_clip(axes[row, column], state, "green" if found[i] == i else
+                      "blue" if state["noun"] == states[i]["noun"] else "lightgrey")
+            if row == 0:
+                axes[row, column].set_title(f"{name} retrieves", fontsize=8)
+    figure.savefig(out, dpi=110)
+    print(f"wrote {out}: {run}")
+
+
+def table(runs):
+    """Prints one aligned row a run: masked words, retrieval after the ridge map, and probes of held-out nouns
+    (linear / 5 nearest), all but the loss in percent."""
+    rows = []
+    for run in runs:
+        results = finished_results(run)
+        row = {"run": Path(run).name, "mlm loss": f"{results['mlm_loss']:.3f}",
+               "accuracy": f"{100 * results['mlm_accuracy']:.1f}"}
+        if "retrieval" in results:
+            row["ridge R@10"] = f"{100 * results['retrieval']['ridge']['10']:.1f}"
+        if results.get("neighbours") is not None:
+            row["teacher's neighbours"] = f"{100 * results['neighbours']:.1f}"
+        for name, found in results.get("probes", {}).items():
+            row[name] = f"{100 * found['linear']:.1f} / {100 * found['neighbours']:.1f}"
+        rows.append(row)
+    print(aligned([list(rows[0]), *([row.get(key, "-") for key in rows[0]] for row in rows)]))
+
+
+def aligned(rows):
+    """Text of a table: the first column to the left, the others to the right, a line under the head."""
+    width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(row[1:], width[1:]))])
+             for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, help in (("curves", "figure of a distillation's curves and results"),
-                       ("clips", "figure of the clips that teacher and student retrieve for held-out captions")):
-        command = commands.add_parser(name, help=help)
+    for name, text in (("curves", "figure of a distillation's curves and of what was learned"),
+                       ("clips", "figure of the clips that each model retrieves for held-out captions")):
+        command = commands.add_parser(name, help=text)
         command.add_argument("run", nargs="?", help="folder of a finished run; default: the newest in out/")
         command.add_argument("--out", default=f"docs/{name}.png", help="the PNG to write")
+    command = commands.add_parser("table", help="the results of several runs, a row each")
+    command.add_argument("runs", nargs="+", help="folders of finished runs")
     args = parser.parse_args(argv)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    {"curves": curves, "clips": clips}[args.command](args.run or newest_run(), args.out)
+    if args.command == "table":
+        table(args.runs)
+    else:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        {"curves": curves, "clips": clips}[args.command](args.run or newest_run(), args.out)
 
 
 if __name__ == "__main__":

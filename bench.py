@@ -258,14 +258,6 @@ class Ours(nn.Module):
         return tuple(F.normalize(x.float(), dim=-1) for x in (self.f1(self.crd(s)), self.f2(t.to(s.dtype))))
 
 
-def train_step(student, optimizer, loss):
-    """What both steps do with their loss: backward, clip, AdamW."""
-    loss.backward()
-    nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-
-
 # ---------------------------------------------------------------------------- measuring
 
 
@@ -596,7 +588,7 @@ def bench_step(cfg, device, out):
             h, states = cast(lambda: student.bert(batch["ids"])), teacher(batch["ids"])
         kd = [p for part in (student.nst, student.crd, student.f1, student.f2) for p in part.parameters()]
         alone = backward(lambda: cast(lambda: student.distil(h, states, batch)), [h.requires_grad_(), *kd])
-        return step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"])))), (alone, 1)
+        return step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"]))), fused=True), (alone, 1)
 
     released, variants = Released(config).to(device).train(), {}
     variants["released structure, fp32"] = step(

@@ -1,10 +1,11 @@
-"""Plumbing that the four training scripts share: flags, processes, keyed randomness, schedule, checkpoints, log.
+"""Plumbing of the training scripts: flags, processes, keyed randomness, schedule, checkpoints, log.
 
 Nothing here learns: models are in model.py, objectives in losses.py, and each script writes out its own loop.
 """
 import ctypes
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -28,11 +29,12 @@ import torch.distributed as dist
 
 
 def parse_cli(Config, presets, argv=None):
-    """Command line -> Config. Every field is a flag: `--name value` or `--name=value`, dashes and underscores equal.
+    """Command line -> Config. Each field is a flag, `--name value` or `--name=value`; dashes are underscores.
 
-    Config: frozen dataclass of int, float, str and bool fields, one of them `preset`; the comment behind a field is its
-    help. presets: {name: {field: value}}; flags beat the preset. A text is converted by the field's type, never
-    evaluated; a bare flag means true. A mistake ends the program with one line that names the flag.
+    Config: frozen dataclass of int, float, str and bool fields, one of them `preset`; the comment behind a
+    field is its help. presets: {name: {field: value}}; flags beat the preset. A text is converted by the
+    field's type, never evaluated; a bare flag means true. A mistake ends the program with one line that names
+    the flag.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     args, given = list(sys.argv[1:] if argv is None else argv), {}
@@ -45,7 +47,8 @@ def parse_cli(Config, presets, argv=None):
         name = name.replace("-", "_")
         if not arg.startswith("--") or name not in fields:
             near = difflib.get_close_matches(name, fields, n=1)
-            raise SystemExit(f"unknown flag {arg}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
+            hint = f"did you mean --{near[0]}?" if near else "see --help"
+            raise SystemExit(f"unknown flag {arg}; {hint}")
         if name in given:
             raise SystemExit(f"--{name} is given twice; keep one")
         kind = fields[name].type
@@ -67,16 +70,32 @@ def parse_cli(Config, presets, argv=None):
 
 
 def convert(name, text, kind):
-    """The text of flag `name` as an int, float, str or bool; SystemExit with the flag's name where it is none."""
+    """The text of flag `name` as an int, float, str or bool; SystemExit names the flag where it is none."""
     if kind is bool:
         if text.lower() in ("true", "false", "1", "0", "yes", "no"):
             return text.lower() in ("true", "1", "yes")
         raise SystemExit(f"--{name} {text}: write true or false")
     try:
-        return kind(text)
+        value = kind(text)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
     except ValueError:
         hint = " (a whole number, without point or exponent)" if kind is int else ""
         raise SystemExit(f"--{name} {text}: not a valid {kind.__name__}{hint}") from None
+
+
+def check_fields(cfg, choices, positive):
+    """For a Config's __post_init__: ValueError where a field has no allowed value.
+
+    choices: {field: allowed values}; positive: names of the fields that must be above 0.
+    """
+    for name, allowed in choices.items():
+        if getattr(cfg, name) not in allowed:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
+    for name in positive:
+        if getattr(cfg, name) <= 0:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
 
 
 def cli_help(Config, presets):
@@ -86,8 +105,8 @@ def cli_help(Config, presets):
              f"presets: {', '.join(presets)} (the values are at the top of the file)", ""]
     for f in dataclasses.fields(Config):
         comment = re.search(rf"^ +{f.name}:.*?  # (.*)$", source, re.M)
-        default = '""' if f.default == "" else f.default
-        lines.append(f"  --{f.name:<20} {f.type.__name__:<6} {default!s:<14} {comment.group(1) if comment else ''}")
+        default, text = '""' if f.default == "" else f.default, comment.group(1) if comment else ""
+        lines.append(f"  --{f.name:<20} {f.type.__name__:<6} {default!s:<14} {text}")
     return "\n".join(lines)
 
 
@@ -110,7 +129,7 @@ class World:
             self.sum(torch.zeros(1))
 
     def sum(self, tensor):
-        """Sum over the ranks, in place (CPU tensors travel by gloo, CUDA tensors by nccl); returns the tensor."""
+        """Sum over the ranks, in place (CPU tensors by gloo, CUDA tensors by nccl); returns the tensor."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -129,7 +148,7 @@ class World:
 
 
 def init_world(device="auto"):
-    """torchrun's environment -> World; one process without torchrun. Called again it returns the same group's World."""
+    """torchrun's environment -> World; one process without torchrun. Called again it finds the same group."""
     if device not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"--device {device}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -137,11 +156,12 @@ def init_world(device="auto"):
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     if not use_cuda:
         keep_freed_memory()
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
     if use_cuda:
         if local >= torch.cuda.device_count():
-            raise SystemExit(f"torchrun started process {local} but there are {torch.cuda.device_count()} GPUs; "
-                             "lower --nproc_per_node")
+            raise SystemExit(f"torchrun started process {local} but there are {torch.cuda.device_count()} "
+                             "GPUs; lower --nproc_per_node")
         torch.cuda.set_device(local)
         torch.backends.cuda.matmul.allow_tf32 = True
     if size > 1 and not dist.is_initialized():
@@ -152,7 +172,7 @@ def init_world(device="auto"):
 
 
 def keep_freed_memory():
-    """Has glibc keep what is freed: by default large tensors go back to the system, and each step faults them in anew."""
+    """Has glibc keep what is freed: else large tensors return to the system, and each step faults them in."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
@@ -168,15 +188,28 @@ def end_world():
         dist.destroy_process_group()
 
 
+def run_script(main, Config, presets):
+    """A script as a command: flags, main, end of the process group; one line where memory or disk is full."""
+    cfg = parse_cli(Config, presets)
+    try:
+        main(cfg)
+    except Exception as error:
+        text = str(error)
+        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or \
+                "can't allocate memory" in text or "not enough memory" in text:
+            raise SystemExit(f"out of memory: lower --batch_size {cfg.batch_size}, or raise --grad_accum to "
+                             "run it in smaller parts; --resume goes on from the checkpoint") from None
+        if "No space left on device" in text:
+            raise SystemExit(f"disk full ({text}): free space, then go on with --resume") from None
+        raise
+    finally:
+        end_world()
+
+
 def print0(*text, **kw):
     """print on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*text, flush=True, **kw)
-
-
-def colour(text, code):
-    """ANSI colour on a terminal, plain text elsewhere. code: 1 bold, 2 dim, 31 red, 32 green, 33 yellow."""
-    return f"\033[{code}m{text}\033[0m" if sys.stdout.isatty() else str(text)
 
 
 def progress(iterable, total, unit, desc, **kw):
@@ -190,10 +223,10 @@ def progress(iterable, total, unit, desc, **kw):
 
 
 def hash64(*keys):
-    """Counter-based random bits: uint64 array, a pure function of the keys, which broadcast (str, int or int arrays).
+    """Counter-based random bits: uint64 array, a pure function of the keys (str, int, int arrays; broadcast).
 
-    Each key is mixed in by splitmix64's finaliser. Draws keyed by (seed, step, position in the global batch) do not
-    depend on rank, number of ranks or history: that is what makes DDP equal to one process and resume exact.
+    Each key is mixed in by splitmix64's finaliser. Draws keyed by (seed, step, position in the global batch)
+    do not depend on rank, number of ranks or history: that makes DDP equal to one process and resume exact.
     """
     state = np.uint64(0x9E3779B97F4A7C15)
     with np.errstate(over="ignore"):
@@ -218,7 +251,7 @@ def keyed_integers(high, *keys):
 
 
 def set_seed(seed, rank):
-    """Seeds torch (initial weights, dropout). Call it with rank 0 before the weights, with the rank before the loop."""
+    """Seeds torch: with rank 0 before the weights are drawn, with 1 + the rank before the loop (dropout)."""
     torch.manual_seed(int(hash64("torch", seed, rank) >> np.uint64(1)))
 
 
@@ -234,13 +267,14 @@ def lr_at(step, lr, warmup_steps, max_steps):
 
 # dense peak of one device in TFLOP/s: (name in torch.cuda.get_device_name, bf16 or fp16, fp32 through TF32)
 PEAK_TFLOPS = (("GH200", 989, 494), ("H200", 989, 494), ("H100 PCIe", 756, 378), ("H100", 989, 494),
-               ("B200", 2250, 1100), ("A100", 312, 156), ("A800", 312, 156), ("L40S", 362, 183), ("L4", 121, 60),
-               ("A10", 125, 62), ("RTX 4090", 165, 83), ("RTX 3090", 71, 36), ("V100", 125, 15.7), ("T4", 65, 8.1),
-               ("2080 Ti", 54, 13.4))
+               ("B200", 2250, 1100), ("A100", 312, 156), ("A800", 312, 156), ("L40S", 362, 183),
+               ("L4", 121, 60), ("A10", 125, 62), ("RTX 4090", 165, 83), ("RTX 3090", 71, 36),
+               ("V100", 125, 15.7), ("T4", 65, 8.1), ("2080 Ti", 54, 13.4))
 
 
+@functools.cache
 def peak_flops(device, dtype):
-    """FLOP/s that MFU is counted against: the GPU's data sheet, or a matmul measured now on a CPU; 0 where unknown."""
+    """FLOP/s that MFU is counted against: a GPU's data sheet, or a matmul timed now on a CPU; 0 = unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for part, half, single in PEAK_TFLOPS:
@@ -259,7 +293,8 @@ def move(batch, device):
     """Dict of CPU tensors -> the device, from pinned memory and without waiting where that is a GPU."""
     if device.type == "cpu":
         return batch
-    return {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()}
 
 
 def peak_memory_mb(device):
@@ -267,13 +302,8 @@ def peak_memory_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-def out_of_memory(error):
-    """True for an allocation failure of CUDA or of the CPU allocator."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or \
-        isinstance(error, MemoryError)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def step_line(step, terms, lr, speed, tokens, mfu, seconds_left):
@@ -295,10 +325,19 @@ def duration(seconds):
 # ---------------------------------------------------------------------------- the run folder
 
 
+def micro_batch_size(cfg, world):
+    """Samples of a micro-batch: cfg.batch_size by ranks and cfg.grad_accum, which must divide it."""
+    parts = world.size * cfg.grad_accum
+    if cfg.batch_size % parts:
+        raise SystemExit(f"--batch_size {cfg.batch_size} is not a multiple of {world.size} ranks x "
+                         f"{cfg.grad_accum} micro-batches; try {math.ceil(cfg.batch_size / parts) * parts}")
+    return cfg.batch_size // parts
+
+
 def open_run(folder, cfg, world, hashes):
     """Makes the run's folder with config.json; an older run of the same name is moved to folder.1, .2, ...
 
-    cfg: the Config; hashes: {what: hash} of the data and models that the run reads. With cfg.resume the folder stays.
+    cfg: the Config (with cfg.resume the folder stays); hashes: {what: hash} of the data and models it reads.
     """
     folder = Path(folder)
     if world.main:
@@ -309,21 +348,22 @@ def open_run(folder, cfg, world, hashes):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {
             "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(), "hashes": hashes,
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__), "numpy": np.__version__},
+            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
+                         "numpy": np.__version__},
             "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
             "ranks": world.size, "threads": torch.get_num_threads()})
     world.barrier()
     return folder
 
 
-def finished_run(folder, cfg, hashes, ignore=()):
+def finished_run(folder, cfg, hashes):
     """The run's results where `folder` holds a FINISHED run of the same configuration and data, else None."""
     try:
         results = json.loads((Path(folder) / "results.json").read_text())
         before = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", *ignore}
+    free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every"}
     same = all(before["config"].get(k) == v for k, v in dataclasses.asdict(cfg).items() if k not in free)
     return results if same and before["hashes"] == hashes and "finished" in results else None
 
@@ -331,7 +371,8 @@ def finished_run(folder, cfg, hashes, ignore=()):
 def git_state():
     """{commit, dirty} of the code, or nothing outside a git checkout."""
     def git(*args):
-        return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True).stdout
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        return subprocess.run(command, capture_output=True, text=True).stdout
     if shutil.which("git") is None or not (commit := git("rev-parse", "HEAD").strip()):
         return {}
     return {"commit": commit, "dirty": bool(git("status", "--porcelain").strip())}
@@ -350,29 +391,30 @@ def model_folder(path, flag):
     for folder in (Path(path) / "model", Path(path)):
         if (folder / "config.json").exists() and not (folder / "log.jsonl").exists():
             return folder
-    raise SystemExit(f"{flag} {path}: no model there; give the folder of a finished run, or one with config.json and "
-                     "model.safetensors")
+    raise SystemExit(f"{flag} {path}: no model there; give the folder of a finished run, or one with "
+                     "config.json and model.safetensors")
 
 
 def file_hash(folder):
     """SHA-256 of a model folder's weights, for what a run was trained with."""
-    path = next(p for p in (Path(folder) / "model.safetensors", Path(folder) / "pytorch_model.bin") if p.exists())
+    names = "model.safetensors", "pytorch_model.bin"
+    path = next(Path(folder) / name for name in names if (Path(folder) / name).exists())
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
             hashlib.sha256(f.read()).hexdigest()  # Python 3.10
 
 
 class Log:
-    """log.jsonl, one line a window of steps; on resume the lines after the checkpoint's step are cut."""
+    """log.jsonl, one line a window of steps. lines: how many a resumed run keeps, those of its checkpoint."""
 
-    def __init__(self, folder, world, step):
-        self.path, self.main = Path(folder) / "log.jsonl", world.main
+    def __init__(self, folder, world, lines=0):
+        self.path, self.main, self.lines = Path(folder) / "log.jsonl", world.main, lines
         if self.main:
-            old = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in old if step and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
+            self.path.write_text("".join(old[:lines]))
 
     def write(self, **values):
+        self.lines += 1
         if self.main:
             with self.path.open("a") as f:
                 f.write(json.dumps(values) + "\n")
@@ -382,9 +424,10 @@ class Log:
 
 
 def save_checkpoint(folder, state, world, name="checkpoint.pt"):
-    """Atomic: written beside, flushed, renamed; the one before is kept as *.prev. Tensors and plain containers only.
+    """Atomic: written beside, flushed, renamed; the one before is kept as *.prev.
 
-    Each rank's RNG state is added, so that dropout goes on as if nothing had happened.
+    state: tensors and plain containers only. Each rank's RNG state is added, so that dropout goes on as if
+    nothing had happened.
     """
     rng = torch.get_rng_state() if world.device.type == "cpu" else torch.cuda.get_rng_state(world.device)
     rng = world.gather(rng[None])
@@ -424,18 +467,23 @@ def load_checkpoint(folder, world, name="checkpoint.pt"):
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes torch raise
             print0(f"{path} is damaged ({str(error).splitlines()[0]}); trying the one before it")
-    raise SystemExit(f"--resume: no readable checkpoint in {folder}; run without --resume to start anew")
+    raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only")
 
 
 def check_finite(values, first, names, folder):
-    """Stops the run where a loss is NaN or infinite. values: (window, terms), row = step % window; first: its step."""
+    """Stops the run where a loss is NaN or infinite.
+
+    values: (window, terms), row = step % window; first: the window's first step.
+    """
     bad = (~torch.isfinite(values)).nonzero().tolist()
     if bad:
         row, column = bad[0]
-        kept = next((p for p in (Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.pt.prev") if p.exists()), None)
-        raise SystemExit(f"the {names[column]} loss is {values[row, column].item()} at step "
-                         f"{first + (row - first) % len(values)}; " + (f"the last good checkpoint is {kept}; go on from it "
-                         "with --resume and" if kept else "start anew with") + " a lower --lr")
+        paths = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.pt.prev"
+        kept = next((path for path in paths if path.exists()), None)
+        step, value = first + (row - first) % len(values), values[row, column].item()
+        raise SystemExit(f"the {names[column]} loss is {value} at step {step}; " + (
+            f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr" if kept else
+            "start anew with a lower --lr"))
 
 
 def restore_rng(state, world):
@@ -456,20 +504,22 @@ def restore_rng(state, world):
 def check_resume(before, cfg, hashes_before, hashes, fixed):
     """Prints what changed since the checkpoint; refuses a change of the data or of a field in `fixed`."""
     now = dataclasses.asdict(cfg)
-    changed = {k: (before.get(k), v) for k, v in now.items() if before.get(k) != v and k != "resume"}
+    changed = {k: (before.get(k), v) for k, v in now.items()
+               if before.get(k) != v and k not in ("resume", "eval_only")}
     for k, (old, new) in changed.items():
         print0(f"resume: --{k} was {old}, is {new}")
     refused = [k for k in fixed if k in changed]
     if refused:
-        raise SystemExit(f"--resume: --{refused[0]} was {before.get(refused[0])} in the checkpoint and cannot change; "
-                         "give the old value, or start anew without --resume")
+        raise SystemExit(f"--resume: --{refused[0]} was {before.get(refused[0])} in the checkpoint and "
+                         "cannot change; give the old value, or start anew without --resume")
     for what, old in hashes_before.items():
         if hashes.get(what) != old:
-            raise SystemExit(f"--resume: {what} is not what the checkpoint was trained on; start anew without --resume")
+            raise SystemExit(f"--resume: {what} is not what the checkpoint was trained on; start anew "
+                             "without --resume")
 
 
 class Interrupt:
-    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves and leaves. A second Ctrl-C is rude."""
+    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves and leaves. A second kills."""
 
     def __init__(self, max_minutes=0.0):
         self.reason, self.deadline = "", time.monotonic() + 60 * max_minutes if max_minutes else math.inf

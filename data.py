@@ -956,8 +956,10 @@ class VideoClips:
         for v in np.argsort(turn + draw):
             fit = np.arange(self.first[v], self.first[v + 1])
             fit = fit[(self.duration(fit) >= 1) & (self.duration(fit) <= 20)]
-            if len(fit) and len(clips) < K:
+            if len(fit):
                 clips.append(fit[int(pick[v] * len(fit))])
+            if len(clips) == K:
+                break
         if not clips:
             raise SystemExit("voken: no clip lasts 1 to 20 s")
         return np.array(clips)

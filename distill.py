@@ -4,13 +4,14 @@
     python distill.py --preset paper --train "wiki*.h5" --teacher out/teacher-mlm+ct-s0
     torchrun --nproc_per_node 8 distill.py --preset small --train wiki103.h5 --teacher bert-base-uncased/
 
-L^S = L_MLM + sum of w_k L_k over the chosen objectives (Eq. 4): soft (Eq. 5), l2 (Eq. 6), nst (Eq. 7), crd (Eq. 8), voken
-(Eq. 9), or none = text only. The run leaves out/distill-<objective>-s<seed>/ with model/, a Hugging Face folder.
+L^S = L_MLM + sum of w_k L_k over the chosen objectives (Eq. 4): soft (Eq. 5), l2 (Eq. 6), nst (Eq. 7), crd
+(Eq. 8), voken (Eq. 9), or none = text only. The run leaves out/distill-<objective>-s<seed>/ with model/, a
+Hugging Face folder.
 """
 import json
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 import teacher as teacher_script
-from analyze import closing_table, mean_state, probes, retrieval
-from common import (Interrupt, Log, check_finite, check_resume, duration, end_world, file_hash, finished_run, init_world,
-                    load_checkpoint, lr_at, model_folder, move, open_run, parse_cli, peak_flops, peak_memory_mb, print0,
-                    restore_rng, save_checkpoint, set_seed, step_line, write_json)
-from model import (BERT, SHAPES, DistillHead, MLMHead, flops_per_token, load_mlm_head, load_video_encoder, memory_report,
-                   model_config, param_groups)
+from analyze import (clip_states, closing_table, describe, fill_in, mean_state, probes, retrieval,
+                     shared_neighbours)
+from common import (Interrupt, Log, check_fields, check_finite, check_resume, duration, file_hash,
+                    finished_run, init_world, load_checkpoint, lr_at, micro_batch_size, model_folder, move,
+                    open_run, peak_flops, peak_memory_mb, print0, restore_rng, run_script, save_checkpoint,
+                    set_seed, step_line, write_json)
+from model import (BERT, SHAPES, DistillHead, MLMHead, flops_per_token, load_mlm_head, load_video_encoder,
+                   memory_report, model_config, param_groups)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Config:
     data_dir: str = "data"  # where the demo world is kept (data_dir/demo-s<seed>)
     train: str = ""  # packed text: files of data.py text, or a glob; empty = the demo world
     val: str = ""  # packed text to evaluate on; empty = the last 1 % of the blocks
-    videos: str = ""  # packed clips for the retrieval part of the closing table; empty = the demo world's, or none
+    videos: str = ""  # packed clips for the closing table's retrieval; empty = the demo world's, or none
     block_size: int = 24  # tokens of a sequence, [CLS] and [SEP] included
     eval_blocks: int = 2000  # validation blocks that are read
     # models
@@ -61,7 +64,7 @@ class Config:
     w_crd: float = 1.0
     soft_tau: float = 2.0  # temperature of Eq. 5
     nst_kernel: str = "gaussian"  # k of Eq. 7: gaussian (sigma 1), poly or linear
-    nst_normalize: bool = True  # L2-normalise each neuron's pattern; false = Eq. 7 to the letter, whose gradient vanishes
+    nst_normalize: bool = True  # L2-normalise a neuron's pattern; false = Eq. 7 as printed: gradient vanishes
     crd_level: str = "token"  # an anchor is a token, or a sentence = the mean over its real tokens
     crd_tokens: int = 192  # anchors of the global batch, token level
     crd_negatives: int = 512  # N of Eq. 8, shared by the batch
@@ -102,55 +105,63 @@ class Config:
 
     def __post_init__(self):
         chosen = self.objective.split("+")
-        if self.objective != "none" and (len(set(chosen)) < len(chosen) or not set(chosen) <= set(OBJECTIVES)):
-            raise ValueError(f"--objective {self.objective}: write none, or some of {', '.join(OBJECTIVES)} joined by +")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
+        known = set(chosen) <= set(OBJECTIVES) and len(set(chosen)) == len(chosen)
+        if self.objective != "none" and not known:
+            raise ValueError(f"--objective {self.objective}: write none, or some of {', '.join(OBJECTIVES)} "
+                             "joined by +")
+        check_fields(self, CHOICES, POSITIVE)
         if not self.max_steps and not self.epochs:
             raise ValueError("--max_steps 0 needs --epochs")
         if self.max_steps and not 1 <= self.warmup_steps <= self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps}: must lie in 1 .. max_steps ({self.max_steps})")
+            raise ValueError(f"--warmup_steps {self.warmup_steps}: must lie in 1 .. --max_steps "
+                             f"({self.max_steps})")
         for name in ("grad_every", "eval_every", "save_every"):
             if getattr(self, name) % self.log_every:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every ({self.log_every})")
+                raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every "
+                                 f"({self.log_every})")
+        if "crd" in chosen and min(self.batch_size, self.crd_bank_size or 2) < 2:
+            raise ValueError("--objective crd: no negatives where --batch_size or --crd_bank_size is below 2")
         if "crd" in chosen and self.crd_level == "token" and self.crd_tokens < self.batch_size:
-            raise ValueError(f"--crd_tokens {self.crd_tokens}: at least one anchor a sequence, so {self.batch_size} or more")
+            raise ValueError(f"--crd_tokens {self.crd_tokens}: at least one anchor a sequence, so "
+                             f"{self.batch_size} or more")
         data.parse_split(self.mask_split)
 
 
 OBJECTIVES = ("soft", "l2", "voken", "nst", "crd")
 CHOICES = {"model": tuple(SHAPES), "head": ("mlp", "none"), "nst_kernel": ("gaussian", "poly", "linear"),
-           "crd_level": ("token", "sentence"), "crd_bank_dtype": ("float32", "bfloat16"), "crd_loss": ("nce", "infonce"),
-           "crd_views": ("same", "different"), "reduction": ("mean", "sum"),
+           "crd_level": ("token", "sentence"), "crd_bank_dtype": ("float32", "bfloat16"),
+           "crd_loss": ("nce", "infonce"), "crd_views": ("same", "different"), "reduction": ("mean", "sum"),
            "dtype": ("float32", "bfloat16", "float16")}
+POSITIVE = ("eval_blocks", "soft_tau", "crd_negatives", "crd_dim", "crd_tau", "mask_rate", "batch_size",
+            "grad_accum", "lr", "log_every", "grad_every", "eval_every", "save_every")
 # what a resumed run cannot change
-FIXED = ("train", "val", "block_size", "teacher", "model", "layers", "hidden", "heads", "intermediate", "objective", "head",
-         "crd_level", "crd_tokens", "crd_negatives", "crd_dim", "crd_bank_size", "crd_bank_dtype", "mask_rate", "mask_split",
-         "batch_size", "seed")
+FIXED = ("train", "val", "block_size", "teacher", "model", "layers", "hidden", "heads", "intermediate",
+         "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim", "crd_bank_size",
+         "crd_bank_dtype", "mask_rate", "mask_split", "batch_size", "seed")
 
-# VidLanKD 4.3 and the released scripts (batch 256): 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H
-SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4, beta2=0.999, warmup_steps=10_000, max_steps=0,
-             epochs=40.0, eval_every=2000, save_every=2000, grad_every=1000, log_every=100)
+# VidLanKD 4.3: 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H; batch 256: released code
+SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
+             beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=2000,
+             grad_every=1000, log_every=100)
 BASE = SMALL | dict(model="12L-768H", warmup_steps=5000, max_steps=500_000, epochs=0.0)
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(w_nst=1.0)}
 
 
 class FrozenTeacher:
-    """The teacher as the student sees it: hidden states, word distributions, vokens and clip vectors; never trained."""
+    """The teacher as the student sees it: hidden states, word distributions, vokens, clip vectors; frozen."""
 
     def __init__(self, folder, vocab, cfg, device, dtype):
         self.folder = model_folder(folder, "--teacher")
         theirs = data.load_vocab(self.folder)
         if theirs.hash != vocab.hash:
-            raise SystemExit(f"--teacher {folder} reads another vocabulary ({theirs.size:,} tokens) than the corpus "
-                             f"({vocab.size:,}); pack the corpus again with --vocab {self.folder}/vocab.txt")
+            raise SystemExit(f"--teacher {folder} reads another vocabulary ({theirs.size:,} tokens) than the "
+                             f"corpus ({vocab.size:,}); pack it again with --vocab {self.folder}/vocab.txt")
         self.bert = BERT.from_pretrained(self.folder)
         self.head = load_mlm_head(self.folder, self.bert)
         self.width = self.bert.config.hidden
         if "soft" in cfg.objective and self.head is None:
-            raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word distributions; "
-                             "leave soft out or choose another teacher")
+            raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word "
+                             "distributions; leave soft out or choose another teacher")
         has_video = (self.folder / "video_encoder.safetensors").exists()
         self.video = load_video_encoder(self.folder).to(device).eval() if has_video else None
         if has_video:  # how the teacher cut its clips
@@ -158,16 +169,17 @@ class FrozenTeacher:
         self.vokens = None  # (K, C_t), rows of length 1
         if "voken" in cfg.objective:
             if not has_video:
-                raise SystemExit(f"--objective voken: {self.folder} has no video encoder; a teacher of teacher.py has one")
-            vectors = load_file(self.folder / "vokens.safetensors")["vectors"]
-            self.vokens = F.normalize(vectors, dim=-1).to(device, dtype if device.type == "cuda" else torch.float32)
+                raise SystemExit(f"--objective voken: {self.folder} has no video encoder; a teacher of "
+                                 "teacher.py has one")
+            vectors = F.normalize(load_file(self.folder / "vokens.safetensors")["vectors"], dim=-1)
+            self.vokens = vectors.to(device, dtype if device.type == "cuda" else torch.float32)
         for part in (self.bert, self.head):
             if part is not None:
                 part.to(device, dtype).eval().requires_grad_(False)  # cast once: it is never updated
 
     @torch.no_grad()
     def __call__(self, batch):
-        """Adds to a micro-batch what the student is to match: h_t (B, T, C_t), and h_crd under --crd_views different."""
+        """Adds to a micro-batch what the student is to match: h_t (B, T, C_t), and h_crd for other views."""
         batch["h_t"] = self.bert(batch["inputs"])
         if "inputs_t" in batch:
             batch["h_crd"] = self.bert(batch["inputs_t"])
@@ -187,7 +199,8 @@ class Distiller(nn.Module):
         with_head = [name for name in ("l2", "nst", "crd") if name in self.kd and cfg.head == "mlp"]
         self.heads = nn.ModuleDict({name: DistillHead(config.hidden, width_t) for name in with_head})
         if "l2" in self.kd and cfg.head == "none" and width_t != config.hidden:
-            raise SystemExit(f"--head none with l2: student and teacher are {config.hidden} and {width_t} wide; use --head mlp")
+            raise SystemExit(f"--head none with l2: student and teacher are {config.hidden} and {width_t} "
+                             "wide; use --head mlp")
         if "voken" in self.kd:
             self.voken = nn.Linear(config.hidden, len(teacher.vokens))
             self.vokens = teacher.vokens  # a plain attribute: not trained, not in the checkpoint
@@ -197,7 +210,7 @@ class Distiller(nn.Module):
             self.f1 = nn.Linear(width_t if cfg.head == "mlp" else config.hidden, cfg.crd_dim)
             self.f2 = nn.Linear(width_t, cfg.crd_dim)
             self.bank = bank  # not a buffer: DDP would overwrite the other ranks' rows with rank 0's
-        self.fresh = []  # (z_s, z_t) of the step's micro-batches, one row a sequence: what the bank stores next
+        self.fresh = []  # (z_s, z_t) of the step's micro-batches, a row a sequence: what the bank stores next
 
     def distil(self, name, h):
         """The student's states as objective `name` compares them: through its head, or as they are."""
@@ -216,46 +229,47 @@ class Distiller(nn.Module):
         if "soft" in self.kd:
             transform, weight_t, bias_t = self.soft
             terms["soft"] = losses.soft(self.mlm.transform(h_rows), self.mlm.weight, self.mlm.bias,
-                                        transform(h_t.flatten(0, 1)), weight_t, bias_t, cfg.soft_tau, count["tokens"])
+                                        transform(h_t.flatten(0, 1)), weight_t, bias_t, cfg.soft_tau,
+                                        count["tokens"])
         if "l2" in self.kd:
             terms["l2"] = losses.l2(self.distil("l2", h), h_t, batch["mask"], count["tokens"])
         if "voken" in self.kd:
-            terms["voken"] = losses.voken(h_rows, self.voken.weight, self.voken.bias, h_t.flatten(0, 1), self.vokens,
-                                          count["tokens"])
+            terms["voken"] = losses.voken(h_rows, self.voken.weight, self.voken.bias, h_t.flatten(0, 1),
+                                          self.vokens, count["tokens"])
         if "nst" in self.kd:
             terms["nst"] = losses.nst(self.distil("nst", h), h_t, batch["mask"], cfg.nst_kernel,
                                       normalize=cfg.nst_normalize, count=count["sequences"])
         if "crd" in self.kd:
             z_s, z_t, first = self.project(h, batch)
             self.fresh.append((z_s[first].detach(), z_t[first].detach()))
-            terms["crd"] = losses.crd(z_s, z_t, batch["slots"], self.bank, batch["negatives"], count["anchors"],
-                                      cfg.crd_loss)
+            terms["crd"] = losses.crd(z_s, z_t, batch["slots"], self.bank, batch["negatives"],
+                                      count["anchors"], cfg.crd_loss)
         return terms
 
     def project(self, h, batch):
-        """f_1 of the student's and f_2 of the teacher's anchors, (A, E) each of length 1; `first`: a sequence's first row."""
+        """f_1 of the student's and f_2 of the teacher's anchors, unit rows (A, E); each sequence's first."""
         h_t = batch.get("h_crd", batch["h_t"])
         if self.cfg.crd_level == "token":
             h, h_t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))  # (A, C)
             s = self.distil("crd", h)
         else:  # every real token of a block counts: [CLS], [SEP] and all between
             s, h_t = self.distil("crd", h).mean(1), h_t.mean(1)  # (B, C)
-        return F.normalize(self.f1(s).float(), dim=-1), F.normalize(self.f2(h_t.to(s.dtype)).float(), dim=-1), \
-            batch["first"]
+        z_s, z_t = self.f1(s).float(), self.f2(h_t.to(s.dtype)).float()
+        return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1), batch["first"]
 
 
 def prepare(blocks, cfg, step, rows):
-    """The micro-batch of `step` at `rows`, its positions in the global batch: masked inputs, targets and CRD's anchors."""
+    """The micro-batch of `step` at `rows` of the global batch: masked inputs, targets and CRD's anchors."""
     index = blocks.index(cfg.seed, step, cfg.batch_size, rows)
     batch = blocks.batch(index)
     ids, mask = batch["ids"], batch["mask"]
-    keys = (cfg.seed, step, rows)
-    inputs, labels = data.mask_tokens(ids, mask, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys)
+    masking, keys = (ids, mask, blocks.vocab, cfg.mask_rate, cfg.mask_split), (cfg.seed, step, rows)
+    inputs, labels = data.mask_tokens(*masking, *keys)
     target_index = (labels.flatten() != -100).nonzero()[:, 0]
     batch |= {"inputs": inputs, "target_index": target_index, "targets": labels.flatten()[target_index]}
     if "crd" in cfg.objective:
         if cfg.crd_views == "different":
-            batch["inputs_t"], _ = data.mask_tokens(ids, mask, blocks.vocab, cfg.mask_rate, cfg.mask_split, "teacher", *keys)
+            batch["inputs_t"], _ = data.mask_tokens(*masking, "teacher", *keys)
         sequence = torch.arange(len(rows))
         if cfg.crd_level == "token":
             per_row = data.anchors_per_row(cfg.crd_tokens, cfg.batch_size, rows)
@@ -268,14 +282,15 @@ def prepare(blocks, cfg, step, rows):
 
 @torch.no_grad()
 def evaluate(bert, head, blocks, cfg, world):
-    """Masked-word loss and accuracy over at most eval_blocks validation blocks; masks fixed by block; all ranks."""
+    """Masked-word loss and accuracy of the first eval_blocks blocks, masks fixed by block; over all ranks."""
     training, dtype = bert.training, next(bert.parameters()).dtype
     bert.eval()
     total = torch.zeros(3, dtype=torch.float64)  # summed loss, right words, masked words
     index = np.arange(min(len(blocks), cfg.eval_blocks))
     for part in np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[world.rank::world.size]:
         batch = blocks.batch(part)
-        inputs, labels = data.mask_tokens(batch["ids"], batch["mask"], blocks.vocab, cfg.mask_rate, cfg.mask_split, "val", part)
+        inputs, labels = data.mask_tokens(batch["ids"], batch["mask"], blocks.vocab, cfg.mask_rate,
+                                          cfg.mask_split, "val", part)
         target_index = (labels.flatten() != -100).nonzero()[:, 0]
         targets = labels.flatten()[target_index].to(world.device)
         logits = head(bert(inputs.to(world.device)).flatten(0, 1)[target_index.to(world.device)]).float()
@@ -287,15 +302,20 @@ def evaluate(bert, head, blocks, cfg, world):
 
 
 def gradient_norms(student, batch, count, weights):
-    """Norm of the gradient that each weighted term sends into the student's last hidden states, on one micro-batch.
+    """Norm of the gradient that each weighted term of a micro-batch sends into the student's last states.
 
-    A pass of its own, every so many steps: what a weight of 1 means differs by orders of magnitude between the terms.
+    A pass of its own, every so many steps: what a weight of 1 means differs by orders of magnitude between
+    the terms.
     """
+    scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
     h = student.bert(batch["inputs"])
     terms = student.terms(h, batch, count)
     student.fresh.clear()
-    return {name: (weights[name] * torch.autograd.grad(term, h, retain_graph=True)[0].float().norm()).item()
-            for name, term in terms.items()}
+    norms = {}
+    for name, term in terms.items():
+        gradient, = torch.autograd.grad(scale * weights[name] * term, h, retain_graph=True)
+        norms[name] = gradient.float().norm().item() / scale
+    return norms
 
 
 def update_bank(student, index, rows, world):
@@ -319,9 +339,34 @@ def first_rows(student, batches, index, rows, world):
     student.train()
 
 
-def report(student, teacher, text_only, train, val, videos, demo, cfg, world):
-    """What the student learned: {mlm_loss, mlm_accuracy, retrieval, probes}; prints the closing table where the run has
-    somebody to compare with: the teacher, and on the demo the text-only student."""
+def open_clips(path, teacher, vocab):
+    """The training and the held-out clips of a packed file, cut as the teacher's; [] where there are none."""
+    if not path or not teacher or not teacher.video:
+        return []
+    clips = [data.VideoClips(path, part=part, **teacher.clip_options) for part in ("train", "val")]
+    if clips[0].vocab.hash != vocab.hash or clips[0].features != teacher.video.features:
+        raise SystemExit(f"--videos {path}: its vocabulary or its {clips[0].features} channels a frame are "
+                         f"not the teacher's ({teacher.video.features}); give the file it was trained on")
+    return clips
+
+
+def text_only_run(cfg, folder):
+    """Config of the text-only student of the same shape, tokens and steps.
+
+    What only distillation reads is at its default, so that one such run serves all objectives and weights.
+    """
+    unused = {field.name: field.default for field in fields(cfg)
+              if field.name in ("head", "init_from", *("w_" + name for name in OBJECTIVES))
+              or field.name.startswith(("soft_", "nst_", "crd_"))}
+    return replace(cfg, **unused, objective="none", resume=False, eval_only=False, out_dir=str(folder))
+
+
+def report(student, teacher, text_only, train, val, clips, demo, cfg, world):
+    """What the student learned: {mlm_loss, mlm_accuracy, neighbours, retrieval, probes}.
+
+    Prints the closing table where the run has somebody to compare with: the teacher, and on the demo the
+    text-only student. clips: of open_clips; demo: the demo world's folder, or None.
+    """
     own = evaluate(student.bert, student.mlm, val, cfg, world)
     theirs = {"mlm_loss": None, "mlm_accuracy": None}
     if teacher and teacher.head:
@@ -329,29 +374,38 @@ def report(student, teacher, text_only, train, val, videos, demo, cfg, world):
     if not world.main:
         return own
     student.eval()
-    clips = None
-    if teacher and teacher.video and videos:
-        clips = [data.VideoClips(videos, part=part, **teacher.clip_options) for part in ("train", "val")]
+    if teacher:
+        own["neighbours"] = shared_neighbours(student.bert, teacher.bert, val, world.device)
+    if clips:
         print0(f"measuring retrieval on {len(clips[1]):,} held-out clips")
-        student_space = teacher_space = None
+        space = None
         if "crd" in student.kd:
-            student_space = (lambda h, mask: mean_state(student.f1(student.distil("crd", h)), mask), student.f2)
+            space = (lambda h, mask: mean_state(student.f1(student.distil("crd", h)), mask), student.f2)
         elif "l2" in student.kd:
-            student_space = (lambda h, mask: mean_state(student.distil("l2", h), mask), lambda v: v)
-        own["retrieval"] = retrieval(student.bert, teacher.video, *clips, world.device, student_space)
+            space = (lambda h, mask: mean_state(student.distil("l2", h), mask), lambda v: v)
+        own["retrieval"] = retrieval(student.bert, teacher.video, *clips, world.device, space)
         if student.kd:
-            bert = teacher.bert
-            theirs["retrieval"] = retrieval(lambda ids, mask: bert(ids, mask).float(), teacher.video, *clips, world.device,
-                                            (mean_state, lambda v: v))
+            theirs["retrieval"] = retrieval(lambda ids, mask: teacher.bert(ids, mask).float(), teacher.video,
+                                            *clips, world.device, (mean_state, lambda v: v))
     if demo:
         latents = json.loads((demo / "raw" / "latents.json").read_text())
         own["probes"] = probes(student.bert, train, latents, world.device)
         if student.kd:
             theirs["probes"] = probes(teacher.bert, train, latents, world.device)
     if student.kd:
-        columns = {"teacher": theirs} | ({"text-only": text_only} if text_only else {}) | {cfg.objective: own}
+        columns = {"teacher": theirs, "text-only": text_only, cfg.objective: own}
+        columns = {name: column for name, column in columns.items() if column and any(column.values())}
         own = own | {"table": columns, "clips": len(clips[1]) if clips else 0}
         print0("\n" + closing_table(columns, own["clips"]) + "\n")
+    if student.kd and demo:
+        ids, place = val.batch([0])["ids"][0], cfg.block_size // 2
+        text, words = fill_in(student.bert, student.mlm, val.vocab, ids, place, world.device)
+        print0(f"fills in   {text}\n           " + ", ".join(f"{w} {100 * p:.0f}%" for w, p in words)
+               + f" (it was {val.vocab.decode([int(ids[place])])})")
+        if clips:
+            states = clip_states(latents, clips[1])
+            found = describe(states[own["retrieval"]["nearest"][0]])
+            print0(f"retrieves  {states[0]['text']}\n           {found}\n")
     student.train()
     return own
 
@@ -359,62 +413,70 @@ def report(student, teacher, text_only, train, val, videos, demo, cfg, world):
 def main(cfg, reuse=False):
     """Trains, measures and saves the student of `cfg`; returns the results.
 
-    reuse: where a finished run of the same flags and data exists, its results are returned and nothing is trained.
+    reuse: where a finished run of the same flags and data exists, it returns that one's results.
     """
     world = init_world(cfg.device)
     dtype = getattr(torch, cfg.dtype)
-    ranks = world.size * cfg.grad_accum
-    if cfg.batch_size % ranks:
-        raise SystemExit(f"--batch_size {cfg.batch_size} is not a multiple of {world.size} ranks x {cfg.grad_accum} "
-                         f"micro-batches; try {math.ceil(cfg.batch_size / ranks) * ranks}")
+    micro_size = micro_batch_size(cfg, world)
     folder = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
     names = ["mlm"] + [name for name in OBJECTIVES if name in cfg.objective.split("+")]
     weights = {name: getattr(cfg, "w_" + name) for name in names}
 
     # data, and on the demo what is missing: world, teacher, text-only student
     demo = None if cfg.train else data.demo_world(cfg.data_dir, cfg.seed, world)
-    train, val = (data.TextBlocks(cfg.train or demo / "corpus.h5", cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    train, val = (data.TextBlocks(cfg.train or demo / "corpus.h5", cfg.block_size, part, cfg.val)
+                  for part in ("train", "val"))
     vocab = train.vocab
     hashes = {"corpus": train.hash, "vocabulary": vocab.hash}
-    videos = cfg.videos or (demo / "videos.h5" if demo else "")
     teacher_folder, text_only = cfg.teacher, None
     if not teacher_folder and demo:
-        made = teacher_script.main(teacher_script.Config(
-            data_dir=cfg.data_dir, seed=cfg.seed, device=cfg.device,
-            out_dir=str(folder.parent / f"teacher-mlm+ct-s{cfg.seed}")), reuse=True)
-        teacher_folder = made["folder"]
+        teacher_folder = str(folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
+        teacher_script.main(teacher_script.Config(data_dir=cfg.data_dir, seed=cfg.seed, device=cfg.device,
+                                                  out_dir=teacher_folder), reuse=True)
     elif not teacher_folder and len(names) > 1:
-        raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py --videos FILE, "
-                         "or any Hugging Face BERT of the same vocabulary")
+        raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
+                         "--videos FILE, or any Hugging Face BERT of the same vocabulary")
     if demo and len(names) > 1:
-        text_only = main(replace(cfg, objective="none", init_from="", resume=False, eval_only=False,
-                                 out_dir=str(folder.parent / f"distill-none-s{cfg.seed}")), reuse=True)
+        text_only = main(text_only_run(cfg, folder.parent / f"distill-none-s{cfg.seed}"), reuse=True)
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
 
     # models and optimizer
     teacher = FrozenTeacher(teacher_folder, vocab, cfg, world.device, dtype) if teacher_folder else None
     if teacher:
         hashes["teacher"] = file_hash(teacher.folder)
+    clips = open_clips(cfg.videos or (demo and demo / "videos.h5"), teacher, vocab)
     if reuse and (before := finished_run(folder, cfg, hashes)):
         print0(f"reused {folder}")
         return before
     set_seed(cfg.seed, 0)
-    config = model_config(cfg.model, vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate, cfg.dropout)
+    config = model_config(cfg.model, vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate,
+                          cfg.dropout)
     bank = None
     if "crd" in names:
         M, bank_dtype = cfg.crd_bank_size or len(train), getattr(torch, cfg.crd_bank_dtype)
+        momentum = cfg.crd_momentum if cfg.crd_level == "sentence" else 0.0
         print0(f"crd bank: {M:,} rows x {cfg.crd_dim} x 2 models take "
-               f"{losses.CRDBank.nbytes(M, cfg.crd_dim, bank_dtype) / 1e6:,.0f} MB on each rank and in a checkpoint; "
-               "--crd_bank_size and --crd_bank_dtype bound it")
-        bank = losses.CRDBank(M, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau,
-                              cfg.crd_momentum if cfg.crd_level == "sentence" else 0.0, bank_dtype, world.device, cfg.seed)
+               f"{losses.CRDBank.nbytes(M, cfg.crd_dim, bank_dtype) / 1e6:,.0f} MB on each rank and in a "
+               "checkpoint; --crd_bank_size and --crd_bank_dtype bound it")
+        bank = losses.CRDBank(M, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, bank_dtype,
+                              world.device, cfg.seed)
     student = Distiller(cfg, config, teacher, bank)
     if cfg.init_from:
         source = model_folder(cfg.init_from, "--init_from")
-        student.bert.load_state_dict(BERT.from_pretrained(source).state_dict())
+        start_from = BERT.from_pretrained(source)
+        if data.load_vocab(source).hash != vocab.hash:
+            raise SystemExit(f"--init_from {cfg.init_from} reads another vocabulary than the corpus; pack it "
+                             f"again with --vocab {source}/vocab.txt")
+        if replace(start_from.config, dropout=config.dropout) != config:
+            raise SystemExit(f"--init_from {cfg.init_from}: its shape is not the student's ({config.layers} "
+                             f"layers of {config.hidden}); give --layers, --hidden and --heads to match")
+        student.bert.load_state_dict(start_from.state_dict())
+        if head := load_mlm_head(source, start_from):
+            student.mlm.load_state_dict(head.state_dict())
     student.to(world.device)
-    print0(memory_report(student, config, cfg.batch_size // ranks, cfg.block_size))
-    optimizer = torch.optim.AdamW(param_groups(student, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+    print0(memory_report(student, config, micro_size, cfg.block_size))
+    optimizer = torch.optim.AdamW(param_groups(student, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                  eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
 
     # resume
@@ -424,14 +486,15 @@ def main(cfg, reuse=False):
         check_resume(saved["config"], cfg, saved["hashes"], hashes, FIXED)
         student.load_state_dict(saved["student"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty but in float16
+            scaler.load_state_dict(saved["scaler"])
         if bank:
             bank.load_state_dict(saved["bank"])
         start = saved["step"]
     if cfg.eval_only:
-        return report(student, teacher, text_only, train, val, videos, demo, cfg, world)
+        return report(student, teacher, text_only, train, val, clips, demo, cfg, world)
     folder = open_run(folder, cfg, world, hashes)
-    log = Log(folder, world, start)
+    log = Log(folder, world, saved["log_lines"] if cfg.resume else 0)
     interrupt = Interrupt(cfg.max_minutes)
     if cfg.compile_model:
         student.bert.compile()
@@ -450,23 +513,24 @@ def main(cfg, reuse=False):
     window = torch.zeros(cfg.log_every, len(names), device=world.device)
     first, clock = start, None  # first step of the window; when it began, pauses left out; None: warming up
     began, step = time.monotonic(), start
-    print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps of "
-           f"{cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
+    print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
+           f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
     student.train()
     while True:
         pause = time.monotonic()
-        last = step == max_steps
+        last = step >= max_steps
         if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume):
             scores = evaluate(student.bert, student.mlm, val, cfg, world)
             log.write(step=step, **{f"val_{k}": v for k, v in scores.items()})
-            print0(f"step {step:6d}  val  mlm {scores['mlm_loss']:.4f}  accuracy {scores['mlm_accuracy']:.3f}")
+            print0(f"step {step:6d}  val  mlm {scores['mlm_loss']:.4f}  "
+                   f"accuracy {scores['mlm_accuracy']:.3f}")
         stop = interrupt.due(world)
         if (step % cfg.save_every == 0 and step > start) or last or stop:
             check_finite(world.sum(window.clone()), first, names, folder)
             save_checkpoint(folder, {"student": student.state_dict(), "optimizer": optimizer.state_dict(),
                                      "scaler": scaler.state_dict(), "bank": bank.state_dict() if bank else {},
-                                     "step": step, "hashes": hashes, "config": asdict(cfg),
-                                     "model_config": asdict(config)}, world)
+                                     "step": step, "log_lines": log.lines, "hashes": hashes,
+                                     "config": asdict(cfg), "model_config": asdict(config)}, world)
         if stop and not last:
             print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with --resume")
             raise SystemExit(0)
@@ -474,19 +538,20 @@ def main(cfg, reuse=False):
             break
         clock = clock and clock + time.monotonic() - pause
 
-        # the step's micro-batches, and the items of each term over all ranks: a step is one step on the whole batch
+        # the step's micro-batches, and the items of each term over all ranks: one step on the whole batch
         batches, items, own_rows = [], torch.zeros(2), []
         for micro in range(cfg.grad_accum):
             rows = data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
             batch = prepare(train, cfg, step, rows)
-            items += torch.tensor([len(batch["targets"]), len(batch["anchors"]) if "anchors" in batch else len(rows)])
+            items += torch.tensor([len(batch["targets"]), len(batch.get("anchors", rows))])
             own_rows.append(rows)
             batches.append(move(batch, world.device))
             if len(names) > 1:
                 teacher(batches[-1])
         if cfg.reduction == "mean":
-            masked, anchors = (world.sum(items) / world.size).tolist()
-            count = {"mlm": masked, "tokens": tokens / world.size, "sequences": cfg.batch_size / world.size, "anchors": anchors}
+            masked, anchors = (world.sum(items).clamp(min=1) / world.size).tolist()
+            count = {"mlm": masked, "anchors": anchors, "tokens": tokens / world.size,
+                     "sequences": cfg.batch_size / world.size}
         else:
             count = dict.fromkeys(("mlm", "tokens", "sequences", "anchors"), 1 / world.size)
         if bank:
@@ -504,8 +569,8 @@ def main(cfg, reuse=False):
             print0(f"step {step:6d}  gradient into the last hidden states: "
                    + "  ".join(f"{k} {v:.1e}" for k, v in norms.items()))
             for name in [k for k, v in norms.items() if v < 0.01 * norms["mlm"]]:
-                print0(f"step {step:6d}  {name} sends {norms[name] / norms['mlm']:.1e} of the gradient that mlm does: "
-                       f"at --w_{name} {weights[name]:g} it teaches next to nothing; raise it")
+                print0(f"step {step:6d}  {name} sends {norms[name] / norms['mlm']:.1e} of the gradient that "
+                       f"mlm does: at --w_{name} {weights[name]:g} it teaches next to nothing; raise it")
             clock = clock and clock + time.monotonic() - pause
         lr = lr_at(step, cfg.lr, cfg.warmup_steps, max_steps)
 
@@ -540,23 +605,22 @@ def main(cfg, reuse=False):
             mfu = speed * flops / peak if peak else 0.0
             log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), tokens_per_s=speed * tokens,
                       mfu=mfu, memory_mb=peak_memory_mb(world.device))
-            print0(step_line(step, mean, lr, speed, tokens, mfu, (now - began) / (step - start) * (max_steps - step)))
+            left = (now - began) / (step - start) * (max_steps - step)
+            print0(step_line(step, mean, lr, speed, tokens, mfu, left))
             first, clock = step, now
 
     interrupt.release()
     results = {"objective": cfg.objective, "folder": str(folder), "steps": step, "vocabulary": vocab.hash}
     if world.main:
         student.bert.save_pretrained(folder / "model", vocab, student.mlm)
-    results |= report(student, teacher, text_only, train, val, videos, demo, cfg, world)
+    results |= report(student, teacher, text_only, train, val, clips, demo, cfg, world)
+    results["finished"] = time.time()
     if world.main:
-        write_json(folder / "results.json", results | {"finished": time.time()})
+        write_json(folder / "results.json", results)
     print0(f"saved {folder}/model, {duration(time.monotonic() - began)}")
     world.barrier()
     return results
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_cli(Config, PRESETS))
-    finally:
-        end_world()
+    run_script(main, Config, PRESETS)

@@ -1,11 +1,12 @@
-"""Trains the teacher: a BERT and a video transformer from scratch on video-caption pairs (VidLanKD section 3.2).
+"""Trains the teacher: a BERT and a video transformer from scratch on videos and captions (VidLanKD 3.2).
 
     python teacher.py                                                   # the demo world, on a laptop
     python teacher.py --preset paper --videos howto100m.h5              # HowTo100M, packed by data.py videos
     torchrun --nproc_per_node 4 teacher.py --preset base --videos howto100m.h5
 
-L^T = L_CT + L_MLM (section 3.2), with L_CT the token-level hinge of Eq. 3. The run leaves out/teacher-<objective>-s<seed>/
-with model/: the language model as a Hugging Face folder, the video encoder, and the vectors of the clips that serve as vokens.
+L^T = L_CT + L_MLM (section 3.2), with L_CT the token-level hinge of Eq. 3. The run leaves
+out/teacher-<objective>-s<seed>/ with model/: the language model as a Hugging Face folder, the video encoder,
+and the vectors of the clips that serve as vokens.
 """
 import math
 import time
@@ -21,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from analyze import mean_state, recall, vectors
-from common import (Interrupt, Log, check_finite, check_resume, duration, end_world, finished_run, init_world,
-                    load_checkpoint, lr_at, move, open_run, parse_cli, peak_flops, peak_memory_mb, print0, restore_rng,
-                    save_checkpoint, set_seed, step_line, write_json)
-from model import (BERT, SHAPES, MLMHead, VideoEncoder, flops_per_token, memory_report, model_config, param_groups,
-                   save_video_encoder)
+from common import (Interrupt, Log, check_fields, check_finite, check_resume, duration, finished_run,
+                    init_world, load_checkpoint, lr_at, micro_batch_size, move, open_run, peak_flops,
+                    peak_memory_mb, print0, restore_rng, run_script, save_checkpoint, set_seed, step_line,
+                    write_json)
+from model import (BERT, SHAPES, MLMHead, VideoEncoder, flops_per_token, memory_report, model_config,
+                   param_groups, save_video_encoder)
 
 
 @dataclass(frozen=True)
@@ -87,13 +89,14 @@ class Config:
     def __post_init__(self):
         if self.objective not in ("mlm", "ct", "mlm+ct"):
             raise ValueError(f"--objective {self.objective}: choose mlm, ct or mlm+ct")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose one of {', '.join(allowed)}")
-        if self.max_steps < 1 or not 1 <= self.warmup_steps <= self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps}: must lie in 1 .. max_steps ({self.max_steps})")
-        if self.eval_every % self.log_every or self.save_every % self.log_every:
-            raise ValueError(f"--eval_every and --save_every must be multiples of --log_every ({self.log_every})")
+        check_fields(self, CHOICES, POSITIVE)
+        if not 1 <= self.warmup_steps <= self.max_steps:
+            raise ValueError(f"--warmup_steps {self.warmup_steps}: must lie in 1 .. --max_steps "
+                             f"({self.max_steps})")
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every "
+                                 f"({self.log_every})")
         if self.stop_on == "recall" and "ct" not in self.objective:
             raise ValueError("--stop_on recall needs the contrastive term; use --stop_on loss")
         data.parse_split(self.mask_split)
@@ -102,16 +105,19 @@ class Config:
 CHOICES = {"model": tuple(SHAPES), "vision": ("video", "image"), "negatives": ("one", "all", "infonce"),
            "ct_input": ("masked", "clean"), "reduction": ("mean", "sum"), "stop_on": ("loss", "recall"),
            "dtype": ("float32", "bfloat16", "float16")}
-
+POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "batch_size", "grad_accum", "lr",
+            "max_steps", "patience", "vokens", "log_every", "eval_every", "save_every")
 # what a resumed run cannot change
-FIXED = ("videos", "val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "layers", "hidden", "heads",
-         "intermediate", "video_layers", "objective", "mask_rate", "mask_split", "batch_size", "seed")
+FIXED = ("videos", "val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "layers",
+         "hidden", "heads", "intermediate", "video_layers", "objective", "mask_rate", "mask_split",
+         "batch_size", "seed")
 
 # 4.3 of the paper; batch, patience and schedule are the released code's or, where it has none, ours
-SMALL = dict(model="6L-512H", video_layers=0, negatives="all", block_size=128, max_frames=512, val_clips=10000, batch_size=256, lr=2e-4,
-             beta2=0.999, warmup_steps=5000, max_steps=200_000, eval_every=2000, save_every=2000, log_every=100)
-PRESETS = {"demo": {}, "small": SMALL, "base": SMALL | dict(model="12L-768H")}
-PRESETS["paper"] = PRESETS["base"] | dict(negatives="one", stop_on="loss", mask_split="80/10/10")
+SMALL = dict(model="6L-512H", video_layers=0, negatives="all", block_size=128, max_frames=512,
+             val_clips=10_000, batch_size=256, lr=2e-4, beta2=0.999, warmup_steps=5000, max_steps=200_000,
+             eval_every=2000, save_every=2000, log_every=100)
+BASE = SMALL | dict(model="12L-768H")
+PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(negatives="one", stop_on="loss")}
 
 
 class Teacher(nn.Module):
@@ -139,8 +145,8 @@ class Teacher(nn.Module):
                 h = self.bert(batch["ids"], batch["mask"])
             v = self.video(batch["frames"], batch["frame_mask"])  # (B, C)
             if cfg.negatives == "one":
-                terms["ct"] = losses.hinge(h, v, batch["text_mask"], batch["partner"],
-                                           batch["partner_video"], batch["partner_token"], cfg.margin, count["ct"])
+                terms["ct"] = losses.hinge(h, v, batch["text_mask"], batch["partner"], batch["partner_video"],
+                                           batch["partner_token"], cfg.margin, count["ct"])
             elif cfg.negatives == "all":
                 terms["ct"] = losses.hinge_all(h, v, batch["text_mask"], cfg.margin, count["ct"])
             else:
@@ -151,8 +157,8 @@ class Teacher(nn.Module):
 def prepare(batch, vocab, cfg, step, rows):
     """Adds the masked inputs, their targets and Eq. 3's drawn negatives to a batch of data.VideoClips.
 
-    rows: what each clip's draws are keyed by beside (seed, step): its position in the global batch, or its index with
-    step -1 for evaluation. The partners x' and v' come from this rank's own micro-batch.
+    rows: what each clip's draws are keyed by beside (seed, step): its position in the global batch, or its
+    index with step -1 for evaluation. The partners x' and v' come from this rank's own micro-batch.
     """
     ids, mask = batch["ids"], batch["mask"]
     inputs, labels = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step, rows)
@@ -167,7 +173,7 @@ def prepare(batch, vocab, cfg, step, rows):
 
 @torch.no_grad()
 def evaluate(model, clips, cfg, world):
-    """Validation terms over every held-out caption and, with a video encoder, recall on held-out clips; all ranks."""
+    """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
     total = torch.zeros(2, 2, dtype=torch.float64)  # (mlm, ct) x (sum, items)
     batches = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
@@ -183,9 +189,9 @@ def evaluate(model, clips, cfg, world):
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(("mlm", "ct")) if total[i, 1]}
     scores["loss"] = sum(scores[name] * getattr(cfg, "w_" + name) for name in tuple(scores))
     if "ct" in cfg.objective:
-        index = np.arange(len(clips))
-        text = vectors(lambda b: mean_state(model.bert(b["ids"], b["mask"]), b["mask"]), clips, index, world.device)
-        video = vectors(lambda b: model.video(b["frames"], b["frame_mask"]), clips, index, world.device)
+        text, video = vectors(lambda b: (mean_state(model.bert(b["ids"], b["mask"]), b["mask"]),
+                                         model.video(b["frames"], b["frame_mask"])),
+                              clips, np.arange(len(clips)), world.device)
         scores |= {f"t2v_r{k}": v for k, v in recall(text, video).items()}
         scores |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
     model.train()
@@ -195,18 +201,14 @@ def evaluate(model, clips, cfg, world):
 def main(cfg, reuse=False):
     """Trains and saves the teacher of `cfg`; returns the results.
 
-    reuse: where a finished run of the same flags and data exists, its results are returned and nothing is trained.
+    reuse: where a finished run of the same flags and data exists, it returns that one's results.
     """
     world = init_world(cfg.device)
     dtype = getattr(torch, cfg.dtype)
-    ranks = world.size * cfg.grad_accum
-    if cfg.batch_size % ranks:
-        raise SystemExit(f"--batch_size {cfg.batch_size} is not a multiple of {world.size} ranks x {cfg.grad_accum} "
-                         f"micro-batches; try {math.ceil(cfg.batch_size / ranks) * ranks}")
-    micro_size = cfg.batch_size // ranks
+    micro_size = micro_batch_size(cfg, world)
     if "ct" in cfg.objective and micro_size < 2:
-        raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no negatives; raise it")
-
+        raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no "
+                         "negatives; raise it")
     folder = Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
 
     # data
@@ -217,15 +219,17 @@ def main(cfg, reuse=False):
     if reuse and (before := finished_run(folder, cfg, hashes)):
         print0(f"reused {folder}")
         return before
-    print0(f"teacher: {len(train):,} training clips, {len(val):,} held out, {train.features} channels a frame, "
-           f"vocabulary {train.vocab.size:,}")
+    print0(f"teacher: {len(train):,} training clips, {len(val):,} held out, {train.features} channels a "
+           f"frame, vocabulary {train.vocab.size:,}")
 
     # model and optimizer
     set_seed(cfg.seed, 0)
-    config = model_config(cfg.model, train.vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate, cfg.dropout)
+    config = model_config(cfg.model, train.vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate,
+                          cfg.dropout)
     model = Teacher(cfg, config, train.features).to(world.device)
     print0(memory_report(model, config, micro_size, cfg.block_size))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                  eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
     names = cfg.objective.split("+")
     weights = {name: getattr(cfg, "w_" + name) for name in names}
@@ -237,7 +241,8 @@ def main(cfg, reuse=False):
         check_resume(saved["config"], cfg, saved["hashes"], hashes, FIXED)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        if saved["scaler"]:  # empty but in float16
+            scaler.load_state_dict(saved["scaler"])
         start, best = saved["step"], saved["best"]
     if cfg.eval_only:
         model.load_state_dict(load_checkpoint(folder, world, "best.pt")["model"])
@@ -245,7 +250,7 @@ def main(cfg, reuse=False):
         print0(recall_table(scores, len(val)) if "ct" in names else f"validation mlm {scores['mlm']:.4f}")
         return scores
     folder = open_run(folder, cfg, world, hashes)
-    log = Log(folder, world, start)
+    log = Log(folder, world, saved["log_lines"] if cfg.resume else 0)
     interrupt = Interrupt(cfg.max_minutes)
     if cfg.compile_model:
         model.bert.compile()
@@ -265,8 +270,8 @@ def main(cfg, reuse=False):
     model.train()
     while True:
         pause = time.monotonic()
-        last = step == cfg.max_steps or best["bad"] >= cfg.patience
-        if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume) and best["bad"] < cfg.patience:
+        last = step >= cfg.max_steps or best["bad"] >= cfg.patience
+        if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume):
             scores = evaluate(model, val, cfg, world)
             log.write(step=step, **{f"val_{k}": v for k, v in scores.items()})
             score = scores["t2v_r10"] if cfg.stop_on == "recall" else -scores["loss"]
@@ -282,8 +287,9 @@ def main(cfg, reuse=False):
         if (step % cfg.save_every == 0 and step > start) or last or stop:
             check_finite(world.sum(window.clone()), first, names, folder)
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "scaler": scaler.state_dict(), "step": step, "best": best, "hashes": hashes,
-                                     "config": asdict(cfg), "model_config": asdict(config)}, world)
+                                     "scaler": scaler.state_dict(), "step": step, "best": best,
+                                     "log_lines": log.lines, "hashes": hashes, "config": asdict(cfg),
+                                     "model_config": asdict(config)}, world)
         if stop and not last:
             print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with --resume")
             raise SystemExit(0)
@@ -291,7 +297,7 @@ def main(cfg, reuse=False):
             break
         clock = clock and clock + time.monotonic() - pause
 
-        # the step's micro-batches, and the items of each term over all ranks: a step is one step on the whole batch
+        # the step's micro-batches, and the items of each term over all ranks: one step on the whole batch
         batches, items = [], torch.zeros(2)
         for micro in range(cfg.grad_accum):
             rows = data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
@@ -299,7 +305,7 @@ def main(cfg, reuse=False):
             batch = prepare(batch, train.vocab, cfg, step, rows)
             items += torch.tensor([len(batch["targets"]), batch["text_mask"].sum().item()])
             batches.append(move(batch, world.device))
-        items = world.sum(items) if cfg.reduction == "mean" else torch.ones(2)
+        items = world.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(2)
         count = dict(zip(("mlm", "ct"), (items / world.size).tolist()))
         lr = lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps)
 
@@ -332,7 +338,8 @@ def main(cfg, reuse=False):
             mfu = speed * flops / peak if peak else 0.0
             log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), tokens_per_s=speed * tokens, mfu=mfu,
                       memory_mb=peak_memory_mb(world.device))
-            print0(step_line(step, mean, lr, speed, tokens, mfu, (now - began) / (step - start) * (cfg.max_steps - step)))
+            left = (now - began) / (step - start) * (cfg.max_steps - step)
+            print0(step_line(step, mean, lr, speed, tokens, mfu, left))
             first, clock = step, now
 
     interrupt.release()
@@ -341,27 +348,29 @@ def main(cfg, reuse=False):
     print0(f"best at step {best['step']}")
     results = {"objective": cfg.objective, "vision": cfg.vision, "folder": str(folder), "steps": step,
                "best_step": best["step"], "vocabulary": train.vocab.hash} | evaluate(model, val, cfg, world)
+    results["finished"] = time.time()
     if world.main:
         export(model, train, folder / "model", cfg, world)
         if "ct" in names:
             print0("\n" + recall_table(results, len(val)) + "\n")
-        write_json(folder / "results.json", results | {"finished": time.time()})
+        write_json(folder / "results.json", results)
     print0(f"saved {folder}/model, {duration(time.monotonic() - began)}")
     world.barrier()
     return results
 
 
 def export(model, clips, folder, cfg, world):
-    """The model's folder: Hugging Face's files, and with a video encoder its weights, how it cuts clips, and the vokens."""
+    """The model's folder: Hugging Face's files, the video encoder, its way of cutting clips, and vokens."""
     model.bert.save_pretrained(folder, clips.vocab, getattr(model, "mlm", None))
     if "ct" not in cfg.objective:
         return
     save_video_encoder(folder, model.video)
-    write_json(folder / "clips.json", {"T": cfg.block_size, "max_frames": cfg.max_frames, "vision": cfg.vision,
-                                       "val_clips": cfg.val_clips, "feat_norm": cfg.feat_norm})
-    index = clips.voken_clips(cfg.vokens, cfg.seed)  # Appendix A: a clip from each task, then from random tasks
-    save_file({"vectors": vectors(lambda b: model.video(b["frames"], b["frame_mask"]), clips, index, world.device),
-               "clip": torch.from_numpy(index)}, folder / "vokens.safetensors")
+    write_json(folder / "clips.json", {"T": cfg.block_size, "max_frames": cfg.max_frames,
+                                       "vision": cfg.vision, "val_clips": cfg.val_clips,
+                                       "feat_norm": cfg.feat_norm})
+    index = clips.voken_clips(cfg.vokens, cfg.seed)  # Appendix A: one of each task, then of random tasks
+    found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips, index, world.device)
+    save_file({"vectors": found}, folder / "vokens.safetensors")
     print0(f"vokens: {len(index):,} clips")
 
 
@@ -374,7 +383,4 @@ def recall_table(scores, n):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_cli(Config, PRESETS))
-    finally:
-        end_world()
+    run_script(main, Config, PRESETS)

@@ -1,4 +1,4 @@
-"""Proves the plumbing: flags, keyed randomness, schedule, atomic checkpoints, what a resumed or killed run finds.
+"""Proves the plumbing: flags, keyed randomness, schedule, atomic checkpoints, what a killed run leaves.
 
 Run: python -m pytest -q tests/test_common.py
 """
@@ -40,10 +40,12 @@ PRESETS = {"demo": {}, "paper": {"lr": 2e-4, "max_steps": 500}}
 
 @pytest.mark.parametrize("argv, field, value", [
     (["--lr", "1"], "lr", 1.0), (["--lr=1e-4"], "lr", 1e-4), (["--max-steps", "7"], "max_steps", 7),
-    (["--max_steps=7"], "max_steps", 7), (["--use_head", "false"], "use_head", False), (["--use-head=0"], "use_head", False),
-    (["--resume"], "resume", True), (["--resume", "--lr", "2"], "resume", True), (["--out_dir", "123"], "out_dir", "123"),
-    (["--out_dir=a=b"], "out_dir", "a=b"), (["--preset", "paper"], "lr", 2e-4),
-    (["--lr", "3", "--preset", "paper"], "lr", 3.0), (["--preset=paper"], "max_steps", 500), (["--out_dir="], "out_dir", "")])
+    (["--max_steps=7"], "max_steps", 7), (["--use_head", "false"], "use_head", False),
+    (["--use-head=0"], "use_head", False), (["--resume"], "resume", True),
+    (["--resume", "--lr", "2"], "resume", True), (["--out_dir", "123"], "out_dir", "123"),
+    (["--out_dir=a=b"], "out_dir", "a=b"), (["--out_dir="], "out_dir", ""),
+    (["--preset", "paper"], "lr", 2e-4), (["--lr", "3", "--preset", "paper"], "lr", 3.0),
+    (["--preset=paper"], "max_steps", 500)])
 def test_cli_converts_by_the_fields_type(argv, field, value):
     got = getattr(parse_cli(Config, PRESETS, argv), field)
     assert got == value and type(got) is type(value)
@@ -51,9 +53,11 @@ def test_cli_converts_by_the_fields_type(argv, field, value):
 
 @pytest.mark.parametrize("argv, word", [
     (["--lrr", "1"], "did you mean --lr"), (["lr", "1"], "unknown flag lr"), (["--lr", "fast"], "--lr fast"),
-    (["--max_steps", "1e5"], "without point or exponent"), (["--lr", "1", "--lr", "2"], "given twice"), (["--lr"], "needs a value"),
-    (["--out_dir", "--resume"], "needs a value"), (["--resume", "maybe"], "true or false"), (["--preset", "big"], "demo, paper"),
-    (["--max_steps", "0"], "1 or more"), (["--lr", "__import__('os')"], "not a valid float")])
+    (["--max_steps", "1e5"], "without point or exponent"), (["--lr", "1", "--lr", "2"], "given twice"),
+    (["--lr"], "needs a value"), (["--out_dir", "--resume"], "needs a value"),
+    (["--resume", "maybe"], "true or false"), (["--preset", "big"], "demo, paper"),
+    (["--max_steps", "0"], "1 or more"), (["--lr", "__import__('os')"], "not a valid float"),
+    (["--lr", "nan"], "not a valid float"), (["--lr=inf"], "not a valid float")])
 def test_cli_mistake_ends_in_one_line(argv, word):
     with pytest.raises(SystemExit) as error:
         parse_cli(Config, PRESETS, argv)
@@ -82,7 +86,8 @@ def test_keyed_draws_depend_on_every_key_and_on_nothing_else():
     rows = np.arange(64)
     a = common.keyed_uniform("mask", 0, 3, rows[:, None], np.arange(32))
     assert a.shape == (64, 32) and (a >= 0).all() and (a < 1).all()
-    np.testing.assert_array_equal(a[10:20], common.keyed_uniform("mask", 0, 3, rows[10:20, None], np.arange(32)))
+    part = common.keyed_uniform("mask", 0, 3, rows[10:20, None], np.arange(32))
+    np.testing.assert_array_equal(a[10:20], part)
     for keys in (("order", 0, 3), ("mask", 1, 3), ("mask", 0, 4)):
         assert (common.keyed_uniform(*keys, rows[:, None], np.arange(32)) == a).mean() < 0.01
 
@@ -170,10 +175,11 @@ def test_kill_while_saving_leaves_a_readable_checkpoint(tmp_path):
               "world, step = common.World(0, 1, torch.device('cpu')), 0\n"
               "while True:\n"
               "    step += 1\n"
-              "    common.save_checkpoint(sys.argv[2], {'step': step, 'w': torch.full((400_000,), float(step))}, world)\n"
+              "    state = {'step': step, 'w': torch.full((400_000,), float(step))}\n"
+              "    common.save_checkpoint(sys.argv[2], state, world)\n"
               "    print(step, flush=True)\n")
-    process = subprocess.Popen([sys.executable, "-c", script, str(Path(common.__file__).parent), str(tmp_path)],
-                               stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, str(Path(common.__file__).parent), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for delay in range(3):  # let some saves pass, then kill at an arbitrary moment of one
         done = int(process.stdout.readline())
     time.sleep(0.0123)
@@ -197,7 +203,8 @@ def test_resume_refuses_what_cannot_change_and_prints_what_did(capsys):
 def test_second_run_moves_the_first_aside(tmp_path):
     for n in range(3):
         common.open_run(tmp_path / "run", Config(max_steps=n + 1), ALONE, {})
-    steps = {p.name: json.loads((p / "config.json").read_text())["config"]["max_steps"] for p in tmp_path.iterdir()}
+    steps = {folder.name: json.loads((folder / "config.json").read_text())["config"]["max_steps"]
+             for folder in tmp_path.iterdir()}
     assert steps == {"run": 3, "run.1": 1, "run.2": 2}
 
 
@@ -213,11 +220,15 @@ def test_finished_run_is_found_only_when_all_is_equal(tmp_path):
 
 
 def test_log_cuts_what_came_after_the_checkpoint(tmp_path):
-    log = common.Log(tmp_path, ALONE, 0)
+    log = common.Log(tmp_path, ALONE)
     for step in (10, 20, 30):
         log.write(step=step)
-    common.Log(tmp_path, ALONE, 20).write(step=25)
-    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [10, 20, 25]
+    with log.path.open("a") as f:
+        f.write('{"step": 4')  # a kill in the middle of a line
+    common.Log(tmp_path, ALONE, 2).write(step=25)
+    assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [10, 20, 25]
+    common.Log(tmp_path, ALONE)
+    assert log.path.read_text() == ""
 
 
 def test_nan_names_the_term_the_step_and_the_checkpoint(tmp_path):

@@ -1,35 +1,45 @@
-"""Proves the scripts whole: every objective, exact resume, clean interruption, and one clear line for a user's mistake.
+"""Proves the scripts whole: every objective, exact resume, clean interruption, one clear line for a mistake.
 
 Run: python -m pytest -q tests/test_scripts.py
 """
-import dataclasses
+import functools
 import itertools
 import json
+import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUICK_STUDENT, QUICK_TEACHER
+from test_ddp import flat, log_lines
 
+import analyze
+import bench
 import common
+import data
 import distill
 import teacher
-from model import BERT
-from test_ddp import flat
+from model import BERT, load_mlm_head
 
 ROOT = Path(__file__).resolve().parent.parent
-COMBINATIONS = ["none"] + ["+".join(c) for n in range(1, 6) for c in itertools.combinations(distill.OBJECTIVES, n)]
+EVERY = "+".join(distill.OBJECTIVES)
+COMBINATIONS = ["none"] + ["+".join(chosen) for n in range(1, 6)
+                           for chosen in itertools.combinations(distill.OBJECTIVES, n)]
 
 
 def saved(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
-def assert_same(one, two):
+def assert_same(one, two, leave_out=("config",)):
     """Two checkpoints, bit for bit."""
-    a, b = flat({k: v for k, v in one.items() if k != "config"}), flat({k: v for k, v in two.items() if k != "config"})
+    a, b = (flat({k: v for k, v in state.items() if k not in leave_out}) for state in (one, two))
     assert a.keys() == b.keys()
     for key in a:
         same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
@@ -43,179 +53,425 @@ def stop_at(monkeypatch, step):
     monkeypatch.setattr(common.Interrupt, "reason", "SIGTERM", raising=False)
 
 
-# ---------------------------------------------------------------------------- objectives
-
-
-@pytest.mark.parametrize("objective", COMBINATIONS)
-def test_objective_takes_a_step_and_moves_every_parameter(distill_config, objective):
-    cfg = distill_config(objective=objective, max_steps=1, teacher="" if objective == "none" else distill_config().teacher)
-    distill.main(cfg)
-    run = saved(cfg.out_dir)
-    terms = ["mlm"] + [n for n in distill.OBJECTIVES if n in objective.split("+")]
-    line = [json.loads(x) for x in (Path(cfg.out_dir) / "log.jsonl").read_text().splitlines() if "grad_norm" in x][0]
-    assert all(line[term] > 0 for term in terms)
-    moved = run["optimizer"]["state"]
-    count = sum(len(g["params"]) for g in run["optimizer"]["param_groups"])
-    assert len(moved) == count and all(s["exp_avg_sq"].sum() > 0 for s in moved.values())
-
-
-@pytest.mark.parametrize("flags", [
-    dict(head="none", objective="nst+crd"), dict(nst_kernel="poly", objective="nst"), dict(nst_kernel="linear", objective="nst"),
-    dict(crd_level="sentence", objective="crd"), dict(crd_loss="infonce", objective="crd"),
-    dict(crd_views="different", objective="nst+crd"), dict(crd_bank_dtype="bfloat16", crd_bank_size=10, objective="crd"),
-    dict(dtype="bfloat16", objective="soft+l2+voken+nst+crd"), dict(mask_split="100/0/0", objective="none"),
-    dict(hidden=48, heads=3, intermediate=96, objective="soft+l2+voken+nst+crd"), dict(max_steps=0, epochs=0.001, objective="none")])
-def test_option_takes_a_step(distill_config, flags):
-    cfg = distill_config(**(dict(max_steps=2) | flags))
-    results = distill.main(cfg)
-    assert results["steps"] >= 1 and 0 < results["mlm_loss"] < 20
-
-
-@pytest.mark.parametrize("flags", [dict(objective="mlm"), dict(objective="ct", stop_on="recall"), dict(vision="image"),
-                                   dict(negatives="one", ct_input="clean"), dict(negatives="infonce"), dict(feat_norm=True)])
-def test_teacher_option_trains_both_encoders(demo, tmp_path, flags):
-    cfg = dict(videos=str(demo / "demo-s0" / "videos.h5"), device="cpu", layers=1, hidden=32, heads=2, intermediate=64, batch_size=8,
-               max_steps=2, warmup_steps=1, log_every=1, eval_every=2, save_every=2, val_clips=40, stop_on="loss", vokens=9)
-    cfg = teacher.Config(**(cfg | flags), out_dir=str(tmp_path / "run"))
-    results = teacher.main(cfg)
-    common.set_seed(cfg.seed, 0)
-    after = saved(cfg.out_dir)
-    optimizer = after["optimizer"]
-    assert all(s["exp_avg_sq"].sum() > 0 for s in optimizer["state"].values())  # the video encoder's weights among them
-    assert len(optimizer["state"]) == sum(len(g["params"]) for g in optimizer["param_groups"])
-    assert any(k.startswith("video.") for k in after["model"]) == ("ct" in cfg.objective)
-    assert (tmp_path / "run" / "model" / "vokens.safetensors").exists() == ("ct" in cfg.objective)
-    BERT.from_pretrained(tmp_path / "run" / "model")
-    assert results["loss"] > 0
-
-
-def test_video_encoder_weights_move(demo, teacher_run):
-    """The released code left the video encoder out of the optimizer."""
-    run = saved(teacher_run)
-    cfg = teacher.Config(**run["config"])
-    common.set_seed(cfg.seed, 0)
-    clips = teacher.data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision, "train", cfg.val_clips, cfg.feat_norm)
-    fresh = teacher.Teacher(cfg, teacher.model_config(cfg.model, clips.vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate,
-                                                      cfg.dropout), clips.features).state_dict()
-    assert fresh.keys() == run["model"].keys()
-    still = [k for k in fresh if k.startswith("video.") and torch.equal(fresh[k], run["model"][k])]
-    assert not still
-
-
-# ---------------------------------------------------------------------------- resume
-
-
-@pytest.mark.parametrize("flags", [dict(objective="none"), dict(objective="nst+crd"), dict(objective="nst+crd", grad_accum=2),
-                                   dict(objective="crd", crd_level="sentence", crd_bank_size=30)])
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(distill_config, tmp_path, monkeypatch, flags):
-    whole, parts = (distill_config(**flags, max_steps=6, save_every=2, eval_every=2, grad_every=2, log_every=2, out_dir=str(tmp_path / name))
-                    for name in ("whole", "parts"))
-    distill.main(whole)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)  # in the middle of a window of the log
-        with pytest.raises(SystemExit) as stop:
-            distill.main(parts)
-    assert stop.value.code == 0 and saved(parts.out_dir)["step"] == 3
-    distill.main(dataclasses.replace(parts, resume=True))
-    assert_same(saved(whole.out_dir), saved(parts.out_dir))
-    one, two = (json.loads((Path(c.out_dir) / "results.json").read_text()) for c in (whole, parts))
-    assert one["mlm_loss"] == two["mlm_loss"]
-
-
-def test_resumed_teacher_equals_uninterrupted_teacher_bit_for_bit(demo, tmp_path, monkeypatch):
-    flags = dict(videos=str(demo / "demo-s0" / "videos.h5"), device="cpu", layers=1, hidden=32, heads=2, intermediate=64, batch_size=8,
-                 max_steps=6, warmup_steps=1, log_every=1, eval_every=2, save_every=2, val_clips=40, stop_on="loss", vokens=9, grad_accum=2)
-    whole, parts = (teacher.Config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
-    teacher.main(whole)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 4)
-        with pytest.raises(SystemExit):
-            teacher.main(parts)
-    teacher.main(dataclasses.replace(parts, resume=True))
-    assert_same(saved(whole.out_dir), saved(parts.out_dir))
-
-
-def test_sigterm_saves_and_resume_goes_on(distill_config, tmp_path):
-    """As commands: python distill.py, SIGTERM, --resume; the end is that of an uninterrupted run."""
-    cfg = distill_config(objective="crd", max_steps=60, save_every=60, eval_every=60, grad_every=60, log_every=2)
-    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(cfg).items() if k != "out_dir"]
-
-    def start(name, *more):
-        return subprocess.Popen([sys.executable, str(ROOT / "distill.py"), *flags, f"--out_dir={tmp_path / name}", *more],
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    whole, process = start("whole"), start("parts")
-    for line in process.stdout:
-        if line.startswith("step      6  mlm"):
-            process.send_signal(signal.SIGTERM)
-            break
-    out = process.stdout.read()
-    assert process.wait() == 0 and "SIGTERM: saved step" in out, out
-    step = saved(tmp_path / "parts")["step"]
-    assert 6 <= step < 60
-    resumed = start("parts", "--resume=true") if "--resume=False" not in flags else None
-    if resumed is None:
-        flags.remove("--resume=False")
-        resumed = start("parts", "--resume")
-    out = resumed.communicate()[0]
-    assert resumed.returncode == 0, out
-    assert whole.wait() == 0, whole.stdout.read()
-    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
-
-
-# ---------------------------------------------------------------------------- mistakes
-
-
 def refused(match, run):
     with pytest.raises(SystemExit, match=match) as error:
         run()
     assert "\n" not in str(error.value)
 
 
+# ---------------------------------------------------------------------------- objectives
+
+
+@pytest.mark.parametrize("objective", COMBINATIONS)
+def test_objective_takes_a_step_and_moves_every_parameter(distill_config, objective):
+    cfg = distill_config(objective=objective, max_steps=1)
+    distill.main(replace(cfg, teacher="") if objective == "none" else cfg)
+    line = next(line for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line)
+    gradients = next(line for line in log_lines(Path(cfg.out_dir)) if "gradient_mlm" in line)
+    for term in {"mlm", *objective.split("+")} - {"none"}:
+        assert line[term] > 0 and gradients["gradient_" + term] > 0
+    optimizer = saved(cfg.out_dir)["optimizer"]
+    assert len(optimizer["state"]) == sum(len(group["params"]) for group in optimizer["param_groups"])
+    assert all(state["exp_avg_sq"].sum() > 0 for state in optimizer["state"].values())
+
+
+@pytest.mark.parametrize("flags", [
+    dict(head="none", objective="nst+crd"), dict(nst_kernel="poly", objective="nst"),
+    dict(nst_kernel="linear", objective="nst"), dict(crd_level="sentence", objective="crd"),
+    dict(crd_loss="infonce", objective="crd"), dict(crd_views="different", objective="nst+crd"),
+    dict(crd_bank_dtype="bfloat16", crd_bank_size=10, objective="crd"), 
+    dict(dtype="bfloat16", objective=EVERY), dict(dtype="float16", objective="nst+crd"),
+    dict(mask_split="100/0/0", objective="none"),
+    dict(hidden=48, heads=3, intermediate=96, objective=EVERY),
+    dict(max_steps=0, epochs=0.001, objective="none")], ids=lambda flags: ",".join(map(str, flags)))
+def test_option_takes_a_step(distill_config, flags):
+    results = distill.main(distill_config(**(dict(max_steps=2) | flags)))
+    assert results["steps"] >= 1 and 0 < results["mlm_loss"] < 20
+
+
+def test_nst_without_normalisation_is_called_out_in_the_log(distill_config, capsys):
+    flags = dict(objective="nst", head="none", seed=1, block_size=64, max_steps=1)
+    distill.main(distill_config(**flags))
+    assert "raise it" not in capsys.readouterr().out
+    distill.main(distill_config(**flags, nst_normalize=False))
+    assert re.search(r"nst sends .* of the gradient that mlm does: at --w_nst 100 .* raise it",
+                     capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(objective="mlm"), dict(objective="ct", stop_on="recall"), dict(vision="image"),
+    dict(negatives="all"), dict(negatives="one", ct_input="clean"), dict(feat_norm=True),
+    dict(dtype="bfloat16"), dict(dtype="float16")],
+    ids=lambda flags: ",".join(map(str, flags.values())))
+def test_teacher_option_trains_both_encoders(teacher_config, tmp_path, flags):
+    cfg = teacher_config(**flags, max_steps=2)
+    results = teacher.main(cfg)
+    after = saved(cfg.out_dir)
+    optimizer = after["optimizer"]
+    assert len(optimizer["state"]) == sum(len(group["params"]) for group in optimizer["param_groups"])
+    assert all(state["exp_avg_sq"].sum() > 0 for state in optimizer["state"].values())
+    assert any(k.startswith("video.") for k in after["model"]) == ("ct" in cfg.objective)
+    assert (tmp_path / "run" / "model" / "vokens.safetensors").exists() == ("ct" in cfg.objective)
+    BERT.from_pretrained(tmp_path / "run" / "model")
+    assert results["loss"] > 0
+
+
+def test_video_encoder_weights_move(teacher_run):
+    """The released code left the video encoder out of the optimizer."""
+    run = saved(teacher_run)
+    cfg = teacher.Config(**run["config"])
+    common.set_seed(cfg.seed, 0)
+    clips = data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, val_clips=cfg.val_clips)
+    config = teacher.BERT.from_pretrained(teacher_run / "model").config
+    fresh = teacher.Teacher(cfg, replace(config, dropout=cfg.dropout), clips.features).state_dict()
+    assert fresh.keys() == run["model"].keys()
+    assert torch.equal(fresh["mlm.norm.weight"], torch.ones(cfg.hidden))  # what never moved would be found
+    assert not [k for k in fresh if k.startswith("video.") and torch.equal(fresh[k], run["model"][k])]
+
+
+def test_teacher_stops_when_validation_no_longer_improves(teacher_config, capsys):
+    cfg = teacher_config(lr=1e-9, eval_every=1, patience=2, max_steps=50, warmup_steps=50, stop_on="recall")
+    results = teacher.main(cfg)
+    assert results["steps"] == results["best_step"] + 2 < 50
+    assert "no better for 2 of 2" in capsys.readouterr().out
+
+
+def test_early_stop_continues_over_a_resume(teacher_config, tmp_path, monkeypatch):
+    """Patience counted before the interruption counts after it."""
+    flags = dict(lr=1e-9, eval_every=1, patience=3, max_steps=50, warmup_steps=50, stop_on="recall")
+    whole, parts = (teacher_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    steps = teacher.main(whole)["steps"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, steps - 1)
+        with pytest.raises(SystemExit):
+            teacher.main(parts)
+    assert teacher.main(replace(parts, resume=True))["steps"] == steps
+    assert_same(saved(whole.out_dir), saved(parts.out_dir))
+
+
+def test_two_stage_student_starts_from_the_other_models_weights(distill_config, teacher_run):
+    cfg = distill_config(objective="none", init_from=str(teacher_run), lr=1e-9, max_steps=1)
+    distill.main(cfg)
+    bert = BERT.from_pretrained(teacher_run / "model")
+    start = {f"bert.{k}": v for k, v in bert.state_dict().items()}
+    start |= {f"mlm.{k}": v for k, v in load_mlm_head(teacher_run / "model", bert).state_dict().items()}
+    student = saved(cfg.out_dir)["student"]
+    assert start.keys() == student.keys()
+    for key in start:
+        torch.testing.assert_close(student[key], start[key], rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("flags", [
+    dict(objective="none"), dict(objective="nst+crd"), dict(objective="nst+crd", grad_accum=2),
+    dict(objective="crd", crd_level="sentence", crd_bank_size=30), dict(objective="crd", dtype="float16"),
+    dict(objective=EVERY, crd_views="different")], ids=lambda flags: ",".join(map(str, flags.values())))
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(distill_config, tmp_path, monkeypatch, flags):
+    flags |= dict(max_steps=6, save_every=2, eval_every=2, grad_every=2, log_every=2)
+    whole, parts = (distill_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    distill.main(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)  # in the middle of a window of the log
+        with pytest.raises(SystemExit) as stop:
+            distill.main(parts)
+    assert stop.value.code == 0 and saved(parts.out_dir)["step"] == 3
+    distill.main(replace(parts, resume=True))
+    assert_same(saved(whole.out_dir), saved(parts.out_dir))
+    one, two = (json.loads((Path(cfg.out_dir) / "results.json").read_text()) for cfg in (whole, parts))
+    assert one["mlm_loss"] == two["mlm_loss"]
+    if "dtype" in flags:
+        assert saved(parts.out_dir)["scaler"]["scale"] > 1
+
+
+def test_resumed_teacher_equals_uninterrupted_teacher_bit_for_bit(teacher_config, tmp_path, monkeypatch):
+    flags = dict(max_steps=6, eval_every=2, save_every=2, grad_accum=2)
+    whole, parts = (teacher_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    teacher.main(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(SystemExit):
+            teacher.main(parts)
+    teacher.main(replace(parts, resume=True))
+    assert_same(saved(whole.out_dir), saved(parts.out_dir))
+
+
+def test_resume_from_a_damaged_checkpoint_goes_on_from_the_one_before(distill_config, tmp_path, capsys):
+    flags = dict(objective="crd", max_steps=4, save_every=2, eval_every=2, grad_every=2)
+    whole, parts = (distill_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    distill.main(whole)
+    distill.main(parts)
+    path = tmp_path / "parts" / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with (tmp_path / "parts" / "log.jsonl").open("a") as f:
+        f.write('{"step": 4, "ml')  # a kill in the middle of a line
+    capsys.readouterr()
+    distill.main(replace(parts, resume=True))
+    assert "is damaged" in capsys.readouterr().out
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+    assert [line["step"] for line in log_lines(tmp_path / "parts")] == \
+        [line["step"] for line in log_lines(tmp_path / "whole")]
+
+
+def test_resume_with_another_dtype_or_fewer_steps_goes_on(distill_config):
+    cfg = distill_config(objective="nst", max_steps=4)
+    distill.main(cfg)
+    distill.main(replace(cfg, resume=True, dtype="float16", max_steps=6))
+    assert saved(cfg.out_dir)["step"] == 6
+    distill.main(replace(cfg, resume=True, max_steps=5))  # already there: measured, and left
+    assert saved(cfg.out_dir)["step"] == 6
+
+
+def test_eval_only_measures_what_training_reported(distill_config, teacher_config, tmp_path):
+    cfg = distill_config(objective="l2")
+    results = distill.main(cfg)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    again = distill.main(replace(cfg, eval_only=True))
+    assert all(results[k] == again[k] for k in ("mlm_loss", "mlm_accuracy", "neighbours"))
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    cfg = teacher_config(out_dir=str(tmp_path / "teacher"))
+    results = teacher.main(cfg)
+    again = teacher.main(replace(cfg, eval_only=True))
+    assert all(results[k] == again[k] for k in again)
+
+
+def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, tmp_path, monkeypatch):
+    flags = dict(objective="crd", max_steps=6, save_every=2, eval_every=2, grad_every=2)
+    whole, parts = (distill_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    distill.main(whole)
+    save, calls = torch.save, itertools.count()
+
+    def full(state, f):
+        if next(calls) == 1:
+            f.write(b"half")
+            raise OSError(28, "No space left on device")
+        save(state, f)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        refused("No space left.*--resume from .*checkpoint.pt", lambda: distill.main(parts))
+    assert saved(parts.out_dir)["step"] == 2
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl"}
+    distill.main(replace(parts, resume=True))
+    assert_same(saved(whole.out_dir), saved(parts.out_dir))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_elsewhere_and_full_memory_are_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["distill.py"])
+    run = functools.partial(common.run_script, Config=distill.Config, presets=distill.PRESETS)
+    refused("disk full .*--resume", lambda: run(lambda cfg: Path("/dev/full").write_text("x")))
+    refused("--batch_size 96", lambda: run(lambda cfg: torch.empty(10 ** 15)))
+    with pytest.raises(ValueError):  # what is no user's mistake keeps its traceback
+        run(lambda cfg: int("x"))
+
+
+# ---------------------------------------------------------------------------- the main job
+
+
+def test_main_job_makes_what_it_lacks_and_reuses_what_it_has(tmp_path, monkeypatch, capsys):
+    """World, teacher, text-only and distilled student from nothing; results do not tell what there was."""
+    few_steps = {k: v for k, v in QUICK_TEACHER.items() if k != "device"}
+    monkeypatch.setattr(teacher, "Config", functools.partial(teacher.Config, **few_steps))
+    cfg = distill.Config(**QUICK_STUDENT, objective="nst+crd", data_dir=str(tmp_path / "data"),
+                         out_dir=str(tmp_path / "out" / "first"))
+    first = distill.main(cfg)
+    out = capsys.readouterr().out
+    assert "building the world" in out and "teacher: 7," in out and "student: none" in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "teacher-mlm+ct-s0", "distill-none-s0"}
+    for text in ("teacher +text-only +nst.crd +chance\n", "masked words: accuracy", "after one ridge map",
+                 "material of held-out nouns", "fills in", "retrieves"):
+        assert re.search(text, out), text
+    assert first["clips"] == 40 and set(first["table"]) == {"teacher", "text-only", "nst+crd"}
+    assert json.loads((tmp_path / "out" / "first" / "results.json").read_text())["table"] == first["table"]
+
+    second = distill.main(replace(cfg, out_dir=str(tmp_path / "out" / "second"), w_crd=1.0))
+    out = capsys.readouterr().out
+    for made in ("data/demo-s0", "out/teacher-mlm+ct-s0", "out/distill-none-s0"):
+        assert f"reused {tmp_path}/{made}" in out
+    assert_same(saved(tmp_path / "out" / "first"), saved(tmp_path / "out" / "second"))
+    assert second["table"] == first["table"]
+
+    # another weight needs no other text-only student, another learning rate does
+    distill.main(replace(cfg, objective="nst", w_nst=1.0, out_dir=str(tmp_path / "out" / "third")))
+    assert f"reused {tmp_path}/out/distill-none-s0" in capsys.readouterr().out
+    distill.main(replace(cfg, objective="nst", lr=1e-4, out_dir=str(tmp_path / "out" / "fourth")))
+    assert f"reused {tmp_path}/out/distill-none-s0" not in capsys.readouterr().out
+    assert (tmp_path / "out" / "distill-none-s0.1" / "results.json").exists()
+
+
+def test_demo_with_a_teacher_that_saw_no_video_prints_its_table(demo, teacher_config, tmp_path, capsys):
+    teacher.main(teacher_config(objective="mlm", out_dir=str(tmp_path / "mlm")))
+    results = distill.main(distill.Config(**QUICK_STUDENT, objective="nst", teacher=str(tmp_path / "mlm"),
+                                          data_dir=str(demo), out_dir=str(tmp_path / "run")))
+    assert "retrieval" not in results and "material" in results["probes"]
+    assert "fills in" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- commands
+
+
+def environment():
+    """What a command needs to compute what this process does: its number of threads."""
+    return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
+def test_sigterm_saves_and_torchrun_goes_on_with_resume(distill_config, tmp_path):
+    """As commands: python distill.py, SIGTERM, torchrun distill.py --resume; it ends as a whole run does."""
+    cfg = distill_config(objective="crd", max_steps=60, save_every=60, eval_every=60, grad_every=60,
+                         log_every=2, out_dir=str(tmp_path / "parts"))
+    flags = [str(ROOT / "distill.py"), *(f"--{k}={v}" for k, v in asdict(cfg).items() if k != "resume")]
+    process = subprocess.Popen([sys.executable, *flags], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, env=environment())
+    for line in process.stdout:
+        if line.startswith("step      6  mlm"):
+            process.send_signal(signal.SIGTERM)
+            break
+    out = process.stdout.read()
+    assert process.wait() == 0 and "SIGTERM: saved step" in out, out
+    assert 6 <= saved(tmp_path / "parts")["step"] < 60
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
+    done = subprocess.run([*torchrun, *flags, "--resume"], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stdout + done.stderr
+    distill.main(replace(cfg, out_dir=str(tmp_path / "whole")))
+    assert_same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
+
+
+def test_help_and_mistake_as_commands():
+    script = str(ROOT / "distill.py")
+    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr
+    assert all(f"--{name}" in done.stdout for name in asdict(distill.Config()))
+    done = subprocess.run([sys.executable, script, "--objektive", "nst"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "unknown flag --objektive; did you mean --objective?\n"
+
+
+def readme_commands():
+    """The README's commands that run a script: [script, flags]."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())
+    found = re.findall(r"^ +(?:python|torchrun)[^\n]*? (\w+\.py)((?: [^\n#]*)?)", text, re.M)
+    found += re.findall(r"^ +(?:python|torchrun) (\w+\.py)((?: [^\n#]*)?)", text, re.M)
+    return sorted({(script, flags.replace("...", "").strip()) for script, flags in found})
+
+
+@pytest.mark.parametrize("script, flags", readme_commands())
+def test_readme_command_is_understood(monkeypatch, script, flags):
+    """Every flag exists and takes the value that it is given there; nothing is run."""
+    flags = shlex.split(flags)
+    if script in ("distill.py", "teacher.py", "bench.py"):
+        module = {"distill.py": distill, "teacher.py": teacher, "bench.py": bench}[script]
+        assert common.parse_cli(module.Config, module.PRESETS, flags)
+        return
+    module, called = {"data.py": data, "analyze.py": analyze}[script], []
+    for name in ("make_demo", "train_vocab", "pack_text", "pack_videos",
+                 "newest_run", "curves", "clips", "table"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, lambda *args, name=name: called.append(name))
+    module.main(flags)
+    assert called
+
+
+def test_readme_names_every_script():
+    scripts = {script for script, _ in readme_commands()}
+    assert scripts >= {"data.py", "teacher.py", "distill.py", "analyze.py"}
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
 @pytest.mark.parametrize("flags, match", [
-    (dict(objective="nst+nst"), "--objective"), (dict(objective="kd"), "--objective kd"), (dict(head="big"), "--head big"),
-    (dict(warmup_steps=100), "--warmup_steps 100"), (dict(log_every=3), "multiple of --log_every"),
-    (dict(crd_tokens=2, objective="crd"), "--crd_tokens 2"), (dict(mask_split="80/10"), "mask_split"), (dict(max_steps=0), "--epochs")])
+    (dict(objective="nst+nst"), "--objective"), (dict(objective="kd"), "--objective kd"),
+    (dict(head="big"), "--head big"), (dict(warmup_steps=100), "--warmup_steps 100"),
+    (dict(log_every=3), "multiple of --log_every"), (dict(crd_tokens=2, objective="crd"), "--crd_tokens 2"),
+    (dict(mask_split="80/10"), "mask_split"), (dict(max_steps=0), "--epochs"),
+    (dict(log_every=0), "--log_every 0"), (dict(batch_size=0), "--batch_size 0"),
+    (dict(grad_accum=0), "--grad_accum 0"), (dict(lr=-1.0), "--lr -1"),
+    (dict(mask_rate=0.0), "--mask_rate 0"), (dict(crd_tau=0.0), "--crd_tau 0"),
+    (dict(objective="crd", batch_size=1), "--batch_size"),
+    (dict(objective="crd", crd_bank_size=1), "--crd_bank_size")])
 def test_wrong_flag_is_refused_before_anything_runs(distill_config, flags, match):
     with pytest.raises((ValueError, SystemExit), match=match):
         distill_config(**flags)
 
 
-def test_wrong_models_and_files_are_refused(distill_config, demo, tmp_path):
+@pytest.mark.parametrize("flags, match", [
+    (dict(objective="nst"), "--objective nst"), (dict(negatives="some"), "--negatives some"),
+    (dict(objective="mlm", stop_on="recall"), "--stop_on"), (dict(eval_every=0), "--eval_every 0"),
+    (dict(save_every=3, log_every=2, eval_every=2), "--save_every 3"), (dict(val_clips=0), "--val_clips 0"),
+    (dict(max_steps=-1), "--max_steps -1"), (dict(patience=0), "--patience 0")])
+def test_wrong_teacher_flag_is_refused_before_anything_runs(teacher_config, flags, match):
+    with pytest.raises(ValueError, match=match):
+        teacher_config(**flags)
+
+
+def test_wrong_models_and_files_are_refused(distill_config, teacher_run, tmp_path):
     refused("batch_size 8 .* try 9", lambda: distill.main(distill_config(grad_accum=3)))
     refused("--teacher .*nowhere", lambda: distill.main(distill_config(teacher=str(tmp_path / "nowhere"))))
     refused("needs a teacher", lambda: distill.main(distill_config(teacher="")))
     refused("missing.h5", lambda: distill.main(distill_config(train=str(tmp_path / "missing.h5"))))
+    refused("missing.h5", lambda: distill.main(distill_config(videos=str(tmp_path / "missing.h5"))))
     refused("--head none", lambda: distill.main(distill_config(objective="l2", head="none", hidden=64)))
     refused("no readable checkpoint", lambda: distill.main(distill_config(resume=True)))
+    wider = distill_config(init_from=str(teacher_run), hidden=64)
+    refused("--init_from .*shape", lambda: distill.main(wider))
+    assert not (tmp_path / "run").exists()
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 400)
-    import data
     data.pack_text([tmp_path / "text.txt"], vocab, tmp_path / "other.h5")
-    refused("another vocabulary", lambda: distill.main(distill_config(train=str(tmp_path / "other.h5"))))
+    other = distill_config(train=str(tmp_path / "other.h5"))
+    refused("--teacher .*another vocabulary", lambda: distill.main(other))
+    other = replace(other, objective="none", teacher="", init_from=str(teacher_run))
+    refused("--init_from .*another vocabulary", lambda: distill.main(other))
+
+
+def test_clips_of_other_features_are_refused_before_training(distill_config, teacher_config, tmp_path):
+    """A teacher that saw 2D alone cannot be asked for clips of 2D + 3D, and not after hours of training."""
+    teacher.main(teacher_config(vision="image", max_steps=1))
+    settings = tmp_path / "run" / "model" / "clips.json"
+    settings.write_text(settings.read_text().replace("image", "video"))
+    cfg = distill_config(teacher=str(tmp_path / "run"), videos=teacher_config().videos,
+                         out_dir=str(tmp_path / "student"))
+    refused("--videos .*128 channels", lambda: distill.main(cfg))
+    assert not (tmp_path / "student").exists()
+
+
+def test_resume_refuses_another_corpus_model_or_batch(distill_config, demo):
+    cfg = distill_config(objective="none", teacher="", max_steps=1)
+    distill.main(cfg)
+    elsewhere = str(demo / "demo-s0" / "corp*.h5")
+    for name, value in (("batch_size", 4), ("hidden", 64), ("seed", 1), ("train", elsewhere)):
+        changed = replace(cfg, resume=True, **{name: value})
+        refused(f"--resume: --{name} was", lambda: distill.main(changed))
 
 
 def test_teacher_without_heads_refuses_what_needs_them(distill_config, teacher_run, tmp_path):
-    import data
     vocab = data.load_vocab(teacher_run / "model")
     BERT.from_pretrained(teacher_run / "model").save_pretrained(tmp_path / "bare", vocab)
-    refused("no masked-word head", lambda: distill.main(distill_config(objective="soft", teacher=str(tmp_path / "bare"))))
-    refused("no video encoder", lambda: distill.main(distill_config(objective="voken", teacher=str(tmp_path / "bare"))))
-    distill.main(distill_config(objective="nst+crd", teacher=str(tmp_path / "bare"), max_steps=1))
+    bare = functools.partial(distill_config, teacher=str(tmp_path / "bare"), max_steps=1)
+    refused("no masked-word head", lambda: distill.main(bare(objective="soft")))
+    refused("no video encoder", lambda: distill.main(bare(objective="voken")))
+    distill.main(bare(objective="nst+crd"))
 
 
 def test_nan_loss_stops_with_step_and_term(distill_config):
-    cfg = distill_config(lr=1e30, clip=0.0, objective="nst", max_steps=20, save_every=20, eval_every=20, grad_every=20)
+    cfg = distill_config(lr=1e30, clip=0.0, objective="nst", max_steps=20, save_every=20, eval_every=20,
+                         grad_every=20)
     refused(r"the \w+ loss is (nan|inf) at step \d+; .*--lr", lambda: distill.main(cfg))
     assert not (Path(cfg.out_dir) / "model").exists()
 
 
-def test_too_small_a_batch_for_negatives_is_refused(demo, tmp_path):
-    cfg = teacher.Config(videos=str(demo / "demo-s0" / "videos.h5"), batch_size=2, grad_accum=2, device="cpu", out_dir=str(tmp_path / "run"))
-    refused("no negatives", lambda: teacher.main(cfg))
+def test_nan_names_its_own_term_and_the_checkpoint_before(distill_config, monkeypatch):
+    crd, calls = distill.losses.crd, itertools.count()
+    factor = (float("nan") if call == 5 else 1.0 for call in calls)  # call 0 measures gradients, 5 is step 4
+    monkeypatch.setattr(distill.losses, "crd", lambda *args: crd(*args) * next(factor))
+    cfg = distill_config(objective="nst+crd", max_steps=8, log_every=4, save_every=4, eval_every=4,
+                         grad_every=8)
+    refused(r"the crd loss is nan at step 4; .*checkpoint.pt; .*--resume", lambda: distill.main(cfg))
+    assert saved(cfg.out_dir)["step"] == 4
+
+
+def test_too_small_a_batch_for_negatives_is_refused(teacher_config, tmp_path):
+    refused("no negatives", lambda: teacher.main(teacher_config(batch_size=2, grad_accum=2)))
     assert not (tmp_path / "run").exists()
-
-
-def test_mistake_on_the_command_line_has_status_1_and_one_line():
-    done = subprocess.run([sys.executable, str(ROOT / "distill.py"), "--objektive", "nst"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip() == "unknown flag --objektive; did you mean --objective?"

@@ -33,13 +33,15 @@ def test_step_block_never_waits_for_the_device(name):
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.name)
 def test_source_has_no_banned_construct(path):
     text = path.read_text()
-    for banned in (r"\bexec\(", r"(?<![.\w])eval\(", r"import \*", r"except:", r"strict=False", r"\.module\b", r"torch\.cuda\.amp",
-                   r"\bapex\b", r"np\.random\.(?!default_rng|Generator)", r"allow_pickle=True", r"weights_only=False", r"^import pickle",
+    for banned in (r"\bexec\(", r"(?<![.\w])eval\(", r"import \*", r"except:", r"strict=False", r"\.module\b",
+                   r"torch\.cuda\.amp", r"\bapex\b", r"np\.random\.(?!default_rng|Generator)",
+                   r"allow_pickle=True", r"weights_only=False", r"^import pickle",
                    r"^(import|from) transformers"):
         assert not re.search(banned, text, re.M), banned
-    assert max(map(len, text.splitlines())) <= 125
+    assert max(map(len, text.splitlines())) <= 110
 
 
 def test_requirements_are_the_allowed_packages():
-    names = {re.match(r"[\w-]+", line).group() for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
-    assert names <= {"torch", "numpy", "tokenizers", "h5py", "scipy", "pytest", "safetensors", "matplotlib", "tqdm"}
+    lines = (ROOT / "requirements.txt").read_text().split()
+    assert {re.match(r"[\w-]+", line).group() for line in lines} <= {
+        "torch", "numpy", "tokenizers", "h5py", "scipy", "pytest", "safetensors", "matplotlib", "tqdm"}

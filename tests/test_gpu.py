@@ -1,0 +1,192 @@
+"""Proves on a CUDA device what the other files prove on a CPU; skipped where there is none.
+
+Training in three precisions, resume with the loss scaler's state, losses and encoder equal to the CPU's, and
+an optimizer step that never waits for the device.
+Run: python -m pytest -q tests/test_gpu.py
+"""
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_ddp import flat, log_lines
+from test_scripts import EVERY, saved, stop_at
+
+import distill
+import losses
+import teacher
+from model import BERT, BERTConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def assert_close_runs(one, two):
+    """Weights, optimizer, bank and scaler of two checkpoints, up to the order of the GPU's sums."""
+    for part in ("student", "model", "optimizer", "bank", "scaler"):
+        a, b = flat(one.get(part, {})), flat(two.get(part, {}))
+        assert a.keys() == b.keys()
+        for key in a:
+            if torch.is_tensor(a[key]):
+                torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4,
+                                           msg=lambda m: f"{part}{key}: {m}")
+            else:
+                assert a[key] == pytest.approx(b[key]), part + key
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_student_learns_on_the_gpu(distill_config, dtype):
+    cfg = distill_config(objective=EVERY, device="cuda", dtype=dtype, max_steps=40, eval_every=40,
+                         save_every=40, grad_every=40, grad_accum=2)
+    results = distill.main(cfg)
+    lines = [line for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    for term in ("mlm", *distill.OBJECTIVES):
+        values = [line[term] for line in lines]
+        assert all(map(math.isfinite, values))
+        # this teacher's word distributions are nearly uniform: there is nothing in them to learn
+        assert term == "soft" or np.mean(values[-5:]) < np.mean(values[:5]), term
+    assert 0 < results["mlm_loss"] < 7
+    gradients = next(line for line in log_lines(Path(cfg.out_dir)) if "gradient_nst" in line)
+    assert all(gradients[f"gradient_{term}"] > 0 for term in ("mlm", *distill.OBJECTIVES))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_teacher_learns_on_the_gpu(teacher_config, dtype):
+    cfg = teacher_config(device="cuda", dtype=dtype, max_steps=40, eval_every=40, save_every=40)
+    teacher.main(cfg)
+    values = [line["mlm"] for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    assert all(map(math.isfinite, values)) and np.mean(values[-5:]) < np.mean(values[:5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resumed_run_equals_uninterrupted_run_on_the_gpu(distill_config, tmp_path, monkeypatch, dtype):
+    flags = dict(objective="nst+crd", device="cuda", dtype=dtype, max_steps=6, save_every=2, eval_every=2,
+                 grad_every=2, log_every=2, dropout=0.1)
+    whole, parts = (distill_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    distill.main(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(SystemExit):
+            distill.main(parts)
+    distill.main(replace(parts, resume=True))
+    assert_close_runs(saved(whole.out_dir), saved(parts.out_dir))
+    assert bool(saved(parts.out_dir)["scaler"]) == (dtype == "float16")
+
+
+def test_gpu_run_equals_cpu_run_without_dropout(distill_config, tmp_path):
+    flags = dict(objective="nst+crd", dropout=0.0, max_steps=3, eval_every=3, save_every=3, grad_every=3)
+    for device in ("cpu", "cuda"):
+        distill.main(distill_config(**flags, device=device, out_dir=str(tmp_path / device)))
+    one, two = ([line for line in log_lines(tmp_path / device) if "grad_norm" in line]
+                for device in ("cpu", "cuda"))
+    for a, b in zip(one, two):
+        assert [a[k] for k in ("mlm", "nst", "crd", "grad_norm")] == \
+            pytest.approx([b[k] for k in ("mlm", "nst", "crd", "grad_norm")], rel=2e-2)
+
+
+# ---------------------------------------------------------------------------- losses and encoder
+
+
+def both_devices(loss, *inputs):
+    """loss(device, inputs) with its gradients to the floating-point inputs, on the CPU and on the GPU."""
+    found = []
+    for device in ("cpu", "cuda"):
+        moved = [x.to(device).requires_grad_(x.is_floating_point()) for x in inputs]
+        value = loss(device, *moved)
+        wanted = [x for x in moved if x.requires_grad]
+        gradients = torch.autograd.grad(value, wanted, allow_unused=True)
+        found.append([value.detach().cpu(), *(g.cpu() for g in gradients if g is not None)])
+    return found
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(*shape, seed=0):
+    return torch.nn.functional.normalize(normal(*shape, seed=seed), dim=-1)
+
+
+def crd_on(kind, device, z_s, z_t):
+    bank = losses.CRDBank(60, 16, 32, device=device)
+    bank.update(np.arange(50), unit(50, 16, seed=3).to(device), unit(50, 16, seed=4).to(device))
+    slots, negatives = np.arange(12), bank.draw(0)
+    bank.set_z(z_s.detach(), z_t.detach(), slots, negatives)
+    return losses.crd(z_s, z_t, slots, bank, negatives, loss=kind)
+
+
+B, T, C, V = 12, 10, 16, 50
+MASK = torch.arange(T) < torch.arange(B)[:, None] % 7 + 4
+ROWS = torch.arange(B) * 5 % V
+CASES = {
+    "mlm": (lambda _, x, y: losses.mlm(x, y), normal(B, V), ROWS),
+    "hinge_all": (lambda _, h, v, m: losses.hinge_all(h, v, m), normal(B, T, C), normal(B, C, seed=1), MASK),
+    "infonce_tokens": (lambda _, h, v, m: losses.infonce_tokens(h, v, m), normal(B, T, C),
+                       normal(B, C, seed=1), MASK),
+    "soft": (lambda _, h, W, b, g: losses.soft(h, W, b, g, W.detach(), b.detach(), chunk=5), normal(B, C),
+             normal(V, C, seed=1), normal(V, seed=2), normal(B, C, seed=3)),
+    "voken": (lambda _, h, W, b, g: losses.voken(h, W, b, g, W.detach(), chunk=5), normal(B, C),
+              unit(V, C, seed=1), normal(V, seed=2), normal(B, C, seed=3)),
+    "l2": (lambda _, s, t, m: losses.l2(s, t.detach(), m), normal(B, T, C), normal(B, T, C, seed=1), MASK),
+    **{f"nst {kernel}": (lambda _, s, t, m, kernel=kernel: losses.nst(s, t.detach(), m, kernel),
+                         normal(B, T, C), normal(B, T, 24, seed=1), MASK)
+       for kernel in ("gaussian", "poly", "linear")},
+    **{f"crd {kind}": (lambda device, s, t, kind=kind: crd_on(kind, device, s, t), unit(B, C),
+                       unit(B, C, seed=1)) for kind in ("nce", "infonce")}}
+
+
+@pytest.mark.parametrize("name", CASES)
+@losses.no_tf32()
+def test_loss_and_gradient_equal_the_cpus(name):
+    loss, *inputs = CASES[name]
+    for a, b in zip(*both_devices(loss, *inputs)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@losses.no_tf32()
+def test_fused_attention_equals_plain_matmuls(padded):
+    """The GPU takes scaled_dot_product_attention, the CPU matmuls: values at real tokens, and gradients."""
+    torch.manual_seed(0)
+    bert = BERT(BERTConfig(vocab_size=V, layers=2, hidden=32, heads=2, intermediate=64, dropout=0.0))
+    ids = (torch.arange(B * T) * 7 % V).view(B, T)
+    found = []
+    for device in ("cpu", "cuda"):
+        bert.to(device).zero_grad()
+        h = bert(ids.to(device), MASK.to(device) if padded else None)
+        h = h * MASK[..., None].to(device)
+        h.square().mean().backward()
+        found.append([h.detach().cpu(), bert.embeddings.word.weight.grad.cpu(),
+                      bert.layers[0].attention.qkv.weight.grad.cpu()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------- speed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_optimizer_step_never_waits_for_the_device(distill_config, monkeypatch, dtype):
+    """From the first forward to the scaler's update any host synchronisation is an error."""
+    forward, update = distill.Distiller.forward, torch.amp.GradScaler.update
+    steps = []
+
+    def strict_forward(self, batch, count):
+        if self.training and len(steps) >= 2:  # the first steps set up cuBLAS and the optimizer's state
+            torch.cuda.set_sync_debug_mode("error")
+        return forward(self, batch, count)
+
+    def relaxed_update(self, *args):
+        update(self, *args)
+        torch.cuda.set_sync_debug_mode("default")
+        steps.append(1)
+    monkeypatch.setattr(distill.Distiller, "forward", strict_forward)
+    monkeypatch.setattr(torch.amp.GradScaler, "update", relaxed_update)
+    try:
+        distill.main(distill_config(objective=EVERY, device="cuda", dtype=dtype, max_steps=5, eval_every=5,
+                                    save_every=5, grad_every=5, log_every=5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 5
