@@ -171,15 +171,16 @@ def init_world(device="auto"):
     return World(rank, size, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
 
 
-def keep_freed_memory():
-    """Has glibc keep what is freed: else large tensors return to the system, and each step faults them in."""
+def keep_freed_memory(keep=True):
+    """Has glibc keep what is freed, or not, its default: then large tensors return to the system, and every
+    step faults their pages in again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-    mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+    mallopt(M_MMAP_MAX, 0 if keep else 2 ** 16)
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 ** 17)
 
 
 def end_world():
@@ -363,9 +364,23 @@ def finished_run(folder, cfg, hashes):
         before = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
         return None
+    return results if "finished" in results and same_run(before, cfg, hashes) else None
+
+
+def unfinished_run(folder, cfg, hashes):
+    """Whether `folder` holds a checkpoint of the same flags and data, from which a killed run can go on."""
+    try:
+        before = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return same_run(before, cfg, hashes) and any(Path(folder).glob("checkpoint.pt*"))
+
+
+def same_run(before, cfg, hashes):
+    """Whether a run's config.json has the same data and the same flags of those that change its result."""
     free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every"}
-    same = all(before["config"].get(k) == v for k, v in dataclasses.asdict(cfg).items() if k not in free)
-    return results if same and before["hashes"] == hashes and "finished" in results else None
+    flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}
+    return before["hashes"] == hashes and all(before["config"].get(k) == v for k, v in flags.items())
 
 
 def git_state():
@@ -399,9 +414,11 @@ def file_hash(folder):
     """SHA-256 of a model folder's weights, for what a run was trained with."""
     names = "model.safetensors", "pytorch_model.bin"
     path = next(Path(folder) / name for name in names if (Path(folder) / name).exists())
+    digest = hashlib.sha256()
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else \
-            hashlib.sha256(f.read()).hexdigest()  # Python 3.10
+        while part := f.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 class Log:
@@ -478,12 +495,23 @@ def check_finite(values, first, names, folder):
     bad = (~torch.isfinite(values)).nonzero().tolist()
     if bad:
         row, column = bad[0]
-        paths = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.pt.prev"
-        kept = next((path for path in paths if path.exists()), None)
         step, value = first + (row - first) % len(values), values[row, column].item()
-        raise SystemExit(f"the {names[column]} loss is {value} at step {step}; " + (
-            f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr" if kept else
-            "start anew with a lower --lr"))
+        raise SystemExit(f"the {names[column]} loss is {value} at step {step}; {last_good(folder)}")
+
+
+def check_weights(model, step, folder):
+    """Stops the run where an update left NaN or infinity in the weights: they must not be saved as good."""
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise SystemExit(f"the weight {bad[0]} is not finite after step {step}; {last_good(folder)}")
+
+
+def last_good(folder):
+    """What to do after a NaN: names the checkpoint to go on from."""
+    paths = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.pt.prev"
+    kept = next((path for path in paths if path.exists()), None)
+    return (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr" if kept else
+            "start anew with a lower --lr")
 
 
 def restore_rng(state, world):

@@ -26,10 +26,10 @@ import losses
 import teacher as teacher_script
 from analyze import (clip_states, closing_table, describe, fill_in, mean_state, probes, retrieval,
                      shared_neighbours)
-from common import (Interrupt, Log, check_fields, check_finite, check_resume, duration, file_hash,
-                    finished_run, init_world, load_checkpoint, lr_at, micro_batch_size, model_folder, move,
-                    open_run, peak_flops, peak_memory_mb, print0, restore_rng, run_script, save_checkpoint,
-                    set_seed, step_line, write_json)
+from common import (Interrupt, Log, check_fields, check_finite, check_resume, check_weights, duration,
+                    file_hash, finished_run, init_world, load_checkpoint, lr_at, micro_batch_size,
+                    model_folder, move, open_run, peak_flops, peak_memory_mb, print0, restore_rng, run_script,
+                    save_checkpoint, set_seed, step_line, unfinished_run, write_json)
 from model import (BERT, SHAPES, DistillHead, MLMHead, flops_per_token, load_mlm_head, load_video_encoder,
                    memory_report, model_config, param_groups)
 
@@ -135,9 +135,10 @@ CHOICES = {"model": tuple(SHAPES), "head": ("mlp", "none"), "nst_kernel": ("gaus
 POSITIVE = ("eval_blocks", "soft_tau", "crd_negatives", "crd_dim", "crd_tau", "mask_rate", "batch_size",
             "grad_accum", "lr", "log_every", "grad_every", "eval_every", "save_every")
 # what a resumed run cannot change
-FIXED = ("train", "val", "block_size", "teacher", "model", "layers", "hidden", "heads", "intermediate",
-         "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim", "crd_bank_size",
-         "crd_bank_dtype", "mask_rate", "mask_split", "batch_size", "seed")
+FIXED = ("block_size", "model", "layers", "hidden", "heads", "intermediate", "objective", "head", "crd_level",
+         "crd_tokens", "crd_negatives", "crd_dim", "crd_tau", "crd_momentum", "crd_bank_size",
+         "crd_bank_dtype", "crd_loss", "crd_views", "mask_rate", "mask_split", "reduction", "batch_size",
+         "weight_decay", "beta2", "seed")
 
 # VidLanKD 4.3: 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H; batch 256: released code
 SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
@@ -304,12 +305,14 @@ def evaluate(bert, head, blocks, cfg, world):
 def gradient_norms(student, batch, count, weights):
     """Norm of the gradient that each weighted term of a micro-batch sends into the student's last states.
 
-    A pass of its own, every so many steps: what a weight of 1 means differs by orders of magnitude between
-    the terms.
+    A pass of its own, every so many steps, that leaves the run as it was: what a weight of 1 means differs by
+    orders of magnitude between the terms.
     """
     scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
-    h = student.bert(batch["inputs"])
-    terms = student.terms(h, batch, count)
+    device = batch["inputs"].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        h = student.bert(batch["inputs"])
+        terms = student.terms(h, batch, count)
     student.fresh.clear()
     norms = {}
     for name, term in terms.items():
@@ -318,23 +321,25 @@ def gradient_norms(student, batch, count, weights):
     return norms
 
 
-def update_bank(student, index, rows, world):
-    """Writes the step's z, gathered from all ranks in the order of the global batch, into the bank."""
-    order = world.gather(torch.from_numpy(rows)).argsort().to(world.device)
-    z_s, z_t = (world.gather(torch.cat(z))[order] for z in zip(*student.fresh))
+def update_bank(student, index, world):
+    """Writes the step's z, gathered from all ranks, into the bank.
+
+    data.micro_rows goes rank after rank, so that they come in the order of the global batch.
+    """
+    z_s, z_t = (world.gather(torch.cat(z)) for z in zip(*student.fresh))
     student.fresh.clear()
     student.bank.update(index, z_s, z_t)
     return z_s, z_t
 
 
 @torch.no_grad()
-def first_rows(student, batches, index, rows, world):
+def first_rows(student, batches, index, world):
     """Before the first step: the first global batch fills the bank, and its similarities fix Eq. 8's Z."""
     student.eval()
     for batch in batches:
         z_s, z_t, first = student.project(student.bert(batch["inputs"]), batch)
         student.fresh.append((z_s[first], z_t[first]))
-    z_s, z_t = update_bank(student, index, rows, world)
+    z_s, z_t = update_bank(student, index, world)
     student.bank.set_z(z_s, z_t, index % student.bank.rows, student.bank.draw(0))
     student.train()
 
@@ -361,11 +366,12 @@ def text_only_run(cfg, folder):
     return replace(cfg, **unused, objective="none", resume=False, eval_only=False, out_dir=str(folder))
 
 
-def report(student, teacher, text_only, train, val, clips, demo, cfg, world):
-    """What the student learned: {mlm_loss, mlm_accuracy, neighbours, retrieval, probes}.
+def report(student, teacher, text_only, train, val, clips, demo, cfg, world, show):
+    """What the student learned: {mlm_loss, mlm_accuracy, neighbours, retrieval, probes}, and where it was
+    distilled the closing table's columns and the number of clips.
 
-    Prints the closing table where the run has somebody to compare with: the teacher, and on the demo the
-    text-only student. clips: of open_clips; demo: the demo world's folder, or None.
+    show: print the table, with the teacher's and on the demo the text-only student's column. clips: of
+    open_clips; demo: the demo world's folder, or None.
     """
     own = evaluate(student.bert, student.mlm, val, cfg, world)
     theirs = {"mlm_loss": None, "mlm_accuracy": None}
@@ -392,11 +398,14 @@ def report(student, teacher, text_only, train, val, clips, demo, cfg, world):
         own["probes"] = probes(student.bert, train, latents, world.device)
         if student.kd:
             theirs["probes"] = probes(teacher.bert, train, latents, world.device)
+    columns = {"teacher": theirs if student.kd else None, "text-only": text_only,
+               cfg.objective if student.kd else "text-only": own}
+    columns = {name: column for name, column in columns.items() if column and any(column.values())}
+    n_clips = len(clips[1]) if clips else 0
+    if show:
+        print0("\n" + closing_table(columns, n_clips) + "\n")
     if student.kd:
-        columns = {"teacher": theirs, "text-only": text_only, cfg.objective: own}
-        columns = {name: column for name, column in columns.items() if column and any(column.values())}
-        own = own | {"table": columns, "clips": len(clips[1]) if clips else 0}
-        print0("\n" + closing_table(columns, own["clips"]) + "\n")
+        own = own | {"table": columns, "clips": n_clips}
     if student.kd and demo:
         ids, place = val.batch([0])["ids"][0], cfg.block_size // 2
         text, words = fill_in(student.bert, student.mlm, val.vocab, ids, place, world.device)
@@ -427,27 +436,36 @@ def main(cfg, reuse=False):
     train, val = (data.TextBlocks(cfg.train or demo / "corpus.h5", cfg.block_size, part, cfg.val)
                   for part in ("train", "val"))
     vocab = train.vocab
-    hashes = {"corpus": train.hash, "vocabulary": vocab.hash}
+    if val.vocab.hash != vocab.hash:
+        raise SystemExit(f"--val {cfg.val} is packed with another vocabulary than --train {cfg.train}; "
+                         "pack it again")
+    hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
     teacher_folder, text_only = cfg.teacher, None
     if not teacher_folder and demo:
         teacher_folder = str(folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
-        teacher_script.main(teacher_script.Config(data_dir=cfg.data_dir, seed=cfg.seed, device=cfg.device,
-                                                  out_dir=teacher_folder), reuse=True)
+        teacher_script.main(teacher_script.Config(
+            data_dir=cfg.data_dir, seed=cfg.seed, device=cfg.device, block_size=cfg.block_size,
+            out_dir=teacher_folder), reuse=True)
     elif not teacher_folder and len(names) > 1:
         raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
                          "--videos FILE, or any Hugging Face BERT of the same vocabulary")
     if demo and len(names) > 1:
         text_only = main(text_only_run(cfg, folder.parent / f"distill-none-s{cfg.seed}"), reuse=True)
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    if cfg.warmup_steps > max_steps:
+        raise SystemExit(f"--warmup_steps {cfg.warmup_steps} is more than the {max_steps} steps of --epochs "
+                         f"{cfg.epochs:g} on this corpus; lower it")
 
     # models and optimizer
     teacher = FrozenTeacher(teacher_folder, vocab, cfg, world.device, dtype) if teacher_folder else None
     if teacher:
         hashes["teacher"] = file_hash(teacher.folder)
     clips = open_clips(cfg.videos or (demo and demo / "videos.h5"), teacher, vocab)
-    if reuse and (before := finished_run(folder, cfg, hashes)):
-        print0(f"reused {folder}")
-        return before
+    if reuse:
+        if before := finished_run(folder, cfg, hashes):
+            print0(f"reused {folder}")
+            return before
+        cfg = replace(cfg, resume=unfinished_run(folder, cfg, hashes))
     set_seed(cfg.seed, 0)
     config = model_config(cfg.model, vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate,
                           cfg.dropout)
@@ -467,7 +485,7 @@ def main(cfg, reuse=False):
         if data.load_vocab(source).hash != vocab.hash:
             raise SystemExit(f"--init_from {cfg.init_from} reads another vocabulary than the corpus; pack it "
                              f"again with --vocab {source}/vocab.txt")
-        if replace(start_from.config, dropout=config.dropout) != config:
+        if replace(start_from.config, dropout=config.dropout, init_std=config.init_std) != config:
             raise SystemExit(f"--init_from {cfg.init_from}: its shape is not the student's ({config.layers} "
                              f"layers of {config.hidden}); give --layers, --hidden and --heads to match")
         student.bert.load_state_dict(start_from.state_dict())
@@ -492,7 +510,7 @@ def main(cfg, reuse=False):
             bank.load_state_dict(saved["bank"])
         start = saved["step"]
     if cfg.eval_only:
-        return report(student, teacher, text_only, train, val, clips, demo, cfg, world)
+        return report(student, teacher, text_only, train, val, clips, demo, cfg, world, not reuse)
     folder = open_run(folder, cfg, world, hashes)
     log = Log(folder, world, saved["log_lines"] if cfg.resume else 0)
     interrupt = Interrupt(cfg.max_minutes)
@@ -527,24 +545,25 @@ def main(cfg, reuse=False):
         stop = interrupt.due(world)
         if (step % cfg.save_every == 0 and step > start) or last or stop:
             check_finite(world.sum(window.clone()), first, names, folder)
+            check_weights(student, step, folder)
             save_checkpoint(folder, {"student": student.state_dict(), "optimizer": optimizer.state_dict(),
                                      "scaler": scaler.state_dict(), "bank": bank.state_dict() if bank else {},
                                      "step": step, "log_lines": log.lines, "hashes": hashes,
                                      "config": asdict(cfg), "model_config": asdict(config)}, world)
         if stop and not last:
-            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with --resume")
+            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with "
+                   + ("the same command" if reuse else "--resume"))
             raise SystemExit(0)
         if last:
             break
         clock = clock and clock + time.monotonic() - pause
 
         # the step's micro-batches, and the items of each term over all ranks: one step on the whole batch
-        batches, items, own_rows = [], torch.zeros(2), []
+        batches, items = [], torch.zeros(2)
         for micro in range(cfg.grad_accum):
             rows = data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
             batch = prepare(train, cfg, step, rows)
             items += torch.tensor([len(batch["targets"]), len(batch.get("anchors", rows))])
-            own_rows.append(rows)
             batches.append(move(batch, world.device))
             if len(names) > 1:
                 teacher(batches[-1])
@@ -556,11 +575,11 @@ def main(cfg, reuse=False):
             count = dict.fromkeys(("mlm", "tokens", "sequences", "anchors"), 1 / world.size)
         if bank:
             index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-            own_rows = np.concatenate(own_rows)
             if step == 0:
-                first_rows(student, batches, index, own_rows, world)
+                first_rows(student, batches, index, world)
+            negatives = bank.draw(step)
             for batch in batches:
-                batch["negatives"] = bank.draw(step)
+                batch["negatives"] = negatives
         if step % cfg.grad_every == 0:
             pause = time.monotonic()
             with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
@@ -594,7 +613,7 @@ def main(cfg, reuse=False):
         # ---- end of the optimizer step ----
 
         if bank:
-            update_bank(student, index, own_rows, world)
+            update_bank(student, index, world)
         step += 1
         if step % cfg.log_every == 0:
             values = world.sum(window.clone()) / world.size  # the window's only read of the device
@@ -603,8 +622,9 @@ def main(cfg, reuse=False):
             now = time.monotonic()
             speed = (step - first) / (now - clock) if clock else 0.0  # steps a second
             mfu = speed * flops / peak if peak else 0.0
-            log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), tokens_per_s=speed * tokens,
-                      mfu=mfu, memory_mb=peak_memory_mb(world.device))
+            rate = {"tokens_per_s": speed * tokens, "mfu": mfu} if speed else {}
+            log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), **rate,
+                      memory_mb=peak_memory_mb(world.device))
             left = (now - began) / (step - start) * (max_steps - step)
             print0(step_line(step, mean, lr, speed, tokens, mfu, left))
             first, clock = step, now
@@ -613,11 +633,11 @@ def main(cfg, reuse=False):
     results = {"objective": cfg.objective, "folder": str(folder), "steps": step, "vocabulary": vocab.hash}
     if world.main:
         student.bert.save_pretrained(folder / "model", vocab, student.mlm)
-    results |= report(student, teacher, text_only, train, val, clips, demo, cfg, world)
+    results |= report(student, teacher, text_only, train, val, clips, demo, cfg, world, not reuse)
     results["finished"] = time.time()
     if world.main:
         write_json(folder / "results.json", results)
-    print0(f"saved {folder}/model, {duration(time.monotonic() - began)}")
+    print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
     world.barrier()
     return results
 

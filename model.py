@@ -50,7 +50,7 @@ class BERTConfig:
 
 # 6L-512H is the ablation model of VidLanKD, 12L-768H is BERT-base
 SHAPES = {
-    "demo": dict(layers=2, hidden=128, heads=4, intermediate=512, init_std=0.05),  # 0.02 is small for so few channels
+    "demo": dict(layers=2, hidden=128, heads=4, intermediate=512, init_std=0.05),  # 0.02 suits wider models
     "6L-512H": dict(layers=6, hidden=512, heads=8, intermediate=2048),
     "12L-768H": dict(layers=12, hidden=768, heads=12, intermediate=3072),
 }
@@ -228,7 +228,7 @@ class BERT(nn.Module):
 
 
 def init_weights(module, std):
-    """Weights N(0, std), biases 0 (Devlin et al. 2019: 0.02); for `.apply`. LayerNorm keeps PyTorch's 1 and 0."""
+    """Weights N(0, std), biases 0 (Devlin et al. 2019: 0.02); for `.apply`. LayerNorm stays 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):

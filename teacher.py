@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from analyze import mean_state, recall, vectors
-from common import (Interrupt, Log, check_fields, check_finite, check_resume, duration, finished_run,
-                    init_world, load_checkpoint, lr_at, micro_batch_size, move, open_run, peak_flops,
-                    peak_memory_mb, print0, restore_rng, run_script, save_checkpoint, set_seed, step_line,
-                    write_json)
+from common import (Interrupt, Log, check_fields, check_finite, check_resume, check_weights, duration,
+                    finished_run, init_world, load_checkpoint, lr_at, micro_batch_size, move, open_run,
+                    peak_flops, peak_memory_mb, print0, restore_rng, run_script, save_checkpoint, set_seed,
+                    step_line, unfinished_run, write_json)
 from model import (BERT, SHAPES, MLMHead, VideoEncoder, flops_per_token, memory_report, model_config,
                    param_groups, save_video_encoder)
 
@@ -69,7 +69,7 @@ class Config:
     clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: int = 30  # linear warm-up
     max_steps: int = 300  # then linearly to 0
-    stop_on: str = "recall"  # early stopping on loss (paper) or recall: see "action shortcut" in README
+    stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where ct is on
     patience: int = 5  # evaluations without a better one before it stops
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
     # system
@@ -103,21 +103,28 @@ class Config:
 
 
 CHOICES = {"model": tuple(SHAPES), "vision": ("video", "image"), "negatives": ("one", "all", "infonce"),
-           "ct_input": ("masked", "clean"), "reduction": ("mean", "sum"), "stop_on": ("loss", "recall"),
-           "dtype": ("float32", "bfloat16", "float16")}
+           "ct_input": ("masked", "clean"), "reduction": ("mean", "sum"),
+           "stop_on": ("auto", "loss", "recall"), "dtype": ("float32", "bfloat16", "float16")}
 POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "batch_size", "grad_accum", "lr",
             "max_steps", "patience", "vokens", "log_every", "eval_every", "save_every")
 # what a resumed run cannot change
-FIXED = ("videos", "val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "layers",
+FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "layers",
          "hidden", "heads", "intermediate", "video_layers", "objective", "mask_rate", "mask_split",
-         "batch_size", "seed")
+         "reduction", "batch_size", "weight_decay", "beta2", "seed")
 
-# 4.3 of the paper; batch, patience and schedule are the released code's or, where it has none, ours
-SMALL = dict(model="6L-512H", video_layers=0, negatives="all", block_size=128, max_frames=512,
-             val_clips=10_000, batch_size=256, lr=2e-4, beta2=0.999, warmup_steps=5000, max_steps=200_000,
-             eval_every=2000, save_every=2000, log_every=100)
+# section 4.3 of the paper: tokens, frames, held-out clips, optimizer, margin, depth of the video encoder
+PAPER = dict(block_size=128, max_frames=512, val_clips=10_000, lr=2e-4, weight_decay=0.01, margin=1.0,
+             video_layers=0)
+# not in the paper: batch and warm-up of the released code; steps ("until it converges") and the rest are ours
+SMALL = PAPER | dict(model="6L-512H", negatives="all", batch_size=256, beta2=0.999, warmup_steps=5000,
+                     max_steps=200_000, eval_every=2000, save_every=2000, log_every=100)
 BASE = SMALL | dict(model="12L-768H")
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(negatives="one", stop_on="loss")}
+
+
+def video_config(cfg, config):
+    """Shape of the video encoder: the language model's, with layers of its own where the flag says so."""
+    return replace(config, layers=cfg.video_layers or config.layers)
 
 
 class Teacher(nn.Module):
@@ -130,8 +137,7 @@ class Teacher(nn.Module):
         if "mlm" in cfg.objective:
             self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
         if "ct" in cfg.objective:
-            video_config = replace(config, layers=cfg.video_layers or config.layers)
-            self.video = VideoEncoder(video_config, features, cfg.max_frames)
+            self.video = VideoEncoder(video_config(cfg, config), features, cfg.max_frames)
 
     def forward(self, batch, count):
         """One micro-batch -> {term: sum / count[term]}."""
@@ -216,9 +222,11 @@ def main(cfg, reuse=False):
     train, val = (data.VideoClips(videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
                                   cfg.feat_norm) for part in ("train", "val"))
     hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
-    if reuse and (before := finished_run(folder, cfg, hashes)):
-        print0(f"reused {folder}")
-        return before
+    if reuse:
+        if before := finished_run(folder, cfg, hashes):
+            print0(f"reused {folder}")
+            return before
+        cfg = replace(cfg, resume=unfinished_run(folder, cfg, hashes))
     print0(f"teacher: {len(train):,} training clips, {len(val):,} held out, {train.features} channels a "
            f"frame, vocabulary {train.vocab.size:,}")
 
@@ -254,15 +262,15 @@ def main(cfg, reuse=False):
     interrupt = Interrupt(cfg.max_minutes)
     if cfg.compile_model:
         model.bert.compile()
+        if "ct" in names:
+            model.video.compile()
     ddp = DistributedDataParallel(model) if world.size > 1 else model
     set_seed(cfg.seed, 1 + world.rank)
     if cfg.resume:
         restore_rng(saved, world)
 
     tokens = cfg.batch_size * cfg.block_size
-    flops = 3 * tokens * flops_per_token(config, cfg.block_size, cfg.mask_rate if "mlm" in names else 0)
-    if "ct" in names:
-        flops += 3 * cfg.batch_size * cfg.max_frames * flops_per_token(model.video.config, cfg.max_frames)
+    text_flops = 3 * tokens * flops_per_token(config, cfg.block_size, cfg.mask_rate if "mlm" in names else 0)
     peak = peak_flops(world.device, dtype) * world.size
     window = torch.zeros(cfg.log_every, len(names), device=world.device)
     first, clock = start, None  # first step of the window; when it began, pauses left out; None: warming up
@@ -274,11 +282,13 @@ def main(cfg, reuse=False):
         if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume):
             scores = evaluate(model, val, cfg, world)
             log.write(step=step, **{f"val_{k}": v for k, v in scores.items()})
-            score = scores["t2v_r10"] if cfg.stop_on == "recall" else -scores["loss"]
+            on_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and "ct" in names
+            score = scores["t2v_r10"] if on_recall else -scores["loss"]
             better = best["score"] is None or score > best["score"]
             best = {"score": score, "step": step, "bad": 0} if better else best | {"bad": best["bad"] + 1}
             last = last or best["bad"] >= cfg.patience
             if better:
+                check_weights(model, step, folder)
                 save_checkpoint(folder, {"model": model.state_dict(), "step": step}, world, "best.pt")
             print0(f"step {step:6d}  val  " + "  ".join(
                 f"{k} {v:.3f}" for k, v in scores.items() if k in ("mlm", "ct", "t2v_r10", "v2t_r10"))
@@ -286,12 +296,14 @@ def main(cfg, reuse=False):
         stop = interrupt.due(world)
         if (step % cfg.save_every == 0 and step > start) or last or stop:
             check_finite(world.sum(window.clone()), first, names, folder)
+            check_weights(model, step, folder)
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                      "scaler": scaler.state_dict(), "step": step, "best": best,
                                      "log_lines": log.lines, "hashes": hashes, "config": asdict(cfg),
                                      "model_config": asdict(config)}, world)
         if stop and not last:
-            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with --resume")
+            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with "
+                   + ("the same command" if reuse else "--resume"))
             raise SystemExit(0)
         if last:
             break
@@ -335,8 +347,12 @@ def main(cfg, reuse=False):
             mean = dict(zip(names, values[first % cfg.log_every:].mean(0).tolist()))
             now = time.monotonic()
             speed = (step - first) / (now - clock) if clock else 0.0  # steps a second
+            frames = batch["frames"].shape[1]  # of the longest clip; the others are padded to it
+            flops = text_flops + ("ct" in names) * 3 * cfg.batch_size * frames * flops_per_token(
+                video_config(cfg, config), frames)
             mfu = speed * flops / peak if peak else 0.0
-            log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), tokens_per_s=speed * tokens, mfu=mfu,
+            rate = {"tokens_per_s": speed * tokens, "mfu": mfu} if speed else {}
+            log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), **rate,
                       memory_mb=peak_memory_mb(world.device))
             left = (now - began) / (step - start) * (cfg.max_steps - step)
             print0(step_line(step, mean, lr, speed, tokens, mfu, left))
@@ -354,7 +370,7 @@ def main(cfg, reuse=False):
         if "ct" in names:
             print0("\n" + recall_table(results, len(val)) + "\n")
         write_json(folder / "results.json", results)
-    print0(f"saved {folder}/model, {duration(time.monotonic() - began)}")
+    print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
     world.barrier()
     return results
 

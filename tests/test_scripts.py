@@ -437,13 +437,46 @@ def test_clips_of_other_features_are_refused_before_training(distill_config, tea
     assert not (tmp_path / "student").exists()
 
 
-def test_resume_refuses_another_corpus_model_or_batch(distill_config, demo):
+def test_resume_refuses_another_corpus_model_or_batch(distill_config, demo, tmp_path):
     cfg = distill_config(objective="none", teacher="", max_steps=1)
     distill.main(cfg)
-    elsewhere = str(demo / "demo-s0" / "corp*.h5")
-    for name, value in (("batch_size", 4), ("hidden", 64), ("seed", 1), ("train", elsewhere)):
+    for name, value in (("batch_size", 4), ("hidden", 64), ("seed", 1), ("weight_decay", 0.5)):
         changed = replace(cfg, resume=True, **{name: value})
         refused(f"--resume: --{name} was", lambda: distill.main(changed))
+    raw = demo / "demo-s0" / "raw"
+    data.pack_text([raw / "text" / "part0.txt"], raw / "vocab.txt", tmp_path / "half.h5")
+    other = replace(cfg, resume=True, train=str(tmp_path / "half.h5"))
+    refused("corpus is not what", lambda: distill.main(other))
+    moved = replace(cfg, resume=True, train=str(demo / "demo-s0" / "corp*.h5"))  # the same text by another name
+    assert distill.main(moved)["steps"] == 1
+
+
+def test_nan_in_the_last_update_is_not_saved_as_a_result(distill_config, monkeypatch):
+    """The losses are still finite then; the weights are not."""
+    clip, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def poisoned(parameters, *args):
+        parameters = list(parameters)
+        if next(calls) == 4:
+            parameters[0].grad[0] = float("nan")
+        return clip(parameters, *args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    cfg = distill_config(objective="none", save_every=2, eval_every=2)
+    refused("weight .* is not finite after step 4; the last good checkpoint", lambda: distill.main(cfg))
+    assert saved(cfg.out_dir)["step"] == 2 and not (Path(cfg.out_dir) / "results.json").exists()
+
+
+def test_killed_prerequisite_goes_on_with_the_same_command(distill_config, monkeypatch, capsys):
+    cfg = distill_config(objective="none", save_every=2, eval_every=2)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(SystemExit):
+            distill.main(cfg, reuse=True)
+    assert "go on with the same command" in capsys.readouterr().out
+    distill.main(cfg, reuse=True)
+    assert not Path(cfg.out_dir + ".1").exists()  # it went on, nothing was moved aside
+    distill.main(replace(cfg, out_dir=cfg.out_dir + "-whole"))
+    assert_same(saved(cfg.out_dir), saved(cfg.out_dir + "-whole"))
 
 
 def test_teacher_without_heads_refuses_what_needs_them(distill_config, teacher_run, tmp_path):
