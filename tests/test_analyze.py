@@ -4,6 +4,7 @@ Run: python -m pytest -q tests/test_analyze.py
 """
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ import analyze
 
 def test_recall_counts_ranks_and_ties_against_the_query():
     target = torch.eye(4)
-    query = torch.tensor([[1.0, 0, 0, 0], [1, 0.9, 0, 0], [1, 0.9, 0.8, 0], [1, 1, 1, 1]])  # ranks 0, 1, 2, 3 (ties)
-    assert analyze.recall(query, target, ks=(1, 2, 3, 4), chunk=3) == {"1": 0.25, "2": 0.5, "3": 0.75, "4": 1.0}
+    query = torch.tensor([[1.0, 0, 0, 0], [1, 0.9, 0, 0], [1, 0.9, 0.8, 0], [1, 1, 1, 1]])  # the last: all tie
+    found = analyze.recall(query, target, ks=(1, 2, 3, 4), chunk=3)  # ranks 0, 1, 2, 3
+    assert found == {"1": 0.25, "2": 0.5, "3": 0.75, "4": 1.0}
 
 
 def test_recall_of_nan_and_of_constants_is_no_better_than_nothing():
@@ -64,7 +66,7 @@ def test_neighbour_probe_by_hand():
 
 class Blocks:
     """Blocks of 6 tokens in which noun 5 stands whole and noun (7, 8) in two pieces."""
-    vocab = type("vocab", (), {"encode": staticmethod(lambda words: [{"mug": [5], "goblet": [7, 8]}[w] for w in words])})
+    vocab = SimpleNamespace(encode=lambda words: [{"mug": [5], "goblet": [7, 8]}[word] for word in words])
     ids = torch.tensor([[2, 5, 9, 7, 8, 3], [2, 7, 8, 9, 9, 3], [2, 7, 9, 8, 5, 3]])
 
     def __len__(self):
@@ -87,17 +89,17 @@ def test_noun_vectors_average_occurrences_and_pieces():
 def test_shared_neighbours_is_one_with_itself_and_none_without_enough():
     class Many(Blocks):
         ids = torch.randint(5, 50, (60, 6), generator=torch.Generator().manual_seed(4))
-    table = torch.randn(50, 8, generator=torch.Generator().manual_seed(5))
-    assert analyze.shared_neighbours(lambda ids: table[ids], lambda ids: table[ids], Many(), "cpu") == pytest.approx(1)
-    other = torch.randn(50, 4, generator=torch.Generator().manual_seed(6))
-    assert analyze.shared_neighbours(lambda ids: table[ids], lambda ids: other[ids], Many(), "cpu") < 0.6
-    assert analyze.shared_neighbours(lambda ids: table[ids], lambda ids: table[ids], Blocks(), "cpu") is None
+    one, other = (torch.nn.Embedding(50, width) for width in (8, 4))
+    assert analyze.shared_neighbours(one, one, Many(), "cpu") == pytest.approx(1)
+    assert analyze.shared_neighbours(one, other, Many(), "cpu") < 0.6
+    assert analyze.shared_neighbours(one, one, Blocks(), "cpu") is None
 
 
 def results(scale):
     share = {"1": 0.1 * scale, "5": 0.2 * scale, "10": 0.3 * scale}
     probe = {"linear": 0.5, "linear_chance": 0.1, "neighbours": 0.4, "neighbours_chance": 0.1}
-    return {"mlm_loss": 2.0, "mlm_accuracy": 0.5, "neighbours": 0.7, "probes": {"material": probe, "order": probe},
+    return {"mlm_loss": 2.0, "mlm_accuracy": 0.5, "neighbours": 0.7,
+            "probes": {"material": probe, "order": probe},
             "retrieval": {"aligned": None, "mean state": share, "ridge": share, "nearest": [0]}}
 
 
@@ -106,7 +108,8 @@ def test_closing_table_is_aligned_and_shows_chance():
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert re.search(r"ridge map +10.0 / 20.0 / 30.0 +20.0 / 40.0 / 60.0 +0.2 / 1.0 / 2.0", text)
-    assert "aligned space" in text and re.search(r"order of held-out nouns: linear probe +50.0 +50.0 +10.0", text)
+    assert "aligned space" in text
+    assert re.search(r"order of held-out nouns: linear probe +50.0 +50.0 +10.0", text)
     bare = analyze.closing_table({"text-only": {"mlm_loss": 3.0, "mlm_accuracy": 0.1}}, 0)
     assert "3.000" in bare and "text-to-video" not in bare
 
@@ -115,10 +118,11 @@ def test_figures_and_table_are_made_from_a_run(tmp_path, capsys):
     run = tmp_path / "distill-nst+crd-s0"
     run.mkdir()
     columns = {"text-only": results(1), "nst+crd": results(2)}
-    (run / "results.json").write_text(json.dumps(results(2) | {"table": columns, "clips": 500, "objective": "nst+crd",
-                                                               "finished": 1.0}))
+    (run / "results.json").write_text(json.dumps(results(2) | {
+        "table": columns, "clips": 500, "objective": "nst+crd", "finished": 1.0}))
     lines = [{"step": 0, "gradient_mlm": 1.0, "gradient_nst": 0.1}, {"step": 0, "val_mlm_loss": 6.0},
-             {"step": 10, "mlm": 5.0, "nst": 0.1, "lr": 1e-3}, {"step": 20, "mlm": 4.0, "nst": 0.05, "lr": 1e-3}]
+             {"step": 10, "mlm": 5.0, "nst": 0.1, "lr": 1e-3},
+             {"step": 20, "mlm": 4.0, "nst": 0.05, "lr": 1e-3}]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     analyze.main(["curves", str(run), "--out", str(tmp_path / "figures" / "curves.png")])
     assert (tmp_path / "figures" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -141,6 +145,7 @@ def test_clips_of_the_demo_are_drawn_and_described(demo, tmp_path):
     run.mkdir()
     column = results(1) | {"retrieval": {"nearest": list(range(len(held_out)))}}
     (run / "results.json").write_text(json.dumps({"table": {"nst+crd": column}, "clips": len(held_out)}))
-    (run / "config.json").write_text(json.dumps({"config": {"data_dir": str(demo), "seed": 0, "train": "", "block_size": 24}}))
+    config = {"data_dir": str(demo), "seed": 0, "train": "", "block_size": 24}
+    (run / "config.json").write_text(json.dumps({"config": config}))
     analyze.main(["clips", str(run), "--out", str(tmp_path / "clips.png")])
     assert (tmp_path / "clips.png").stat().st_size > 5000

@@ -447,7 +447,7 @@ def test_resume_refuses_another_corpus_model_or_batch(distill_config, demo, tmp_
     data.pack_text([raw / "text" / "part0.txt"], raw / "vocab.txt", tmp_path / "half.h5")
     other = replace(cfg, resume=True, train=str(tmp_path / "half.h5"))
     refused("corpus is not what", lambda: distill.main(other))
-    moved = replace(cfg, resume=True, train=str(demo / "demo-s0" / "corp*.h5"))  # the same text by another name
+    moved = replace(cfg, resume=True, train=str(demo / "demo-s0" / "corp*.h5"))  # the same text
     assert distill.main(moved)["steps"] == 1
 
 
