@@ -55,7 +55,7 @@ class Config:
     dim: int = 128  # E of crd
     rows: int = 1_000_000  # M of crd's bank
     text: str = ""  # a text file to pack; empty = synthetic English-like text
-    megabytes: int = 16  # of that text
+    megabytes: int = 8  # of that text
     # measuring
     rounds: int = 3  # timed rounds of a loss
     step_rounds: int = 2  # timed rounds of the step
