@@ -378,7 +378,8 @@ def unfinished_run(folder, cfg, hashes):
 
 def same_run(before, cfg, hashes):
     """Whether a run's config.json has the same data and the same flags of those that change its result."""
-    free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every"}
+    free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir",
+            "save_models"}
     flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}
     return before["hashes"] == hashes and all(before["config"].get(k) == v for k, v in flags.items())
 

@@ -355,13 +355,23 @@ def open_clips(path, teacher, vocab):
     return clips
 
 
+def beside_teacher(folder, teacher, val, clips, device):
+    """What a report measures against the teacher, for the text-only student of `folder`."""
+    bert = BERT.from_pretrained(model_folder(folder, "text-only")).to(device)
+    out = {"neighbours": shared_neighbours(bert, teacher.bert, val, device)}
+    if clips:
+        out["retrieval"] = retrieval(bert, teacher.video, *clips, device)
+    return out
+
+
 def text_only_run(cfg, folder):
     """Config of the text-only student of the same shape, tokens and steps.
 
-    What only distillation reads is at its default, so that one such run serves all objectives and weights.
+    What only distillation reads is at its default, so that one such run serves all objectives, weights and
+    teachers.
     """
     unused = {field.name: field.default for field in fields(cfg)
-              if field.name in ("head", "init_from", *("w_" + name for name in OBJECTIVES))
+              if field.name in ("head", "init_from", "teacher", *("w_" + name for name in OBJECTIVES))
               or field.name.startswith(("soft_", "nst_", "crd_"))}
     return replace(cfg, **unused, objective="none", resume=False, eval_only=False, out_dir=str(folder))
 
@@ -509,6 +519,8 @@ def main(cfg, reuse=False):
         if bank:
             bank.load_state_dict(saved["bank"])
         start = saved["step"]
+    if text_only and cfg.teacher and world.main:  # it was measured beside the demo's own teacher
+        text_only |= beside_teacher(text_only["folder"], teacher, val, clips, world.device)
     if cfg.eval_only:
         return report(student, teacher, text_only, train, val, clips, demo, cfg, world, not reuse)
     folder = open_run(folder, cfg, world, hashes)
@@ -595,7 +607,7 @@ def main(cfg, reuse=False):
 
         # ---- optimizer step: these lines are the same in every script (tests/test_sync.py) ----
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         window[step % cfg.log_every] = 0
         for micro, batch in enumerate(batches):
             if world.size > 1:  # gradients travel once a step

@@ -1,4 +1,4 @@
-"""BERT by hand, and the modules that stand around it: masked-word head, video encoder, distillation head.
+"""BERT by hand, and what stands around it: masked-word and distillation head, fine-tuning, video encoder.
 
 Devlin et al. 2019 (post-LayerNorm, erf GELU, learned positions), with query, key and value maps fused in one.
 The folders that it reads and writes are Hugging Face's; the table of names is at the end of this file.
@@ -151,7 +151,7 @@ class Embeddings(nn.Module):
         T = ids.shape[1]
         if T > len(self.position.weight):
             raise SystemExit(f"sequences of {T} tokens, but BERT has {len(self.position.weight)} positions; "
-                             "lower --block_size")
+                             "lower --block_size or --max_length")
         segment = self.segment.weight[0] if segments is None else self.segment(segments)
         x = self.word(ids) + (self.position.weight[:T] + segment)
         return dropout(self.norm(x), self.dropout, self.training)
@@ -186,45 +186,42 @@ class BERT(nn.Module):
         return torch.tanh(self.pooler(h[:, 0]))
 
     @classmethod
-    def from_pretrained(cls, folder, pooler=False):
-        """The BERT of a Hugging Face folder, in float32 and eval mode; the RNG is left alone.
+    def from_pretrained(cls, folder, pooler=False, dropout=None):
+        """The BERT of a Hugging Face folder, fine-tuned or not, in float32 and eval mode.
 
-        pooler: load the pooler too. Every tensor of the file must be known, and every one of ours in it with
-        the shape that config.json tells; SystemExit names the file and the tensor where that is not so.
-        Hugging Face's two dropout rates become one, that of the hidden states.
+        pooler: with pooler, the file's where it was trained, else a fresh one (N(0, init_std), bias 0) from
+        torch's global generator, which is left alone otherwise. Every tensor of the file must be known, and
+        every one of ours in it with the shape that config.json tells; SystemExit names the file and the
+        tensor where that is not so. Hugging Face's two dropout rates become one: `dropout`, or where that is
+        None, that of the hidden states.
         """
         config = load_config(folder)
+        if dropout is not None:
+            config = dataclasses.replace(config, dropout=dropout)
         path, tensors = read_weights(folder, config)
+        trained = (any(name.startswith("pooler.") for name in tensors)
+                   and read_settings(Path(folder) / "config.json").get("pooler_trained", True))
         with torch.device("meta"):
-            bert = cls(config, pooler)
-        return fill(bert, hf_names(config), tensors, path).eval()
+            bert = cls(config, pooler and trained)
+        fill(bert, hf_names(config), tensors, path)
+        if pooler and not trained:
+            bert.pooler = nn.Linear(config.hidden, config.hidden)
+            init_weights(bert.pooler, config.init_std)
+        return bert.eval()
 
     def save_pretrained(self, folder, vocab, head=None):
         """Writes a folder that `from_pretrained`, and Hugging Face's AutoModel and AutoTokenizer, open.
 
         vocab: the data.Vocab of the ids; head: the MLMHead, if there is a trained one. A model without pooler
-        gets a fresh one (N(0, 0.02), seed 0), since Hugging Face's BertModel wants one. Other files of the
-        folder stay. All is written into a folder inside first, then renamed, config.json last: interrupted,
-        it leaves the old weights or the new ones, whole, and a new folder without config.json.
+        gets a fresh one (N(0, 0.02), seed 0), since Hugging Face's BertModel wants one; "pooler_trained" in
+        config.json tells which it is. Other files of the folder stay. All is written into a folder inside
+        first, then renamed, config.json last: interrupted, it leaves the old weights or the new ones, whole,
+        and a new folder without config.json.
         """
-        config, prefix = self.config, "bert." if head else ""
-        assert vocab.size == config.vocab_size, f"{vocab.size} tokens in vocab, {config.vocab_size} in model"
-        tensors = {}
-        for ours, value in self.state_dict().items():
-            names = hf_names(config)[ours]
-            tensors |= {prefix + name: part for name, part in zip(names, value.chunk(len(names)))}
-        if self.pooler is None:
-            noise = torch.randn(config.hidden, config.hidden, generator=torch.Generator().manual_seed(0))
-            tensors |= {prefix + "pooler.dense.weight": 0.02 * noise,
-                        prefix + "pooler.dense.bias": torch.zeros(config.hidden)}
-        if head:
-            state = head.state_dict()
-            del state["weight"]  # tied: it is among the embeddings
-            tensors |= {HEAD_NAMES[ours][0]: value for ours, value in state.items()}
-        settings = {"architectures": ["BertForMaskedLM" if head else "BertModel"], **HF_SETTINGS,
-                    **{theirs: getattr(config, ours) for theirs, ours in HF_CONFIG.items()},
-                    "attention_probs_dropout_prob": config.dropout}
-        write_folder(folder, "model.safetensors", tensors, "config.json", settings, vocab)
+        state = head.state_dict() if head else {}
+        state.pop("weight", None)  # tied: it is among the embeddings
+        write_bert(folder, self, vocab, {HEAD_NAMES[ours][0]: value for ours, value in state.items()},
+                   {"architectures": ["BertForMaskedLM" if head else "BertModel"]})
 
 
 def init_weights(module, std):
@@ -233,6 +230,14 @@ def init_weights(module, std):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
+
+
+def masked_mean(x, mask=None):
+    """x (B, T, C), mask (B, T) bool, True = counts (at least one each), None = all -> (B, C)."""
+    if mask is None:
+        return x.mean(1)
+    real = mask[..., None].to(x.dtype)  # (B, T, 1)
+    return (x * real).sum(1) / real.sum(1)
 
 
 # ---------------------------------------------------------------------------- heads
@@ -271,6 +276,103 @@ class DistillHead(nn.Sequential):
         super().__init__(nn.Linear(hidden_s, hidden_s), nn.ReLU(), nn.Linear(hidden_s, hidden_t))
 
 
+# ---------------------------------------------------------------------------- fine-tuning
+
+# {kind of task: (Hugging Face's class, its name of the head)}
+TASK_HEADS = {"classify": ("BertForSequenceClassification", "classifier"),
+              "regress": ("BertForSequenceClassification", "classifier"),
+              "choice": ("BertForMultipleChoice", "classifier"),
+              "span": ("BertForQuestionAnswering", "qa_outputs")}
+
+
+class TaskModel(nn.Module):
+    """BERT with the head of a task: token ids -> logits.
+
+        kind      ids        logits        head
+        classify  (B, T)     (B, labels)   pooled state, dropout, linear map
+        regress   (B, T)     (B,)          the same
+        choice    (B, K, T)  (B, K)        the same for each of K candidates, one map C -> 1 for all
+        span      (B, T)     (B, T, 2)     linear map of every last state to start and end, also of padding
+
+    bert: made with pooler=True; the pooler is dropped where the task has no use for it.
+    pool: what is pooled, "cls" = BERT's pooler, "mean" = the mean of the last states over real tokens.
+    """
+
+    def __init__(self, bert, kind, labels=1, pool="cls"):
+        super().__init__()
+        self.bert, self.kind, self.pool, self.frozen = bert, kind, pool, False
+        if kind == "span" or pool == "mean":
+            bert.pooler = None  # DDP would wait for its gradient
+        else:
+            assert bert.pooler is not None, "pool cls needs a BERT made with pooler=True"
+        self.classifier = nn.Linear(bert.config.hidden, {"classify": labels, "span": 2}.get(kind, 1))
+        init_weights(self.classifier, bert.config.init_std)
+
+    def forward(self, ids, mask=None, segments=None):
+        """ids, mask, segments as for BERT, with K candidates a row where kind is choice -> float32 logits."""
+        shape = ids.shape
+        if self.kind == "choice":
+            ids, mask, segments = (x if x is None else x.flatten(0, 1) for x in (ids, mask, segments))
+        h = self.bert(ids, mask, segments)  # (B, T, C)
+        if self.kind != "span":
+            h = self.bert.pool(h) if self.pool == "cls" else masked_mean(h, mask)  # (B, C)
+            h = dropout(h, self.bert.config.dropout, self.training)
+        with torch.autocast(h.device.type, enabled=False):  # bf16 would tie close scores
+            logits = self.classifier(h.to(self.classifier.weight.dtype))
+        if self.kind == "choice":
+            return logits.view(shape[:2])
+        return logits[:, 0] if self.kind == "regress" else logits
+
+    def freeze_encoder(self):
+        """Leaves pooler and head to train; the rest has no gradient (nor graph), no dropout in train mode."""
+        self.frozen = True
+        self.bert.embeddings.requires_grad_(False)
+        self.bert.layers.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.frozen:
+            self.bert.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """(model, settings) of a fine-tuned folder, ours or Hugging Face's, as strict as BERT's.
+
+        In float32 and eval mode; the RNG is left alone. settings: see `load_task`.
+        """
+        config, settings = load_config(folder), load_task(folder)
+        path, tensors = read_weights(folder, config)
+        with torch.device("meta"):
+            model = cls(BERT(config, pooler=True), settings["kind"], len(settings["labels"]),
+                        settings["pool"])
+        head = TASK_HEADS[model.kind][1]
+        names = {"bert." + ours: theirs for ours, theirs in hf_names(config).items()}
+        names |= {f"classifier.{part}": (f"{head}.{part}",) for part in ("weight", "bias")}
+        return fill(model, names, tensors, path).eval(), settings
+
+    def save_pretrained(self, folder, vocab, settings):
+        """Writes a folder for `from_pretrained`, as safely as BERT's; `BERT.from_pretrained` opens it too.
+
+        settings: kept in config.json under "nanoground", with at least task (its name), labels (the words of
+        the classes, in order; else []) and max_length (tokens). Hugging Face's AutoModelFor... of the kind
+        computes the same logits, but with pool="mean": it has no such class, so architectures is BertModel.
+        A model without pooler is written without.
+        """
+        architecture, name = TASK_HEADS[self.kind]
+        content = {"architectures": ["BertModel" if self.pool == "mean" else architecture],
+                   "nanoground": settings | {"kind": self.kind, "pool": self.pool}}
+        if self.kind in ("classify", "regress"):
+            words = settings["labels"] if self.kind == "classify" else ["LABEL_0"]
+            assert len(words) == self.classifier.out_features, f"{words} for {self.classifier}"
+            content |= {"id2label": dict(enumerate(words)), "label2id": {w: i for i, w in enumerate(words)},
+                        "problem_type": "regression" if self.kind == "regress" else
+                        "single_label_classification"}
+        head = {f"{name}.{ours}": value for ours, value in self.classifier.state_dict().items()}
+        write_bert(folder, self.bert, vocab, head, content)
+
+
 # ---------------------------------------------------------------------------- video
 
 
@@ -300,23 +402,29 @@ class VideoEncoder(nn.Module):
         x = dropout(x, self.config.dropout, self.training)
         for layer in self.layers:
             x = layer(x, None if mask is None else mask[:, None, None, :])  # (B, F, C)
-        if mask is None:
-            return x.mean(1)
-        real = mask[..., None].to(x.dtype)  # (B, F, 1)
-        return (x * real).sum(1) / real.sum(1)
+        return masked_mean(x, mask)
 
 
 # ---------------------------------------------------------------------------- optimiser groups and cost
 
 
-def param_groups(module, weight_decay):
-    """The two groups that AdamW takes: matrices with weight decay; biases, LayerNorm and scalars without.
+def param_groups(module, weight_decay, layer_decay=1.0):
+    """The groups that AdamW takes: matrices with weight decay; biases, LayerNorm and scalars without.
 
-    Every trainable parameter is in exactly one group, and once, tied or not.
+    Every trainable parameter is in exactly one group, and once, tied or not. "scale" is its factor on the
+    learning rate, decayed by layer as in ELECTRA (Clark et al. 2020): 1 for heads and pooler, d^(L - i) for
+    layer i = 0 .. L - 1 of a BERT, d^(L + 1) for its embeddings, where d = layer_decay; 1 makes two groups.
+    (ELECTRA's released code has one d more in all but the head: its last layer gets d^2.)
     """
+    scales = {}
+    for bert in module.modules():
+        if isinstance(bert, BERT):
+            for i, part in enumerate([bert.embeddings, *bert.layers]):
+                scales |= dict.fromkeys(part.parameters(), layer_decay ** (len(bert.layers) + 1 - i))
     parameters = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
+    return [{"params": [p for p in parameters if scales.get(p, 1.0) == scale and (p.ndim >= 2) == matrix],
+             "weight_decay": weight_decay if matrix else 0.0, "scale": scale}
+            for scale in sorted({1.0, *scales.values()}, reverse=True) for matrix in (True, False)]
 
 
 def flops_per_token(config, T, mlm=0.0):
@@ -373,12 +481,14 @@ HEAD_NAMES = {
     "weight": ("embeddings.word_embeddings.weight",),
     "bias": ("cls.predictions.bias",),
 }
-# known and not loaded: a buffer of older versions, copies of the tied decoder, next-sentence prediction, and
-# the heads of the released VidLanKD checkpoints (visual_hinge_head, kd1_student_head, kd2_teacher_head, ...)
+# known and not part of the encoder: a buffer of older versions, copies of the tied decoder, next-sentence
+# prediction, heads of fine-tuned models, and those of the released VidLanKD checkpoints (visual_hinge_head,
+# kd1_student_head, kd2_teacher_head, ...)
 DECODER_COPIES = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
                   "cls.predictions.decoder.bias": "cls.predictions.bias"}
 IGNORED = re.compile(r"embeddings\.position_ids|cls\.predictions\.decoder\.(weight|bias)|"
-                     r"cls\.seq_relationship\.(weight|bias)|(visual_\w+|kd[12]_(student|teacher))_head\..+")
+                     r"(cls\.seq_relationship|classifier|qa_outputs)\.(weight|bias)|"
+                     r"(visual_\w+|kd[12]_(student|teacher))_head\..+")
 
 
 def hf_names(config):
@@ -495,6 +605,57 @@ def load_mlm_head(folder, bert):
     fill(head, HEAD_NAMES, tensors, path)
     head.weight = bert.embeddings.word.weight
     return head.eval()
+
+
+def load_task(folder):
+    """What the config.json of a fine-tuned folder tells of its task; SystemExit where it is not fine-tuned.
+
+    {"task": name, "kind": of TASK_HEADS, "labels": the words of the classes, "pool", "max_length": tokens},
+    and what else `TaskModel.save_pretrained` was given. Hugging Face's folders tell kind and labels; their
+    task is "", their max_length 128.
+    """
+    path = Path(folder) / "config.json"
+    content = read_settings(path)
+    if "nanoground" in content:
+        settings = content["nanoground"]
+        types = {"task": str, "kind": str, "labels": list, "pool": str, "max_length": int}
+        if (not isinstance(settings, dict)
+                or not all(isinstance(settings.get(key), wanted) for key, wanted in types.items())
+                or settings["kind"] not in TASK_HEADS or settings["pool"] not in ("cls", "mean")):
+            raise SystemExit(f'{path}: "nanoground" does not describe a fine-tuned model; fine-tune it again')
+        return settings
+    kind = next((k for k, (theirs, _) in TASK_HEADS.items() if content.get("architectures") == [theirs]), "")
+    if not kind:
+        raise SystemExit(f"{folder}: no fine-tuned model (architectures is {content.get('architectures')}); "
+                         f"make one: python finetune.py --model {folder}")
+    words = content.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # Hugging Face leaves these two out
+    problem = content.get("problem_type")
+    if (problem == "multi_label_classification" or not isinstance(words, dict)
+            or words.keys() != {str(i) for i in range(len(words))}):
+        raise SystemExit(f"{path}: problem_type {problem} with id2label {words} cannot be read; choose a "
+                         "model with one label an example")
+    if kind == "classify" and (len(words) == 1 or problem == "regression"):
+        kind = "regress"
+    labels = [str(words[str(i)]) for i in range(len(words))] if kind == "classify" else []
+    return {"task": "", "kind": kind, "labels": labels, "pool": "cls", "max_length": 128}
+
+
+def write_bert(folder, bert, vocab, head, settings):
+    """Writes a BERT, `head` ({Hugging Face's name: tensor}) and `settings` beside the BERT's own."""
+    config, prefix = bert.config, "bert." if head else ""
+    assert vocab.size == config.vocab_size, f"{vocab.size} tokens in vocab, {config.vocab_size} in model"
+    tensors, names = dict(head), hf_names(config)
+    for ours, value in bert.state_dict().items():
+        parts = value.chunk(len(names[ours]))
+        tensors |= {prefix + name: part for name, part in zip(names[ours], parts)}
+    if bert.pooler is None and "nanoground" not in settings:  # a task without shall not seem to have one
+        noise = torch.randn(config.hidden, config.hidden, generator=torch.Generator().manual_seed(0))
+        tensors |= {prefix + "pooler.dense.weight": 0.02 * noise,
+                    prefix + "pooler.dense.bias": torch.zeros(config.hidden)}
+    settings = {**settings, **HF_SETTINGS,
+                **{theirs: getattr(config, ours) for theirs, ours in HF_CONFIG.items()},
+                "attention_probs_dropout_prob": config.dropout, "pooler_trained": bert.pooler is not None}
+    write_folder(folder, "model.safetensors", tensors, "config.json", settings, vocab)
 
 
 def write_folder(folder, weights_name, tensors, settings_name, settings, vocab=None):

@@ -323,7 +323,7 @@ def main(cfg, reuse=False):
 
         # ---- optimizer step: these lines are the same in every script (tests/test_sync.py) ----
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["scale"]
         window[step % cfg.log_every] = 0
         for micro, batch in enumerate(batches):
             if world.size > 1:  # gradients travel once a step

@@ -1,5 +1,6 @@
 """model.py: BERT equals a float64 implementation with loops that stands here, on Hugging Face's names, and
-transformers itself where that is installed; folders are read strictly and written safely.
+transformers itself where that is installed (else its stored outputs); folders are read strictly and written
+safely; fine-tuning's heads, groups and folders do what Hugging Face's do.
 
 python -m pytest -q tests/test_model.py
 """
@@ -7,6 +8,7 @@ import importlib.util
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import model
-from model import (BERT, SHAPES, BERTConfig, DistillHead, MLMHead, VideoEncoder, dropout, flops_per_token,
-                   load_config, load_mlm_head, load_video_encoder, memory_report, model_config, param_groups,
-                   save_video_encoder)
+from model import (BERT, SHAPES, BERTConfig, DistillHead, MLMHead, TaskModel, VideoEncoder, dropout,
+                   flops_per_token, load_config, load_mlm_head, load_task, load_video_encoder, memory_report,
+                   model_config, param_groups, save_video_encoder)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 IDS = torch.tensor([[2, 7, 9, 30, 12, 3, 0, 0], [2, 8, 11, 6, 39, 5, 21, 3], [2, 3, 0, 0, 0, 0, 0, 0]])
@@ -241,7 +243,7 @@ def test_forward_compiles_to_one_graph():
 
 
 def test_too_many_tokens_is_one_clear_line():
-    with pytest.raises(SystemExit, match="17 tokens.*16 positions.*--block_size"):
+    with pytest.raises(SystemExit, match="17 tokens.*16 positions.*--block_size or --max_length"):
         BERT(TINY)(torch.zeros(1, 17, dtype=torch.int64))
 
 
@@ -286,6 +288,7 @@ def test_param_groups_hold_each_parameter_once():
     bert.embeddings.position.weight.requires_grad = False
     decayed, plain = param_groups(both, 0.01)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.01, 0.0)
+    assert decayed["scale"] == plain["scale"] == 1
     grouped = [id(p) for group in (decayed, plain) for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in both.parameters() if p.requires_grad}
@@ -442,7 +445,7 @@ QUERY = "encoder.layer.1.attention.self.query.weight"
 @pytest.mark.parametrize("change, said", [
     (lambda t: t.pop(QUERY), f"the tensor {QUERY} is missing"),
     (lambda t: t.pop("pooler.dense.bias"), "the tensor pooler.dense.bias is missing"),
-    (lambda t: t.update({"classifier.weight": torch.zeros(2, 24)}), "bert.classifier.weight is unknown"),
+    (lambda t: t.update({"adapter.weight": torch.zeros(2, 24)}), "bert.adapter.weight is unknown"),
     (lambda t: t.update({"encoder.layer.2.output.dense.bias": torch.zeros(24)}), "layer.2.* is unknown"),
     (lambda t: t.update({QUERY: torch.zeros(24, 25)}), rf"the shape of {QUERY} is \(24, 25\), .* \(24, 24\)"),
     (lambda t: t.update({"embeddings.LayerNorm.gamma": torch.zeros(24)}), "(gamma|weight) is there twice"),
@@ -555,9 +558,34 @@ def test_fresh_pooler_is_the_same_each_time(tmp_path):
     for name in "ab":
         bert.save_pretrained(tmp_path / name, vocabulary(), head)
     assert torch.equal(torch.get_rng_state(), rng)
-    a, b = (BERT.from_pretrained(tmp_path / name, pooler=True).pooler for name in "ab")
-    assert same(a.state_dict(), b.state_dict())
-    assert abs(a.weight.std() / 0.02 - 1) < 0.1 and not a.bias.any()
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert torch.equal(a["bert.pooler.dense.weight"], b["bert.pooler.dense.weight"])
+    assert abs(a["bert.pooler.dense.weight"].std() / 0.02 - 1) < 0.1
+    assert not a["bert.pooler.dense.bias"].any()
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["pooler_trained"] is False
+
+
+def test_pooler_is_the_files_only_where_it_was_trained(tmp_path):
+    wide = replace(TINY, hidden=96, init_std=0.1)
+    BERT(wide).save_pretrained(tmp_path / "untrained", vocabulary())
+    hf_folder(tmp_path / "none", hf_tensors(wide, pooler=False), config=wide, initializer_range=0.1)
+    for name in ("untrained", "none"):  # fresh, from the global generator
+        poolers = []
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            poolers.append(BERT.from_pretrained(tmp_path / name, pooler=True).pooler)
+        assert torch.equal(poolers[0].weight, poolers[1].weight)
+        assert not torch.equal(poolers[0].weight, poolers[2].weight)
+        assert abs(poolers[0].weight.std() / 0.1 - 1) < 0.05 and not poolers[0].bias.any()
+        rng = torch.get_rng_state()
+        assert BERT.from_pretrained(tmp_path / name).pooler is None
+        assert torch.equal(torch.get_rng_state(), rng)
+    bert, _ = trained(0, pooler=True)
+    bert.save_pretrained(tmp_path / "trained", vocabulary())
+    assert json.loads((tmp_path / "trained" / "config.json").read_text())["pooler_trained"] is True
+    rng = torch.get_rng_state()
+    assert same(BERT.from_pretrained(tmp_path / "trained", pooler=True).state_dict(), bert.state_dict())
+    assert torch.equal(torch.get_rng_state(), rng)
 
 
 def test_interrupted_save_leaves_the_folder_readable(tmp_path, monkeypatch):
@@ -600,6 +628,272 @@ def test_failed_write_is_one_clear_line(tmp_path, monkeypatch):
         new.save_pretrained(tmp_path / "m", vocabulary(), head)
     assert same(BERT.from_pretrained(tmp_path / "m").state_dict(), old.state_dict())
     assert not (tmp_path / "m" / ".saving").exists()
+
+
+# ---------------------------------------------------------------------------- fine-tuning
+
+TASKS = [("classify", "cls"), ("classify", "mean"), ("regress", "cls"), ("regress", "mean"),
+         ("choice", "cls"), ("choice", "mean"), ("span", "cls")]
+WORDS = ["no", "maybe", "yes"]
+
+
+def task_model(kind, pool="cls", config=TINY):
+    """A TaskModel in eval mode, its weights the same on every machine: 0.3 cos(k + i^2)."""
+    task = TaskModel(BERT(config, pooler=True), kind, len(WORDS), pool).eval()
+    for k, (name, p) in enumerate(sorted(task.named_parameters())):
+        value = 0.3 * torch.cos(k + torch.arange(p.numel(), dtype=torch.float64) ** 2).view(p.shape)
+        p.data = (value + name.endswith("norm.weight")).float()
+    return task
+
+
+def task_settings(kind):
+    return {"task": "demo", "labels": WORDS if kind == "classify" else [], "max_length": 16, "note": [1, 2]}
+
+
+def task_batch(kind):
+    """(ids, mask, segments) of the kind's shape; for choice two rows of the same candidates, one on."""
+    batch = (IDS, MASK, SEGMENTS)
+    return tuple(torch.stack([x, x.roll(1, 0)]) for x in batch) if kind == "choice" else batch
+
+
+# of transformers 5.23's class on the folder that task_model's save_pretrained writes; span: the second row
+STORED = {"classify": [-0.170886, 0.025178, 0.752961, -0.721108, 0.043104, 0.384738, -0.023405, -0.116834,
+                       -0.017168],
+          "regress": [-0.170886, -0.721108, -0.023405],
+          "choice": [-0.170886, -0.721108, -0.023405, -0.023405, -0.170886, -0.721108],
+          "span": [-1.200715, 0.883558, -0.528073, 0.456708, -0.135479, 1.239755, -0.093962, 1.170986,
+                   -0.262468, 1.696627, -0.453438, 1.469029, -0.496039, 1.486097, -0.269078, 0.759617]}
+
+
+def naive_task(folder, kind, pool):
+    """Logits by naive_bert on the folder's file and Hugging Face's names; span: the second row's."""
+    tensors = {name.removeprefix("bert."): value.double()
+               for name, value in load_file(folder / "model.safetensors").items()}
+    head, rows = "qa_outputs" if kind == "span" else "classifier", []
+    for ids, mask, segments in zip(*(x.flatten(0, -2) for x in task_batch(kind))):
+        h = naive_bert(tensors, TINY, ids[mask], segments[mask])[-1]
+        if kind != "span" and pool == "cls":
+            h = torch.tanh(tensors["pooler.dense.weight"] @ h[0] + tensors["pooler.dense.bias"])
+        elif kind != "span":
+            h = sum(h) / len(h)
+        rows.append(h @ tensors[f"{head}.weight"].T + tensors[f"{head}.bias"])
+    return rows[1] if kind == "span" else torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind, pool", TASKS)
+def test_task_logits_equal_naive_and_transformers(tmp_path, kind, pool):
+    task = task_model(kind, pool)
+    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    logits = task(*task_batch(kind))
+    shape = {"classify": (3, 3), "regress": (3,), "choice": (2, 3), "span": (3, 8, 2)}[kind]
+    assert logits.shape == shape and logits.dtype == torch.float32
+    logits = (logits[1] if kind == "span" else logits).flatten()
+    expected = naive_task(tmp_path, kind, pool).flatten().float()
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    if pool == "cls":  # Hugging Face has no class for the mean
+        torch.testing.assert_close(logits, torch.tensor(STORED[kind]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind, pool", TASKS)
+def test_padding_changes_no_logits(kind, pool):
+    task, (ids, mask, segments) = task_model(kind, pool), task_batch(kind)
+    logits = task(ids, mask, segments)
+    other = task(torch.where(mask, ids, 17), mask, torch.where(mask, segments, 1))
+    longer = task(*(F.pad(x, (0, 3)) for x in (ids, mask, segments)))
+    if kind == "span":
+        logits, other, longer = logits[MASK], other[MASK], longer[:, :8][MASK]
+    assert torch.equal(other, logits)
+    torch.testing.assert_close(longer, logits, rtol=0, atol=1e-5)
+    whole = torch.ones_like(mask)
+    torch.testing.assert_close(task(ids, None, segments), task(ids, whole, segments), rtol=0, atol=1e-5)
+    assert (task(ids, whole, segments)[..., 0] - task(ids, mask, segments)[..., 0]).abs().max() > 1e-3
+
+
+def test_task_head_is_fresh_from_the_global_generator():
+    config, heads = replace(TINY, hidden=96, init_std=0.1), []
+    for seed in (1, 1, 2):
+        bert = BERT(config, pooler=True)
+        torch.manual_seed(seed)
+        heads.append(TaskModel(bert, "classify", 30).classifier)
+    assert torch.equal(heads[0].weight, heads[1].weight) and not torch.equal(heads[0].weight, heads[2].weight)
+    assert abs(heads[0].weight.std() / 0.1 - 1) < 0.05 and not heads[0].bias.any()
+    with pytest.raises(AssertionError, match="pooler=True"):
+        TaskModel(BERT(TINY), "classify", 2)
+
+
+def test_bf16_logits_are_rounded_but_once():
+    task = task_model("regress")
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = task(IDS, MASK, SEGMENTS)
+    assert logits.dtype == torch.float32 and not torch.equal(logits.bfloat16().float(), logits)
+    torch.testing.assert_close(logits, task(IDS, MASK, SEGMENTS), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("kind, pool", TASKS)
+def test_frozen_encoder_stays_while_pooler_and_head_learn(kind, pool):
+    task, batch = task_model(kind, pool).train(), task_batch(kind)
+    assert not torch.equal(task(*batch), task(*batch))  # dropout
+    task.freeze_encoder()
+    before = {name: p.detach().clone() for name, p in task.named_parameters()}
+    optimizer = torch.optim.AdamW(param_groups(task, 0.01), lr=0.01)
+    task.train()
+    encoder = task.bert(IDS, MASK, SEGMENTS)
+    assert not encoder.requires_grad and torch.equal(encoder, task.bert(IDS, MASK, SEGMENTS))
+    # of all dropout that of the pooled state is left
+    assert torch.equal(task(*batch), task(*batch)) == (kind == "span")
+    task(*batch).square().sum().backward()
+    optimizer.step()
+    for name, p in task.named_parameters():
+        learns = "pooler" in name or "classifier" in name
+        assert (p.grad is None) != learns and torch.equal(p, before[name]) != learns, name
+    assert task.training and not task.eval().training
+    task.train().bert.layers[0].train()
+    assert not task.train().bert.layers[0].training
+
+
+@pytest.mark.parametrize("kind, pool", TASKS)
+def test_task_head_learns_a_tiny_set(kind, pool):
+    torch.manual_seed(0)
+    task = TaskModel(BERT(replace(TINY, dropout=0.0, init_std=0.1), pooler=True), kind, 3, pool)
+    ids, mask, segments = task_batch(kind)
+    if kind == "choice":  # the right one changes its place
+        ids, mask, segments = (torch.stack([x[0].roll(i, 0) for i in range(3)])
+                               for x in (ids, mask, segments))
+    labels = {"classify": torch.tensor([2, 0, 1]), "regress": torch.tensor([0.5, -1.0, 2.0]),
+              "choice": torch.tensor([0, 1, 2]), "span": torch.tensor([[1, 4], [6, 7], [0, 0]])}[kind]
+    optimizer = torch.optim.AdamW(param_groups(task, 0.0), lr=5e-3)
+    for _ in range(40):
+        logits = task(ids, mask, segments)
+        if kind == "span":
+            logits = logits.masked_fill(~mask[..., None], -math.inf)
+        loss = F.mse_loss(logits, labels) if kind == "regress" else F.cross_entropy(logits, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if kind == "regress":
+        assert (logits - labels).abs().max() < 0.1
+    else:
+        assert torch.equal(logits.argmax(1), labels)
+
+
+@pytest.mark.parametrize("kind, pool", TASKS)
+def test_task_model_save_and_load_are_bit_equal(tmp_path, kind, pool):
+    task = task_model(kind, pool)
+    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    rng = torch.get_rng_state()
+    loaded, settings = TaskModel.from_pretrained(tmp_path)
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert settings == task_settings(kind) | {"kind": kind, "pool": pool} == load_task(tmp_path)
+    assert same(loaded.state_dict(), task.state_dict()) and not loaded.training and not loaded.frozen
+    assert (loaded.kind, loaded.pool, loaded.bert.config) == (kind, pool, TINY)
+    assert torch.equal(loaded(*task_batch(kind)), task(*task_batch(kind)))
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert content["architectures"] == ["BertModel" if pool == "mean" else {
+        "choice": "BertForMultipleChoice", "span": "BertForQuestionAnswering"}.get(
+            kind, "BertForSequenceClassification")]
+    stored = "bert.pooler.dense.weight" in load_file(tmp_path / "model.safetensors")
+    assert content["pooler_trained"] == stored == (task.bert.pooler is not None)
+    if kind == "classify":
+        assert content["id2label"] == {"0": "no", "1": "maybe", "2": "yes"}
+        assert content["label2id"] == {"no": 0, "maybe": 1, "yes": 2}
+    assert content.get("problem_type") == {"classify": "single_label_classification",
+                                           "regress": "regression"}.get(kind)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
+
+
+@pytest.mark.parametrize("kind, pool", TASKS)
+def test_fine_tuned_folder_starts_another_task(tmp_path, kind, pool):
+    task = task_model(kind, pool)
+    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    bert = BERT.from_pretrained(tmp_path)
+    assert load_mlm_head(tmp_path, bert) is None
+    torch.testing.assert_close(bert(IDS, MASK), task.bert(IDS, MASK), rtol=0, atol=0)
+    other = TaskModel(BERT.from_pretrained(tmp_path, pooler=True), "classify", 2)
+    assert other(IDS, MASK).shape == (3, 2)
+    if task.bert.pooler:
+        assert torch.equal(other.bert.pooler.weight, task.bert.pooler.weight)
+
+
+def test_encoder_or_damaged_task_folder_is_one_clear_line(tmp_path):
+    def refused(said):
+        with pytest.raises(SystemExit, match=said) as error:
+            TaskModel.from_pretrained(tmp_path)
+        assert "\n" not in str(error.value) and ";" in str(error.value)
+    bert, head = trained(0, pooler=True)
+    bert.save_pretrained(tmp_path, vocabulary(), head)
+    refused("no fine-tuned model .*BertForMaskedLM")
+    task_model("classify").save_pretrained(tmp_path, vocabulary(), task_settings("classify"))
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    for change in (None, [], {}, {"kind": "tagging"}, {"kind": []}, {"pool": "max"}, {"labels": "yes"},
+                   {"max_length": "16"}, {"task": None}):
+        broken = content["nanoground"] | change if change else change
+        path.write_text(json.dumps(content | {"nanoground": broken}))
+        refused('config.json: "nanoground" does not describe a fine-tuned model')
+    path.write_text(json.dumps(content | {"nanoground": content["nanoground"] | {"labels": ["no", "yes"]}}))
+    refused(r"model.safetensors: the shape of classifier.weight is \(3, 24\), by the settings \(2, 24\)")
+    path.write_text(json.dumps(content))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("classifier.bias", "bert.pooler.dense.weight"):
+        save_file({k: v for k, v in tensors.items() if k != name}, tmp_path / "model.safetensors")
+        refused(f"the tensor {name.removeprefix('bert.')} is missing")
+
+
+@pytest.mark.parametrize("kind, settings, labels", [
+    ("classify", {"id2label": {"2": "yes", "0": "no", "1": "maybe"}}, WORDS),
+    ("regress", {"id2label": {"0": "LABEL_0"}}, []),
+    ("regress", {"id2label": {"0": "LABEL_0"}, "problem_type": "regression"}, []),
+    ("choice", {}, []), ("span", {}, []),
+])
+def test_folder_fine_tuned_by_hugging_face_loads(tmp_path, kind, settings, labels):
+    task = task_model(kind)
+    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    content = json.loads((tmp_path / "config.json").read_text())
+    for ours in ("nanoground", "pooler_trained", "id2label", "label2id", "problem_type"):
+        content.pop(ours, None)
+    (tmp_path / "config.json").write_text(json.dumps(content | settings))
+    loaded, told = TaskModel.from_pretrained(tmp_path)
+    assert told == {"task": "", "kind": kind, "labels": labels, "pool": "cls", "max_length": 128}
+    assert torch.equal(loaded(*task_batch(kind)), task(*task_batch(kind)))
+
+
+@pytest.mark.parametrize("settings, said", [
+    ({}, r"classifier.weight is \(3, 24\), by the settings \(2, 24\)"),  # two labels are the default
+    ({"problem_type": "regression"}, r"classifier.weight is \(3, 24\), by the settings \(1, 24\)"),
+    ({"problem_type": "multi_label_classification"}, "config.json: .*one label an example"),
+    ({"id2label": {"1": "no", "2": "yes"}}, "config.json: .*id2label .* cannot be read"),
+    ({"id2label": ["no", "yes"]}, "config.json: .*id2label .* cannot be read"),
+    ({"architectures": ["BertForTokenClassification"]}, "no fine-tuned model .*BertForTokenClassification"),
+    ({"architectures": None}, "no fine-tuned model"),
+])
+def test_other_hugging_face_task_is_one_clear_line(tmp_path, settings, said):
+    task_model("classify").save_pretrained(tmp_path, vocabulary(), task_settings("classify"))
+    content = json.loads((tmp_path / "config.json").read_text())
+    for ours in ("nanoground", "id2label", "label2id", "problem_type"):
+        del content[ours]
+    (tmp_path / "config.json").write_text(json.dumps(content | settings))
+    with pytest.raises(SystemExit, match=said) as error:
+        TaskModel.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("bare", [True, False])
+def test_layer_decay_scales_by_depth(bare):
+    module = BERT(TINY, pooler=True) if bare else TaskModel(BERT(TINY, pooler=True), "classify", 2)
+    groups = param_groups(module, 0.01, layer_decay=0.5)
+    names, expected = {id(p): name.removeprefix("bert.") for name, p in module.named_parameters()}, {}
+    for name in names.values():  # two layers
+        part = name.split(".")[0] + (name.split(".")[1] if name.startswith("layers.") else "")
+        expected[name] = {"embeddings": 0.125, "layers0": 0.25, "layers1": 0.5, "pooler": 1.0,
+                          "classifier": 1.0}[part]
+    found = {names[id(p)]: group["scale"] for group in groups for p in group["params"]}
+    assert found == expected and sum(len(group["params"]) for group in groups) == len(names)
+    for group in groups:
+        matrices = {p.ndim >= 2 for p in group["params"]}
+        assert len(matrices) == 1 and group["weight_decay"] == (0.01 if matrices == {True} else 0.0)
+    module.requires_grad_(False)
+    assert not any(group["params"] for group in param_groups(module, 0.01, layer_decay=0.5))
 
 
 # ---------------------------------------------------------------------------- against others' code
@@ -666,7 +960,7 @@ def test_transformers_folder_loads(tmp_path, name):
         max_position_embeddings=16, initializer_range=0.2)).eval()
     theirs.save_pretrained(tmp_path)
     bert = BERT.from_pretrained(tmp_path, pooler=name != "BertForMaskedLM")
-    assert bert.config == TINY
+    assert bert.config == replace(TINY, init_std=0.2)
     batch = dict(input_ids=IDS, attention_mask=MASK.long(), token_type_ids=SEGMENTS)
     h, head = bert(IDS, MASK, SEGMENTS), load_mlm_head(tmp_path, bert)
     out = getattr(theirs, "bert", theirs)(**batch)
@@ -678,3 +972,57 @@ def test_transformers_folder_loads(tmp_path, name):
         logits = theirs(**batch)
         logits = logits.logits if name == "BertForMaskedLM" else logits.prediction_logits
         torch.testing.assert_close(head(h[MASK]), logits[MASK], rtol=0, atol=1e-5)
+
+
+AUTO = {"classify": "AutoModelForSequenceClassification", "regress": "AutoModelForSequenceClassification",
+        "choice": "AutoModelForMultipleChoice", "span": "AutoModelForQuestionAnswering"}
+
+
+def transformers_logits(theirs, kind):
+    """(n, labels) logits on task_batch; span: of the real tokens."""
+    ids, mask, segments = task_batch(kind)
+    out = theirs.eval()(input_ids=ids, attention_mask=mask.long(), token_type_ids=segments)
+    return torch.stack([out.start_logits, out.end_logits], -1)[MASK] if kind == "span" else out.logits
+
+
+@pytest.mark.parametrize("kind", AUTO)
+def test_task_export_opens_in_transformers(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    task = task_model(kind)
+    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    theirs, info = getattr(transformers, AUTO[kind]).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    logits = transformers_logits(theirs, kind)
+    ours = task(*task_batch(kind))
+    ours = ours[MASK] if kind == "span" else ours.view(logits.shape)
+    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
+    stored = logits[MASK[0].sum():][:8] if kind == "span" else logits  # the second row, of 8 tokens
+    torch.testing.assert_close(stored.flatten(), torch.tensor(STORED[kind]), rtol=0, atol=1e-5)
+    if kind == "classify":
+        assert theirs.config.num_labels == 3 and theirs.config.id2label == dict(enumerate(WORDS))
+    if kind == "regress":
+        assert theirs.config.num_labels == 1 and theirs.config.problem_type == "regression"
+    encoder = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    h = encoder(input_ids=IDS, attention_mask=MASK.long(), token_type_ids=SEGMENTS).last_hidden_state
+    torch.testing.assert_close(task.bert(IDS, MASK, SEGMENTS)[MASK], h[MASK], rtol=0, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    pair = tokenizer("word3", "word7 word8")
+    assert pair["input_ids"] == [2, 8, 3, 12, 13, 3] and pair["token_type_ids"] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind, labels", [("classify", 2), ("classify", 4), ("regress", 1), ("choice", 2),
+                                          ("span", 2)])
+def test_model_fine_tuned_in_transformers_loads(tmp_path, kind, labels):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=40, num_hidden_layers=2, hidden_size=24, num_attention_heads=3, intermediate_size=32,
+        max_position_embeddings=16, initializer_range=0.2, num_labels=labels)
+    theirs = getattr(transformers, AUTO[kind]).from_config(config)
+    theirs.save_pretrained(tmp_path)
+    task, settings = TaskModel.from_pretrained(tmp_path)
+    words = [f"LABEL_{i}" for i in range(labels)] if kind == "classify" else []
+    assert settings == {"task": "", "kind": kind, "labels": words, "pool": "cls", "max_length": 128}
+    expected, ours = transformers_logits(theirs, kind), task(*task_batch(kind))
+    ours = ours[MASK] if kind == "span" else ours.view(expected.shape)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)

@@ -1,0 +1,832 @@
+"""Proves that every official file layout is read as it stands, that mistakes in files end in one line, that
+batches, truncation and SQuAD's windows equal their plain constructions, and that answers are cut out exactly.
+
+Run: python -m pytest -q tests/test_tasks.py
+"""
+import csv
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import finetune
+from common import keyed_integers, keyed_uniform
+from finetune import TASKS
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
+VOCAB = data.Vocab([*data.SPECIALS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "cat", "dog",
+                    "sat", "ran", "mat"])
+
+
+@pytest.fixture(scope="module")
+def bert_vocab(real_data):
+    return data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
+
+
+def stop_line(function, *args, **kw):
+    """The one line with which `function` ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **kw)
+    text = str(stop.value)
+    assert text and "\n" not in text and "Traceback" not in text
+    return text
+
+
+def put(path, text):
+    """Writes a file and the folders above it; bytes as they are."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def rows(name, path, labelled=True):
+    return TASKS[name].read(TASKS[name], path, labelled)
+
+
+def table(*lines):
+    return "".join("\t".join(line) + "\n" for line in lines)
+
+
+# ---------------------------------------------------------------------------- readers
+
+MNLI_HEAD = ["index", "promptID", "pairID", "genre", "Sentence1_binary_parse", "Sentence2_binary_parse",
+             "Sentence1_parse", "Sentence2_parse", "sentence1", "sentence2"]
+STSB_HEAD = ["index", "genre", "filename", "year", "old_index", "source1", "source2", "sentence1",
+             "sentence2"]
+GLUE = {  # header, rows, texts (first, second), labels, ids
+    "sst2": (["sentence", "label"], [["a cat ", "1"], ['a "dog', "0"]],
+             (["a cat ", 'a "dog'], None), [1, 0], ["0", "1"]),
+    "qnli": (["index", "question", "sentence", "label"],
+             [["7", "who ?", 'me "', "entailment"], ["9", "when ?", "now", "not_entailment"]],
+             (["who ?", "when ?"], ['me "', "now"]), [0, 1], ["7", "9"]),
+    "qqp": (["id", "qid1", "qid2", "question1", "question2", "is_duplicate"],
+            [["3", "1", "2", "who ?", "what ?", "0"], ["5", "3", "4", "a", "b", "1"]],
+            (["who ?", "a"], ["what ?", "b"]), [0, 1], ["3", "5"]),
+    "mnli": ([*MNLI_HEAD, "label1", "gold_label"],
+             [["0", *"abcdefg", "one", "two", "neutral", "contradiction"],
+              ["1", *"abcdefg", "three", "four", "neutral", "entailment"]],
+             (["one", "three"], ["two", "four"]), [2, 0], ["0", "1"]),
+    "rte": (["index", "sentence1", "sentence2", "label"],
+            [["0", "one", "two", "not_entailment"], ["1", "x", "y", "entailment"]],
+            (["one", "x"], ["two", "y"]), [1, 0], ["0", "1"]),
+    "mrpc": (["Quality", "#1 ID", "#2 ID", "#1 String", "#2 String"],
+             [["1", "70", "71", "one", '" two'], ["0", "72", "73", "x", "y"]],
+             (["one", "x"], ['" two', "y"]), [1, 0], ["0", "1"]),
+    "stsb": ([*STSB_HEAD, "score"],
+             [["0", *"abcdef", "one", "two", "5.000"], ["1", *"abcdef", "x", "y", "2.5"]],
+             (["one", "x"], ["two", "y"]), [5.0, 2.5], ["0", "1"]),
+    "wnli": (["index", "sentence1", "sentence2", "label"], [["0", "one", "two", "1"], ["1", "x", "y", "0"]],
+             (["one", "x"], ["two", "y"]), [1, 0], ["0", "1"]),
+}
+
+
+@pytest.mark.parametrize("name", GLUE)
+def test_glue_layout_is_read_by_column_names(name, tmp_path):
+    header, lines, (first, second), labels, ids = GLUE[name]
+    plain = put(tmp_path / "train.tsv", table(header, *lines))
+    # a byte-order mark, carriage returns and blank lines change nothing
+    odd = put(tmp_path / "odd.tsv", "\ufeff" + table(header, lines[0]).replace("\n", "\r\n") + "\r\n\n"
+              + table(lines[1]).rstrip("\n"))
+    for path in (plain, odd):
+        found = rows(name, path)
+        assert (found.first, found.second, found.labels, found.ids) == (first, second, labels, ids)
+    index = 0 if name == "mrpc" else -1
+    test = put(tmp_path / "test.tsv", table(*([*line[:index], *line[index + 1:]] if index == 0 else line[:-1]
+                                              for line in [header, *lines])))
+    found = rows(name, test, labelled=False)
+    assert (found.first, found.second, found.labels) == (first, second, None)
+    assert "unlabelled test split" in stop_line(rows, name, test) and str(test) in stop_line(rows, name, test)
+
+
+def test_labels_are_read_as_words_and_as_numbers(tmp_path):
+    for name, task in TASKS.items():
+        for i, word in enumerate(task.labels):
+            assert task.label_of(word, "f", 1) == task.label_of(str(i), "f", 1) == i
+    assert TASKS["mnli"].words == ("entailment", "neutral", "contradiction")
+    assert TASKS["rte"].words == TASKS["qnli"].words == ("entailment", "not_entailment")
+    assert TASKS["wnli"].words == ("not_entailment", "entailment")
+    path = put(tmp_path / "train.tsv", table(GLUE["rte"][0], [*"0ab", "1"], [*"1ab", "entailment"]))
+    assert rows("rte", path).labels == [1, 0]
+
+
+def test_only_line_feeds_end_a_row(tmp_path):
+    text = "one\u2028two\x85three\x0bfour\x1cfive"
+    path = put(tmp_path / "train.tsv", table(["sentence", "label"], [text, "1"]))
+    assert rows("sst2", path).first == [text]
+
+
+def test_cola_is_read_with_and_without_header(tmp_path):
+    path = put(tmp_path / "train.tsv", table(["gj04", "1", "", 'He "won\'t'], ["gj04", "0", "*", "Him do."]))
+    found = rows("cola", path)
+    assert (found.first, found.second, found.labels) == (['He "won\'t', "Him do."], None, [1, 0])
+    path = put(tmp_path / "test.tsv", table(["index", "sentence"], ["8", "Bill whistled."]))
+    found = rows("cola", path, labelled=False)
+    assert (found.first, found.labels, found.ids) == (["Bill whistled."], None, ["8"])
+    assert "unlabelled test split" in stop_line(rows, "cola", path)
+
+
+def test_mnli_of_16_columns_leaves_out_rows_without_gold_label(tmp_path):
+    five = [f"label{i}" for i in range(1, 6)]
+    path = put(tmp_path / "dev.tsv", table(
+        [*MNLI_HEAD, *five, "gold_label"], ["0", *"abcdefg", "one", "two", *["neutral"] * 5, "entailment"],
+        ["1", *"abcdefg", "three", "four", *["neutral"] * 5, "-"],
+        ["2", *"abcdefg", "five", "six", *["entailment"] * 5, "neutral"]))
+    found = rows("mnli", path)
+    assert (found.first, found.labels, found.ids, found.skipped) == (["one", "five"], [0, 1], ["0", "2"], 1)
+    examples = finetune.load_examples(TASKS["mnli"], path, VOCAB, 32, "", "dev")
+    assert len(examples) == 2 and examples.skipped == 1
+    only = put(tmp_path / "only.tsv", table([*MNLI_HEAD, "gold_label"], ["0", *"abcdefg", "one", "two", "-"]))
+    assert "no row with a gold label" in stop_line(rows, "mnli", only)
+
+
+@pytest.mark.parametrize("words, labels", [(["entailment", "contradiction"], [0, 2]),
+                                           (["not_entailment", "entailment"], [1, 0])])
+def test_diagnostics_keep_their_categories(words, labels, tmp_path):
+    path = put(tmp_path / "diagnostic-full.tsv", table(
+        [*finetune.DIAGNOSTIC, "Domain", "Premise", "Hypothesis", "Label"],
+        ["", "", "Negation;Double negation", "", "News", "It is.", "It is not.", words[0]],
+        ["Lexical entailment", "", "", "Common sense", "", "A dog.", "A pet.", words[1]]))
+    found = rows("mnli", path)
+    assert (found.first, found.second) == (["It is.", "A dog."], ["It is not.", "A pet."])
+    assert found.labels == labels
+    assert found.extra["Logic"] == ["Negation;Double negation", ""] and found.extra["Label"] == words
+    assert found.extra["Knowledge"] == ["", "Common sense"] and len(found.extra) == 5
+
+
+def test_swag_and_read_are_csv_with_quotes_and_newlines(tmp_path):
+    header = ["", "video-id", "fold-ind", "startphrase", "sent1", "sent2", "gold-source",
+              *[f"ending{i}" for i in range(4)]]
+    line = ["0", "v1", "18", "x", 'He says "hi", then', "She", "gold", "runs, fast.", "sits.", "waves.",
+            "is."]
+    for name, columns, extra in (("val", ["label"], ["2"]), ("test", [], [])):
+        with open(tmp_path / f"{name}.csv", "w", newline="") as f:
+            csv.writer(f).writerows([header + columns, line + extra, line + extra])
+    found = rows("swag", tmp_path / "val.csv")
+    assert found.first == ['He says "hi", then'] * 2 and found.labels == [2, 2]
+    assert found.second[0] == ["She runs, fast.", "She sits.", "She waves.", "She is."]
+    assert rows("swag", tmp_path / "test.csv", labelled=False).labels is None
+    assert "unlabelled" in stop_line(rows, "swag", tmp_path / "test.csv")
+    path = put(tmp_path / "train.csv", "id,url_legal,license,excerpt,target,standard_error\r\n"
+               'c1,,,"One\nand ""two"".",-1.25,0.4\r\n\r\nc2,,,three,0.5,0.5\r\n')
+    found = rows("read", path)
+    assert (found.first, found.ids) == (['One\nand "two".', "three"], ["c1", "c2"])
+    assert found.labels == [-1.25, 0.5] and found.second is None
+
+
+def test_piqa_and_tracie_lines(tmp_path):
+    path = put(tmp_path / "valid.jsonl", '{"goal": "g\\tg", "sol1": "a", "sol2": "b"}\n\n'
+               '{"goal": "h", "sol1": "c", "sol2": ""}\n')
+    assert "unlabelled test split" in stop_line(rows, "piqa", path)
+    put(tmp_path / "valid-labels.lst", "1\n0\n")
+    found = rows("piqa", path)
+    assert (found.first, found.second, found.labels) == (["g\tg", "h"], [["a", "b"], ["c", ""]], [1, 0])
+    path = put(tmp_path / "tracie_test.txt", "event: it ends before noon story: A day. He said story: x.\t"
+               "answer: negative\nevent: it starts after one story: B.\tanswer: positive\n")
+    found = rows("tracie", path)
+    assert found.first == ["it ends before noon", "it starts after one"] and found.labels == [0, 1]
+    assert found.second == ["A day. He said story: x.", "B."]
+    assert found.extra == {"comparator": ["ends", "starts"]}
+    path = put(path, "event: it ends before noon story: A day.\n")
+    assert rows("tracie", path, labelled=False).second == ["A day."]
+    assert "unlabelled test split" in stop_line(rows, "tracie", path)
+
+
+def test_demo_tasks_are_read_as_the_demo_writes_them(tmp_path):
+    rng = random.Random("tasks")
+    data.write_tasks(tmp_path, rng, data.draw_nouns(rng))
+    demo = [task for task in TASKS.values() if task.steps]
+    assert [task.name for task in demo] == ["mishap", "entailment", "two_choices", "four_endings",
+                                            "before_after"]
+    for task in demo:
+        files = {"train": finetune.find_file(task, tmp_path, task.train)}
+        files |= finetune.evaluation_files(task, tmp_path)
+        assert list(files) == ["train", "", "seen"]
+        for which, path in files.items():
+            found = task.read(task, path, True)
+            n = 1000 if which == "train" else 500
+            assert np.bincount(found.labels).tolist() == [n // len(task.words)] * len(task.words)
+
+
+def test_files_are_found_in_every_place_and_missing_ones_named(tmp_path):
+    header, lines = GLUE["mnli"][:2]
+    names = ["train.tsv", "dev_matched.tsv", "dev_mismatched.tsv"]
+    for where in ("a/MNLI", "b/glue/MNLI", "c/glue_data/MNLI", "d/MNLI"):
+        for name in names:
+            put(tmp_path / where / name, table(header, *lines))
+    put(tmp_path / "b/glue/diagnostic/diagnostic-full.tsv", "x")
+    task = TASKS["mnli"]
+    for folder, where in (("a", "a/MNLI"), ("b", "b/glue/MNLI"), ("c", "c/glue_data/MNLI"),
+                          ("d/MNLI", "d/MNLI")):
+        assert finetune.find_file(task, tmp_path / folder, "train.tsv") == tmp_path / where / "train.tsv"
+        found = finetune.evaluation_files(task, tmp_path / folder)
+        assert found.pop("diagnostic", None) == (
+            tmp_path / "b/glue/diagnostic/diagnostic-full.tsv" if folder == "b" else None)
+        assert found == {"": tmp_path / where / names[1], "mm": tmp_path / where / names[2]}
+        assert finetune.test_files(task, tmp_path / folder) == {}
+    # the folder of one task does not serve another that has equal file names
+    assert finetune.find_file(TASKS["rte"], tmp_path / "d/MNLI", "train.tsv", required=False) is None
+    put(tmp_path / "a/MNLI/test_matched.tsv", "x")
+    assert list(finetune.test_files(task, tmp_path / "a")) == [""]
+    for task in TASKS.values():
+        says = stop_line(finetune.find_file, task, tmp_path / "none", task.train)
+        assert str(tmp_path / "none" / task.folder / task.train) in says and task.source in says
+        assert "no such file" in stop_line(finetune.evaluation_files, task, tmp_path / "none")
+
+
+SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The cat sat.", "qas": [
+    {"id": "q1", "question": "Who sat?", "answers": [{"text": "cat", "answer_start": 4}]}]}]}]}
+
+
+def squad(answers, **more):
+    """SQUAD with other answers of its one question."""
+    content = json.loads(json.dumps(SQUAD))
+    question = content["data"][0]["paragraphs"][0]["qas"][0] | more
+    question["answers"] = answers
+    content["data"][0]["paragraphs"][0]["qas"] = [question]
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize("name, file, content, says", [
+    ("sst2", "f.tsv", b"", "is empty"),
+    ("sst2", "f.tsv", "\ufeff\n \n", "is empty"),
+    ("sst2", "f.tsv", b"sentence\tlabel\ngood\t1\nb\xe9ni\t0\n", "line 3: not UTF-8"),
+    ("sst2", "f.tsv", b"\xef\xbb\xbfsentence\tlabel\n\xff\t0\n", "line 2: not UTF-8"),
+    ("sst2", "f.tsv", "sentence\tlabel\n", "holds no row"),
+    ("sst2", "f.tsv", "sentence\tlabel\ngood\t1\n\nbad\t2\n",
+     "line 4: label '2'; those of SST-2 are negative, positive (or 0 to 1)"),
+    ("sst2", "f.tsv", "text\tlabel\ngood\t1\n", "has no column sentence"),
+    ("rte", "f.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tneutral\n", "line 2: label 'neutral'"),
+    ("qqp", "f.tsv", table(GLUE["qqp"][0], ["1"] * 6, ["1"] * 4, ["1"] * 2),
+     "line 3: 4 fields where the header has 6, and 1 more"),
+    ("stsb", "f.tsv", table(GLUE["stsb"][0], [*"012345678", "5.5"]),
+     "line 2: label '5.5'; those of STS-B are numbers from 0 to 5"),
+    ("stsb", "f.tsv", table(GLUE["stsb"][0], [*"012345678", "nan"]), "label 'nan'"),
+    ("read", "f.csv", "id,excerpt,target\na,b,inf\n", "line 2: label 'inf'"),
+    ("read", "f.csv", 'id,excerpt,target\na,"b\nc",1\nd,"e" e,2\n', "line 4: "),
+    ("read", "f.csv", 'id,excerpt,target\na,"b,1\n', "line 2: unexpected end of data"),
+    ("swag", "f.csv", "sent1,ending0,ending1,ending2,ending3,label\na,b,c,d,e,0\n", "has no column sent2"),
+    ("tracie", "f.txt", "event: a story: b\tanswer: positive\nevent: a\tanswer: positive\n",
+     "line 2: not of the"),
+    ("tracie", "f.txt", "event: a story: b\tanswer: maybe\n", "line 1: label 'maybe'"),
+    ("squad1", "f.json", '{"data": [\n{"a" 1}]}', "line 2: broken JSON"),
+    ("squad1", "f.json", "[]", "not in SQuAD's form"),
+    ("squad1", "f.json", '{"data": []}', "holds no question"),
+    ("squad1", "f.json", squad([{"text": "cat"}]), "at question q1 (KeyError('answer_start'))"),
+    ("squad1", "f.json", squad([{"text": 3, "answer_start": 0}]), "at question q1"),
+    ("squad1", "f.json", squad([], is_impossible=True), "use --tasks squad2"),
+    ("squad2", "f.json", json.dumps(SQUAD).replace('"answers"', '"hidden"'), "unlabelled test split"),
+])
+def test_mistake_in_a_file_is_one_line_with_its_place(name, file, content, says, tmp_path):
+    path = put(tmp_path / file, content)
+    line = stop_line(rows, name, path)
+    assert line.startswith(str(path)) and says in line
+
+
+def test_piqa_mistakes_name_file_and_line(tmp_path):
+    good = '{"goal": "g", "sol1": "a", "sol2": "b"}\n'
+    path = put(tmp_path / "train.jsonl", good + '{"goal": "g", "sol1": 1, "sol2": "b"}\n')
+    labels = put(tmp_path / "train-labels.lst", "0\n2\n")
+    says = f"{path}, line 2: not a JSON object with the texts goal, sol1, sol2"
+    assert stop_line(rows, "piqa", path) == says
+    put(path, 3 * good)
+    assert f"{labels}, line 2: label '2'; those of PIQA are 0, 1" in stop_line(rows, "piqa", path)
+    put(labels, "0\n1\n")
+    assert f"{labels}: 2 labels for the 3 lines of train.jsonl" in stop_line(rows, "piqa", path)
+    put(path, '{"goal": "g", "sol1": "a"\n')
+    assert "line 1: not a JSON object" in stop_line(rows, "piqa", path)
+    put(path, '{"goal": "g \\ud83d", "sol1": "a", "sol2": "b"}\n')
+    put(labels, "0\n")
+    says = stop_line(finetune.load_examples, TASKS["piqa"], path, VOCAB, 32, "", "dev")
+    assert str(path) in says and "surrogate" in says
+
+
+COUNTS = {  # rows of the real files; without "-" all of the official ones
+    "glue/CoLA": (8551, 1043, 1063), "glue/SST-2": (67349, 872, 1821), "glue/MRPC": (3668, 408, 1725),
+    "glue/STS-B": (5749, 1500, 1379), "glue/RTE": (2490, 277, 3000), "glue/WNLI": (635, 71, 146),
+    "glue/QNLI": (8999, 5463, 5463), "glue/MNLI": (8999, 1000), "glue/QQP": (8999, 1000)}
+
+
+def test_real_glue_files_are_read_whole(real_data):
+    for task in TASKS.values():
+        if task.source != TASKS["sst2"].source:
+            continue
+        sample = real_data / "glue_format_samples"
+        paths = [finetune.find_file(task, sample, task.train),
+                 *finetune.evaluation_files(task, sample).values()]
+        sizes = {len(task.read(task, path, True).first) for path in paths}
+        tests = [task.read(task, path, False) for path in finetune.test_files(task, sample).values()]
+        assert sizes == {2 if task.name == "cola" else 1} and {len(test.first) for test in tests} == {1}
+        splits = [finetune.find_file(task, real_data, task.train),
+                  *finetune.evaluation_files(task, real_data).values(),
+                  *finetune.test_files(task, real_data).values()]
+        if task.name != "sst2":  # read in test_real_sst2_is_tokenised_once_and_batched
+            assert tuple(len(task.read(task, path, "test" not in path.name).first)
+                         for path in splits) == COUNTS[f"glue/{task.folder}"]
+
+
+def test_other_real_files_are_read_whole(real_data):
+    found = rows("mnli", real_data / "diagnostics" / "DERIVED_diagnostic-full_2way.tsv")
+    assert len(found.first) == 1104 and set(found.labels) == {0, 1}
+    assert sum(map(bool, found.extra["Logic"])) == 364
+    assert set(found.extra["Label"]) == {"entailment", "not_entailment"}
+    assert len(rows("mnli", real_data / "diagnostics" / "diagnostic.tsv", False).first) == 1104
+    found = rows("swag", real_data / "swag" / "swag_val_first11.csv")
+    assert len(found.first) == 11 and found.labels[0] == 2
+    assert found.second[0][1] == "She turns with two students."
+    assert len(rows("piqa", real_data / "piqa" / "valid.jsonl").first) == 1838
+    assert len(rows("piqa", real_data / "piqa" / "tests.jsonl", False).first) == 3084
+    for name, size in (("tracie", 860), ("tracie_iid", 1174)):
+        task = TASKS[name]
+        found = rows(name, finetune.find_file(task, real_data, task.train))
+        assert len(found.first) == size and sum(found.labels) == size / 2
+    found = rows("tracie_iid", finetune.evaluation_files(TASKS["tracie_iid"], real_data)[""])
+    assert len(found.first) == 4248 and found.extra["comparator"].count("starts") == 1924
+    assert len(rows("read", real_data / "read" / "train.csv").first) == 4724
+
+
+# ---------------------------------------------------------------------------- tokens, cache, batches
+
+
+def random_words(most, *keys):
+    """A text of up to `most` words of the vocabulary's letters, the same for the same keys."""
+    n = int(keyed_integers(most + 1, "words", *keys))
+    sizes = 1 + keyed_integers(5, "sizes", *keys, np.arange(n))
+    return " ".join("".join(LETTERS[i] for i in keyed_integers(36, "letters", *keys, k, np.arange(size)))
+                    for k, size in enumerate(sizes))
+
+
+def make_rows(name, n, most=12, labelled=True):
+    task, second = TASKS[name], None
+    texts = [[random_words(most, name, i, k) for k in range(len(task.text))] for i in range(n)]
+    if task.kind == "choice":
+        second = [row[1:] for row in texts]
+    elif len(task.text) == 2:
+        second = [row[1] for row in texts]
+    labels = [i % 5 / 2 if task.kind == "regress" else i % len(task.words) for i in range(n)]
+    return finetune.Rows([row[0] for row in texts], second, labels if labelled else None,
+                         [str(i) for i in range(n)])
+
+
+def cut_plainly(first, second, room):
+    first, second = list(first), list(second)
+    while len(first) + len(second) > room:
+        (first if len(first) > len(second) else second).pop()
+    return first, second
+
+
+def test_truncation_equals_the_plain_loop():
+    first, second = (x.ravel() for x in np.meshgrid(np.arange(24), np.arange(24)))
+    for room in (0, 1, 2, 5, 10, 11, 23, 46, 60):
+        found = np.stack(finetune.truncate(first, second, room), 1).tolist()
+        assert found == [list(map(len, cut_plainly(range(a), range(b), room))) for a, b in zip(first, second)]
+
+
+@pytest.mark.parametrize("name", ["sst2", "rte", "stsb", "swag", "piqa"])
+@pytest.mark.parametrize("max_length", [5, 12, 23, 200])
+def test_batch_equals_its_plain_construction(name, max_length):
+    task, n = TASKS[name], 23
+    found = make_rows(name, n)
+    examples = finetune.tokenized(task, found, VOCAB, max_length)
+    plain, cut = [], 0
+    for i in range(n):
+        second = found.second[i] if found.second else None
+        candidates = second if task.kind == "choice" else [second]
+        row, was_cut = [], False
+        for text in candidates:
+            a, b = VOCAB.encode([found.first[i], text or ""])
+            short = cut_plainly(a, b, max_length - 3) if text is not None else (a[:max_length - 2], [])
+            was_cut |= short != (a, b)
+            a, b = short
+            ids = [VOCAB.cls, *a, VOCAB.sep] + ([*b, VOCAB.sep] if text is not None else [])
+            row.append((ids, [0] * (len(a) + 2) + [1] * (len(ids) - len(a) - 2)))
+        plain.append(row)
+        cut += was_cut
+    assert len(examples) == n and examples.truncated == cut
+    assert examples.lengths.tolist() == [max(len(ids) for ids, _ in row) for row in plain]
+    for index in (np.arange(n), np.array([22, 3, 3]), [5]):
+        batch = examples.batch(index)
+        T = max(examples.lengths[index])
+        expected = np.array([[(ids + [VOCAB.pad] * (T - len(ids)), segments + [0] * (T - len(ids)),
+                               [True] * len(ids) + [False] * (T - len(ids))) for ids, segments in plain[i]]
+                             for i in index])  # (b, K, 3, T)
+        if task.kind != "choice":
+            expected = expected[:, 0]
+        for k, key in enumerate(("ids", "segments", "mask")):
+            assert batch[key].numpy().tolist() == expected[..., k, :].tolist()
+        dtypes = [batch[key].dtype for key in ("ids", "segments", "mask")]
+        assert dtypes == [torch.int64, torch.int64, torch.bool]
+        labels = torch.tensor([found.labels[i] for i in index])
+        assert batch["labels"].tolist() == labels.tolist()
+        assert batch["labels"].dtype == (torch.float32 if name == "stsb" else torch.int64)
+    assert "labels" not in finetune.tokenized(task, make_rows(name, 3, labelled=False), VOCAB, 12).batch([0])
+
+
+def test_empty_texts_and_unknown_tokens():
+    found = finetune.Rows(["", "汶 x é"], ["", ""], None, ["0", "1"])
+    examples = finetune.tokenized(TASKS["rte"], found, VOCAB, 12)
+    batch = examples.batch([0, 1])
+    assert batch["ids"][0].tolist() == [VOCAB.cls, VOCAB.sep, VOCAB.sep, 0, 0, 0]
+    assert batch["segments"][0].tolist() == [0, 0, 1, 0, 0, 0]
+    found = finetune.Rows(["cat ☃ dog ☃"], None, None, ["0"])
+    assert finetune.tokenized(TASKS["sst2"], found, VOCAB, 12).unknown == 0.5
+    assert "--max_length 4" in stop_line(finetune.tokenized, TASKS["sst2"], found, VOCAB, 4)
+
+
+@pytest.fixture
+def count_encoding(monkeypatch):
+    """Counts how often the tokenizer of VOCAB is asked."""
+    calls = []
+    tokenizer = VOCAB.tokenizer
+
+    class Counting:
+        def encode_batch(self, texts, **kw):
+            calls.append(len(texts))
+            return tokenizer.encode_batch(texts, **kw)
+    monkeypatch.setattr(VOCAB, "tokenizer", Counting())
+    return calls
+
+
+def test_cache_is_read_again_remade_when_damaged_and_follows_the_content(tmp_path, count_encoding):
+    path = put(tmp_path / "train.tsv", table(["sentence", "label"], ["the cat sat", "1"], ["a dog", "0"]))
+    cache = tmp_path / "cache"
+
+    def load(max_length=8, vocab=VOCAB):
+        examples = finetune.load_examples(TASKS["sst2"], path, vocab, max_length, cache, "train")
+        return examples.batch([0, 1])["ids"].tolist(), len(count_encoding), len(list(cache.iterdir()))
+    ids, *counts = load()
+    assert counts == [1, 1] and load() == (ids, 1, 1)
+    assert load(max_length=200) == (ids, 1, 1) and load(max_length=5)[1:] == (1, 1)  # independent of the cut
+    kept = next(cache.iterdir())
+    whole = kept.read_bytes()
+    flipped = whole.replace(ids[0][1].to_bytes(4, "little"), b"\x07\0\0\0", 1)  # "the" is another token
+    for n, damaged in enumerate((b"", whole[:100], whole[:-40], b"\x80\x04N.", flipped)):
+        assert damaged != whole
+        kept.write_bytes(damaged)
+        assert load() == (ids, 2 + n, 1) and kept.read_bytes() == whole
+    put(path, table(["sentence", "label"], ["the cat ran", "1"], ["a dog", "0"]))
+    other, *counts = load()
+    assert other != ids and counts == [7, 2]
+    cased = dataclasses.replace(VOCAB, lower=False)
+    assert load(vocab=cased)[2] == 3
+    assert not list(cache.glob("*.tmp"))
+
+
+def test_cache_tells_apart_texts_that_join_alike(tmp_path):
+    for texts in (["the cat", "sat"], ["the ca", "tsat"]):
+        found = finetune.Rows(texts, None, None, ["0", "1"])
+        examples = finetune.tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path)
+        batch = examples.batch([0, 1])
+        ids = [row[mask][1:-1].tolist() for row, mask in zip(batch["ids"], batch["mask"])]
+        assert ids == VOCAB.encode(texts)
+
+
+def test_cache_that_cannot_be_written_is_one_printed_line(tmp_path, capsys):
+    put(tmp_path / "file", "x")
+    found = make_rows("sst2", 3)
+    examples = finetune.tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "file")
+    out = capsys.readouterr().out
+    assert len(examples) == 3 and out.count("\n") == 1 and str(tmp_path / "file") in out
+    finetune.tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "cache")
+    assert capsys.readouterr().out == ""
+
+
+def test_limit_draws_by_key_and_keeps_the_order(tmp_path):
+    lines = [[f"x{i}", str(i % 2)] for i in range(50)]
+    path = put(tmp_path / "train.tsv", table(["sentence", "label"], *lines))
+
+    def ids(limit, seed=0):
+        examples = finetune.load_examples(TASKS["sst2"], path, VOCAB, 8, "", "train", limit, seed)
+        return [int(i) for i in examples.ids]
+    assert ids(0) == ids(50) == ids(99) == list(range(50))
+    assert len(ids(10)) == 10 and ids(10) == sorted(ids(10)) and ids(10) == ids(10) and ids(10) != ids(10, 1)
+    assert set(ids(10)) < set(ids(11))
+    smallest = np.argsort(keyed_uniform("limit", 0, np.arange(50)))[:10]
+    assert ids(10) == sorted(smallest.tolist())
+    examples = finetune.load_examples(TASKS["sst2"], path, VOCAB, 8, "", "train", 10)
+    assert examples.labels.tolist() == [i % 2 for i in ids(10)]
+
+
+def test_read_holds_out_a_tenth_of_its_rows_by_id(tmp_path):
+    lines = [f"c{i},text {i},{i}" for i in range(400)]
+    path = put(tmp_path / "train.csv", "\n".join(["id,excerpt,target", *lines]))
+    train, dev = (finetune.load_examples(TASKS["read"], path, VOCAB, 9, "", split)
+                  for split in ("train", "dev"))
+    assert len(train) + len(dev) == 400 and not set(train.ids) & set(dev.ids) and 25 < len(dev) < 55
+    put(path, "\n".join(["id,excerpt,target", *lines[::-1]]))
+    again = finetune.load_examples(TASKS["read"], path, VOCAB, 9, "", "dev")
+    assert set(again.ids) == set(dev.ids) and again.labels.tolist() == [float(i[1:]) for i in again.ids]
+
+
+def test_training_order_visits_each_example_once_an_epoch_with_little_padding():
+    lengths = 5 + keyed_integers(100, "lengths", np.arange(1000))
+    order = finetune.Order(lengths, 8, 375, seed=0)  # three epochs of 125 batches
+    steps = [order(step) for step in range(375)]
+    stream = np.concatenate(steps)
+    assert np.bincount(stream).tolist() == [3] * 1000
+    assert sum(len(part) * lengths[part].max() for part in steps) < 1.06 * lengths[stream].sum()
+    assert abs(np.corrcoef(np.arange(3000), lengths[stream])[0, 1]) < 0.1  # no drift from short to long
+    again = finetune.Order(lengths, 8, 375, seed=0)
+    assert again(260).tolist() == steps[260].tolist()  # a resumed run needs no history
+    assert finetune.Order(lengths, 8, 375, seed=1)(0).tolist() != steps[0].tolist()
+    # other partners in every epoch, even where no two lengths are equal
+    order = finetune.Order(np.arange(1000), 8, 250, seed=0)
+    first, other = ({frozenset(order(step).tolist()) for step in part} for part in (range(125), range(125, 250)))
+    assert not first & other
+
+
+def test_order_of_fewer_examples_than_a_batch_repeats_them_evenly():
+    order = finetune.Order(np.array([5, 9, 7]), 8, 3, seed=0)
+    assert np.bincount(np.concatenate([order(step) for step in range(3)])).tolist() == [8, 8, 8]
+
+
+def test_evaluation_batches_hold_each_example_once_within_the_budget(tmp_path):
+    lines = [" ".join(["word"] * int(n)) + "\t0" for n in 1 + keyed_integers(90, "words", np.arange(2003))]
+    path = put(tmp_path / "train.tsv", "\n".join(["sentence\tlabel", *lines]))
+    examples = finetune.load_examples(TASKS["sst2"], path, VOCAB, 128, "", "train")
+    parts = list(finetune.batches_by_length(examples))
+    assert np.sort(np.concatenate(parts)).tolist() == list(range(2003))
+    assert (np.diff(examples.lengths[np.concatenate(parts)]) <= 0).all() and len(parts) > 3
+    assert all(len(part) * examples.lengths[part].max() <= finetune.EVAL_TOKENS for part in parts)
+
+
+def test_real_sst2_is_tokenised_once_and_batched(real_data, bert_vocab):
+    path = real_data / "glue" / "SST-2"
+    examples = finetune.load_examples(TASKS["sst2"], path / "dev.tsv", bert_vocab, 64, "", "dev")
+    assert len(examples) == 872 and len(rows("sst2", path / "train.tsv").first) == 67349
+    assert len(rows("sst2", path / "test.tsv", False).first) == 1821
+    batch = examples.batch([0])
+    assert bert_vocab.decode(batch["ids"][0]) == "[CLS] it ' s a charming and often affecting journey. [SEP]"
+    assert batch["labels"].tolist() == [1]
+
+
+# ---------------------------------------------------------------------------- SQuAD
+
+HARD = ["The café  costs 3½ €, naïve\n\nZoë paid.",
+        "汶川大地震 in 2008年, 日本語テキスト and 한국어 텍스트!",
+        "Cafe\u0301 Ångström (Å\u030a) said: \u201cno\u201d \u2014 19th-century e\u0301te\u0301.",
+        "a\u200bb  soft\u00adhyphen \U0001f600 and \U0001f468\u200d\U0001f469 x\u0301\u0302y हिन्दी\ttab",
+        "literal [SEP] and [MASK] in \u00a0 text\u2028next  line ", "   lead and trail   "]
+
+
+def span_rows(contexts, questions, spans=None):
+    """Rows of SQuAD by hand. spans: (first character, behind the last), or None without labels."""
+    extra = {"answer": ["none" if span == (-1, -1) else "exact" for span in spans]} if spans else {}
+    ids = [f"q{i}" for i in range(len(contexts))]
+    return finetune.Rows(list(questions), list(contexts), spans, ids, extra)
+
+
+def squad_examples(found, max_length, vocab=VOCAB, name="squad2"):
+    return finetune.tokenized(TASKS[name], found, vocab, max_length)
+
+
+def windows_plainly(tokens, room):
+    """[(start, length)], as BERT's own code goes through a context."""
+    found, start = [], 0
+    while True:
+        length = min(tokens - start, room)
+        found.append((start, length))
+        if start + length == tokens:
+            return found
+        start += min(length, finetune.WINDOW_STRIDE, room)
+
+
+def home_plainly(windows, token):
+    """Number of the window in which a token of the context has most context, by the formula of BERT's code."""
+    scores = [min(token - b, b + n - 1 - token) + 0.01 * n if b <= token < b + n else -1 for b, n in windows]
+    return scores.index(max(scores))
+
+
+def answer_plainly(windows, question, start, end):
+    """(best sum, first, last token, null) of one question. start, end: logits of each of its windows."""
+    best, null = (-np.inf, 0, 0), min(s[0] + e[0] for s, e in zip(start, end))
+    shift = question + 2
+    for w, (begin, length) in enumerate(windows):
+        for i in range(length):
+            if home_plainly(windows, begin + i) != w:
+                continue
+            for j in range(i, min(length, i + finetune.ANSWER_TOKENS)):
+                total = np.float32(start[w][shift + i] + end[w][shift + j])
+                if total > best[0]:
+                    best = total, begin + i, begin + j
+    return *best, null
+
+
+def logits_for(examples, *keys):
+    """Random start and end logits (windows, T), -inf on padding."""
+    T = int(examples.lengths.max())
+    shape = np.arange(len(examples))[:, None], np.arange(T)
+    padding = np.arange(T) >= examples.lengths[:, None]
+    return [np.where(padding, -np.inf, 6 * keyed_uniform(side, *keys, *shape) - 3).astype(np.float32)
+            for side in ("start", "end")]
+
+
+@pytest.mark.parametrize("max_length", [12, 40, 150, 300])
+def test_windows_and_answers_equal_the_plain_loop(max_length):
+    contexts = [random_words(120, "context", i) or "x" for i in range(12)]
+    contexts += contexts[:2]  # two questions on one context
+    questions = [random_words(40, "question", i)[:max_length // 2] for i in range(14)]
+    examples = squad_examples(span_rows(contexts, questions), max_length)
+    logits, w = logits_for(examples, max_length), 0
+    texts, scores = examples.answers(*logits, null_threshold=0.5)
+    batch = examples.batch(np.arange(len(examples)))
+    spans = [e.offsets for e in VOCAB.tokenizer.encode_batch(contexts, add_special_tokens=False)]
+    for q, (question, context) in enumerate(zip(VOCAB.encode(questions), VOCAB.encode(contexts))):
+        question = question[:finetune.QUESTION_TOKENS]
+        windows = windows_plainly(len(context), max_length - 3 - len(question))
+        for k, (begin, length) in enumerate(windows):
+            ids = [VOCAB.cls, *question, VOCAB.sep, *context[begin:begin + length], VOCAB.sep]
+            assert batch["ids"][w + k][batch["mask"][w + k]].tolist() == ids
+            assert batch["segments"][w + k].sum() == length + 1 and examples.ids[w + k] == f"q{q}"
+        part = slice(w, w + len(windows))
+        homes = [home_plainly(windows, token) for token in range(len(context))]
+        for k, (begin, length) in enumerate(windows):
+            expected = np.zeros((2, batch["ids"].shape[1]), bool)
+            expected[0, len(question) + 2:][:length] = True
+            expected[1, len(question) + 2:][:length] = [home == k for home in homes[begin:begin + length]]
+            assert (np.stack(examples.context_masks(expected.shape[1]))[:, w + k] == expected).all()
+        best, first, last, null = answer_plainly(windows, len(question), logits[0][part], logits[1][part])
+        assert scores[f"q{q}"] == pytest.approx(null - best, abs=1e-5)
+        expected = contexts[q][spans[q][first][0]:spans[q][last][1]]
+        assert texts[f"q{q}"] == ("" if null - best > 0.5 else expected)
+        w += len(windows)
+    assert w == len(examples) and examples.questions == [f"q{i}" for i in range(14)]
+    squad1 = squad_examples(span_rows(contexts, questions), max_length, name="squad1")
+    assert all(squad1.answers(*logits, null_threshold=-99)[0].values())
+
+
+def test_predicted_characters_are_always_a_substring_of_the_context(bert_vocab):
+    for vocab in (VOCAB, bert_vocab, data.Vocab(bert_vocab.tokens, lower=False, strip_accents=False)):
+        examples = squad_examples(span_rows(HARD, ["who ?"] * len(HARD)), 16, vocab, "squad1")
+        for seed in range(40):
+            texts, _ = examples.answers(*logits_for(examples, seed))
+            for text, context in zip(texts.values(), HARD):
+                assert text and text in context and text == text.strip()
+
+
+@pytest.mark.parametrize("context, answer", [
+    (HARD[0], "café"), (HARD[0], "naïve\n\nZoë"), (HARD[0], "3½ €"), (HARD[1], "大地震"), (HARD[1], "한국어"),
+    (HARD[2], "Cafe\u0301"), (HARD[2], "19th"), (HARD[2], "e\u0301te\u0301"), (HARD[3], "\U0001f600"),
+    (HARD[3], "हिन्दी"), (HARD[4], "text\u2028next"), (HARD[4], "[SEP]"), (HARD[5], "lead and trail")])
+def test_marked_answer_comes_back_to_the_character(context, answer, bert_vocab):
+    start = context.index(answer)
+    found = span_rows([context], ["what ?"], [(start, start + len(answer))])
+    examples = squad_examples(found, 30, bert_vocab)
+    assert pointed(examples) == {"q0": answer}
+
+
+def pointed(examples):
+    """The texts that come out where the logits point at the labels, and at [CLS] where there is none."""
+    T = int(examples.lengths.max())
+    start, end = (5.0 * (np.arange(T) == side[:, None]) for side in examples.labels.T)
+    start[:, 0] = end[:, 0] = np.where(examples.labels[:, 0] == 0, 5, -5)
+    return examples.answers(start, end)[0]
+
+
+def test_true_answers_of_xquad_are_recovered(real_data, bert_vocab):
+    task = TASKS["squad1"]
+    path = real_data / "squad" / "xquad.en.json"
+    examples = finetune.load_examples(task, path, bert_vocab, 384, "", "dev")
+    gold = rows("squad1", path)
+    assert (len(examples.questions), examples.moved, examples.missing) == (1190, 0, 0)
+    texts = pointed(examples)
+    expected = [context[a:b] for context, (a, b) in zip(gold.second, gold.labels)]
+    differs = [(text, texts[name]) for name, text in zip(gold.ids, expected) if text != texts[name]]
+    # the one answer that ends inside of a token comes back with the whole token
+    assert differs == [("7,000,000 square kilometres (2,70", "7,000,000 square kilometres (2,700")]
+
+
+def test_answers_of_squad2_are_recovered_and_unanswerable_ones_empty(real_data, bert_vocab, tmp_path):
+    content = json.loads((real_data / "squad" / "dev-v2.0.rebuilt.json").read_text())
+    content["data"] = [dict(article, paragraphs=article["paragraphs"][:1]) for article in content["data"]]
+    path = put(tmp_path / "dev-v2.0.json", json.dumps(content))
+    examples = finetune.load_examples(TASKS["squad2"], path, bert_vocab, 128, "", "train", limit=300)
+    gold = rows("squad2", path)
+    assert len(examples.questions) == 300 and len(examples) > 400
+    labels = dict(zip(gold.ids, zip(gold.second, gold.labels)))
+    texts = pointed(examples)
+    wrong = 0
+    for name, text in texts.items():
+        context, (a, b) = labels[name]
+        wrong += text != (context[a:b] if a >= 0 else "")
+    assert set(texts) < set(gold.ids) and sum(map(bool, texts.values())) > 100 and wrong <= 3
+
+
+def test_labels_stand_only_in_windows_that_hold_the_whole_answer():
+    context, n = " ".join(LETTERS[:36]), 36  # 36 tokens of one character, with spaces between
+    for size in (1, 3, 7):
+        spans = [(2 * i, 2 * (i + size) - 1) for i in range(n - size + 1)]
+        examples = squad_examples(span_rows([context] * len(spans), ["who ?"] * len(spans), spans), 16)
+        batch = examples.batch(np.arange(len(examples)))
+        assert batch["labels"].dtype == torch.int64 and batch["labels"].shape == (len(examples), 2)
+        held = 0
+        for ids, (first, last), name in zip(batch["ids"].tolist(), batch["labels"].tolist(), examples.ids):
+            answer = VOCAB.encode([context[slice(*spans[int(name[1:])])]])[0]
+            whole = any(ids[i:i + size] == answer for i in range(6, len(ids)))  # behind the question
+            assert (ids[first:last + 1] == answer and first >= 6) if whole else (first, last) == (0, 0)
+            held += whole
+        assert 0 < held < len(examples)
+    for span in ((-1, -1), (4, 5)):  # no answer, and one of a character that has no token
+        examples = squad_examples(span_rows(["cat \u200b dog"], ["who ?"], [span]), 16)
+        assert examples.labels.tolist() == [[0, 0]]
+
+
+def test_moved_and_missing_answers_are_counted_and_skipped_in_training(tmp_path):
+    context = "a cat and a cat ran ."
+    answers = [("cat", 2), ("cat", 9), ("cat", 13), ("dog", 0), ("", 1), ("a", -4)]
+    qas = [{"id": f"q{i}", "question": "who", "answers": [{"text": text, "answer_start": start}]}
+           for i, (text, start) in enumerate(answers)]
+    content = {"data": [{"paragraphs": [{"context": context, "qas": qas}]}]}
+    path = put(tmp_path / "f.json", json.dumps(content))
+    found = rows("squad1", path)
+    assert found.labels == [(2, 5), (12, 15), (12, 15), (-1, -1), (-1, -1), (0, 1)]
+    assert found.extra["answer"] == ["exact", "moved", "moved", "missing", "missing", "moved"]
+    for split, size in (("train", 4), ("dev", 6)):
+        examples = finetune.load_examples(TASKS["squad1"], path, VOCAB, 40, "", split)
+        assert (len(examples.questions), examples.moved, examples.missing) == (size, 3, 2)
+    unlabelled = finetune.load_examples(TASKS["squad1"], path, VOCAB, 40, "", "test")
+    assert unlabelled.labels is None and len(unlabelled) == 6
+    del qas[5:], qas[:3]
+    put(path, json.dumps(content))
+    assert "no example" in stop_line(finetune.load_examples, TASKS["squad1"], path, VOCAB, 40, "", "train")
+
+
+def test_context_without_tokens_and_narrow_windows():
+    examples = squad_examples(span_rows(["\u200b", "cat"], ["\u200b", "who ?"]), 16)
+    texts, scores = examples.answers(*logits_for(examples))
+    assert texts["q0"] == "" and np.isfinite(list(scores.values())).all() and len(examples) == 2
+    says = stop_line(squad_examples, span_rows(["cat"], ["a b c d e f g"]), 10)
+    assert "--max_length 10" in says and "at least 11" in says
+    assert len(squad_examples(span_rows(["the cat sat"], ["a b c d e f g"]), 11)) == 3
+    long = squad_examples(span_rows(["cat"], ["a " * 80]), 100)
+    assert long.truncated == 1 and long.lengths.tolist() == [64 + 1 + 3]
+
+
+# ---------------------------------------------------------------------------- input and output
+
+
+def test_lines_of_standard_input_become_rows():
+    found = finetune.read_lines(TASKS["sst2"], ["good one\n", "bad"])
+    assert (found.first, found.second, found.labels) == (["good one", "bad"], None, None)
+    assert found.ids == ["1", "2"]
+    found = finetune.read_lines(TASKS["rte"], ["a\tb\r\n", "c\td\n"])
+    assert (found.first, found.second) == (["a", "c"], ["b", "d"])
+    found = finetune.read_lines(TASKS["piqa"], ["goal\tx\ty\tz\n", "other\tu\tv\tw\n"])
+    assert (found.first, found.second) == (["goal", "other"], [["x", "y", "z"], ["u", "v", "w"]])
+    assert finetune.tokenized(TASKS["piqa"], found, VOCAB, 12).batch([0, 1])["ids"].shape[:2] == (2, 3)
+    found = finetune.read_lines(TASKS["squad1"], ["who ?\tThe cat sat."])
+    examples = finetune.tokenized(TASKS["squad1"], found, VOCAB, 24)
+    assert examples.answers(*logits_for(examples))[0]["1"] in "The cat sat."
+    for name, lines, says in (
+            ("sst2", ["a\n", "b\tc\n"], "line 2: 2 fields where 1 are wanted: sentence"),
+            ("rte", ["a\tb\n", "c\n"], "line 2: 1 fields where 2 are wanted: sentence1 TAB sentence2"),
+            ("swag", ["a\tb\tc\n", "a\tb\tc\td\n"], "line 2: 4 fields where 3"),
+            ("swag", ["a\tb\n"], "line 1: 2 fields where 3"),
+            ("sst2", ["a\n", "\n"], "line 2: 1 fields or an empty one"), ("sst2", [], "holds no line")):
+        assert says in stop_line(finetune.read_lines, TASKS[name], lines)
+
+
+@pytest.mark.parametrize("name, predictions, text", [
+    ("sst2", [1, 0], "index\tprediction\n0\t1\n1\t0\n"), ("cola", [0, 1], "index\tprediction\n0\t0\n1\t1\n"),
+    ("qqp", [0, 1], "index\tprediction\n0\t0\n1\t1\n"), ("mrpc", [1, 1], "index\tprediction\n0\t1\n1\t1\n"),
+    ("wnli", [1, 0], "index\tprediction\n0\t1\n1\t0\n"),
+    ("mnli", [2, 1], "index\tprediction\n0\tcontradiction\n1\tneutral\n"),
+    ("qnli", [1, 0], "index\tprediction\n0\tnot_entailment\n1\tentailment\n"),
+    ("rte", [1, 0], "index\tprediction\n0\tnot_entailment\n1\tentailment\n"),
+    ("stsb", [5.2, 1.23456], "index\tprediction\n0\t5.000\n1\t1.235\n"), ("piqa", [1, 0], "1\n0\n"),
+    ("swag", [3, 0], "pred\n3\n0\n"), ("tracie", [1, 0], "answer: positive\nanswer: negative\n"),
+    ("read", [-1.5, 0.25], "id,target\n0,-1.500000\n1,0.250000\n")])
+def test_submission_has_the_form_of_its_benchmark(name, predictions, text, tmp_path):
+    task = TASKS[name]
+    examples = finetune.tokenized(task, make_rows(name, 2, labelled=False), VOCAB, 12)
+    for values in (np.array(predictions), torch.tensor(predictions)):
+        finetune.write_submission(task, examples, values, tmp_path / task.outputs[""])
+        assert (tmp_path / task.outputs[""]).read_text() == text
+
+
+def test_submission_files_have_the_servers_names(tmp_path):
+    names = {name for task in TASKS.values() for name in task.outputs.values() if name.endswith(".tsv")}
+    assert names == {f"{name}.tsv" for name in (
+        "CoLA SST-2 MRPC STS-B MNLI-m MNLI-mm AX QNLI QQP RTE WNLI").split()}
+    for task in TASKS.values():
+        assert set(task.tests) <= set(task.outputs) and "" in task.evals and task.metrics
+    finetune.write_submission(TASKS["squad2"], None, {"a": "café", "b": ""}, tmp_path / "p.json")
+    assert json.loads((tmp_path / "p.json").read_text()) == {"a": "café", "b": ""}
+
+
+def test_a_new_pair_task_costs_a_few_lines(tmp_path):
+    task = finetune.Task("boolq", "BoolQ", "classify", "BoolQ", ("question", "passage"), finetune.read_table,
+                         "a friend", labels=("no", "yes"))
+    put(tmp_path / "BoolQ" / "train.tsv", table([*task.text, "label"], ["is it ?", "it is", "yes"]))
+    path = finetune.find_file(task, tmp_path, task.train)
+    examples = finetune.load_examples(task, path, VOCAB, 30, "", "train")
+    assert examples.labels.tolist() == [1] and examples.batch([0])["segments"].sum() > 0
+
+
+def test_table_lists_the_papers_order():
+    assert list(TASKS) == ("sst2 qnli qqp mnli squad1 squad2 swag rte mrpc stsb cola wnli piqa tracie "
+                           "tracie_iid read mishap entailment two_choices four_endings before_after").split()
+    assert all(name == task.name for name, task in TASKS.items())
