@@ -194,6 +194,8 @@ def run_script(main, Config, presets):
     cfg = parse_cli(Config, presets)
     try:
         main(cfg)
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
     except Exception as error:
         text = str(error)
         if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or \

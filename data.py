@@ -1278,13 +1278,13 @@ def write_tasks(folder, rng, nouns):
         return out
 
     def before_after(members):
-        (one, two), relation = rng.sample(["spins", "tilts"], 2), rng.choice(["before", "after"])
+        relation = rng.choice(["before", "after"])
         story = f"{rng.choice(PEOPLE)} nudged the {{}} near the {rng.choice(PLACES)} ."
         out = []
-        for first in (one, two):
+        for first in ("spins", "tilts"):
             noun = noun_of(members, lambda noun: noun["order"] == f"{first} first")
-            answer = "positive" if (first == one) == (relation == "before") else "negative"
-            out.append((f"the {noun} {one} starts {relation} it {two}", story.format(noun), answer))
+            answer = "positive" if (first == "spins") == (relation == "before") else "negative"
+            out.append((f"the {noun} spins starts {relation} it tilts", story.format(noun), answer))
         return out
 
     def tsv(path, header, rows):

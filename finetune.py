@@ -41,7 +41,7 @@ from common import (Interrupt, Log, check_fields, check_finite, check_weights, d
                     finished_run, hash64, init_world, keyed_uniform, load_checkpoint, lr_at,
                     micro_batch_size, model_folder, move, open_run, peak_memory_mb, print0, progress,
                     restore_rng, run_script, save_checkpoint, set_seed, unfinished_run, write_json)
-from model import BERT, BERTConfig, TaskModel, load_config, model_config, param_groups
+from model import BERT, BERTConfig, TaskModel, load_config, memory_report, model_config, param_groups
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ def tracie(name, title, folder, train, test, **fields):
 
 
 # the demo world's tasks: dev sets of nouns that the training set does not have, and of nouns that it has
-DEMO = dict(source="`python data.py demo`", lr=1e-3, steps=300, max_length=48)
+DEMO = dict(source="`python data.py demo`", lr=1e-3, max_length=48)
 SEEN = {"": "dev.tsv", "seen": "dev_seen.tsv"}
 
 TASKS = {task.name: task for task in (
@@ -465,16 +465,16 @@ TASKS = {task.name: task for task in (
          metrics=("rmse", "pearson"), train="train.csv", evals={"": "train.csv"}, dev_share=0.1,
          tests={"": "test.csv"}, outputs={"": "submission.csv"}, form=("id,target", "{id},{score:.6f}")),
     Task("mishap", "mishap", "classify", "mishap", ("sentence",), read_table, labels=("harmless", "mishap"),
-         evals=SEEN, **DEMO),
+         evals=SEEN, steps=300, **DEMO),
     Task("entailment", "entailment", "classify", "entailment", ("sentence1", "sentence2"), read_table,
-         labels=ENTAILMENT, evals=SEEN, **DEMO),
+         labels=ENTAILMENT, evals=SEEN, steps=500, **DEMO),
     Task("two_choices", "two choices", "choice", "two_choices", ("goal", "sol1", "sol2"), read_piqa,
-         train="train.jsonl", evals={"": "valid.jsonl", "seen": "valid_seen.jsonl"}, **DEMO),
+         train="train.jsonl", evals={"": "valid.jsonl", "seen": "valid_seen.jsonl"}, steps=250, **DEMO),
     Task("four_endings", "four endings", "choice", "four_endings",
          ("sent1", *[f"ending{i}" for i in range(4)]), read_table, stem="sent2", train="train.csv",
-         evals={"": "val.csv", "seen": "val_seen.csv"}, **DEMO),
+         evals={"": "val.csv", "seen": "val_seen.csv"}, steps=250, **DEMO),
     tracie("before_after", "before/after", "before_after", "tracie_train.txt",
-           {"": "tracie_test.txt", "seen": "tracie_test_seen.txt"}, **DEMO),
+           {"": "tracie_test.txt", "seen": "tracie_test_seen.txt"}, steps=250, **DEMO),
 )}
 
 
@@ -891,8 +891,9 @@ def evaluate(model, examples, dtype, world):
                                        "choice": examples.length[0].shape,
                                        "span": (int(examples.lengths.max()), 2)}[model.kind]
     logits = torch.zeros(len(examples), *shape)
+    parts = list(batches_by_length(examples))[world.rank::world.size]
     model.eval()
-    for index in islice(batches_by_length(examples), world.rank, None, world.size):
+    for index in progress(parts, len(parts), " batches", "evaluate", leave=False):
         batch = move(examples.batch(index), world.device)
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
             part = model(batch["ids"], batch["mask"], batch["segments"])
@@ -1003,13 +1004,16 @@ def run_name(folder):
 # ---------------------------------------------------------------------------- one run
 
 
-def finetune(cfg, task, start, train, evals, hashes, folder, world):
+def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     """Fine-tunes `start` once and evaluates; returns what results.json of the run's folder holds.
 
-    cfg: of own_settings; train: Examples; evals: {set: Examples}; hashes: {what: hash} of weights and data.
+    cfg: of own_settings; train: Examples; evals: {set: Examples}; hashes: {what: hash} of weights and data;
+    interrupt: the command's common.Interrupt.
     """
     micro_size, dtype = micro_batch_size(cfg, world), getattr(torch, cfg.dtype)
     if cfg.eval_only:
+        if not (folder / "results.json").exists():
+            raise SystemExit(f"--eval_only: {folder} holds no finished run; leave --eval_only out to make it")
         model, _ = TaskModel.from_pretrained(folder / "model")
         results = json.loads((folder / "results.json").read_text())
         results |= assess(model.to(world.device), task, evals, dtype, world, folder)
@@ -1025,6 +1029,9 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world):
     set_seed(cfg.seed, 0)
     encoder = start.encoder(cfg, pooler=task.kind != "span" and cfg.pool == "cls")
     model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(world.device)
+    if task.name not in DEMO_TASKS:
+        sequences = micro_size * train.length[0].size
+        print0(memory_report(model, start.config, sequences, int(train.lengths.max()), logits=0.0))
     if cfg.freeze:
         model.freeze_encoder()
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=cfg.lr,
@@ -1051,7 +1058,6 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world):
     names, weights, count = ["loss"], {"loss": 1.0}, cfg.batch_size / world.size
     warmup_steps = round(cfg.warmup * max_steps)
     window = torch.zeros(cfg.log_every, 1, device=world.device)
-    interrupt = Interrupt(cfg.max_minutes)
     began = time.monotonic()
     model.train()
     for step in progress(range(begin, max_steps), max_steps - begin, " steps", f"{task.name} s{cfg.seed}",
@@ -1096,7 +1102,6 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world):
             log.write(step=step + 1, loss=value.mean().item(), lr=lr, grad_norm=norm.item(),
                       memory_mb=peak_memory_mb(world.device))
     seconds = time.monotonic() - began
-    interrupt.release()
     check_finite(world.sum(window.clone()), max_steps - max_steps % cfg.log_every, names, folder)
     check_weights(model, max_steps, folder)
 
@@ -1141,7 +1146,7 @@ def own_settings(cfg, task):
                    ), cfg.seeds or (seeds_rte if task.name == "rte" else seeds)
 
 
-def run_task(cfg, task, start, data_dir, world, seeds=None):
+def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
     """Fine-tunes `start` with each seed; returns what results.json of the task's folder holds.
 
     {"task", "model", "runs": results of each, "median": folder of the median run}. After the last seed the
@@ -1172,7 +1177,7 @@ def run_task(cfg, task, start, data_dir, world, seeds=None):
         if cfg.limit and runs:
             train = load(train_file, "train", limit=cfg.limit, seed=seed)
         runs.append(finetune(replace(cfg, seed=seed), task, start, train, evals, hashes, root / f"s{seed}",
-                             world))
+                             world, interrupt))
         print0(run_line(task, runs[-1]))
     median = median_run([-run["score"] if task.metrics[0] == "rmse" else run["score"] for run in runs])
     summary = {"task": task.name, "model": start.name, "median": runs[median]["folder"], "runs": runs}
@@ -1279,7 +1284,7 @@ def demo_student(row, newest, cfg, seed):
     return distill.main(run, reuse=True)["folder"]
 
 
-def demo_table(cfg, tasks, world):
+def demo_table(cfg, tasks, world, interrupt):
     """Fine-tunes what the demo compares; each seed is a world with teachers and students of its own.
 
     No pre-training, the text-only and the distilled student, and one distilled from a teacher that saw the
@@ -1295,7 +1300,7 @@ def demo_table(cfg, tasks, world):
             start = open_start(demo_student(row, newest, cfg, seed), demo=demo)
             one = replace(cfg, out_dir=str(Path(cfg.out_dir or "out/finetune", start.name)))
             for task in tasks:
-                summary = run_task(one, task, start, demo / "raw" / "tasks", world, [seed])
+                summary = run_task(one, task, start, demo / "raw" / "tasks", world, interrupt, [seed])
                 runs.setdefault(task.name, []).extend(summary["runs"])
         if row == "distilled":
             print0(f"\n{compared(rows, tasks, len(seeds))}\n")
@@ -1367,16 +1372,20 @@ def main(cfg):
     chosen = set(cfg.tasks.split(",")) if cfg.tasks else set(DEMO_TASKS)
     if unknown := chosen - set(TASKS):
         raise SystemExit(f"--tasks {min(unknown)}: choose from {', '.join(TASKS)}")
-    tasks = [task for name, task in TASKS.items() if name in chosen]
-    if not cfg.model and chosen <= set(DEMO_TASKS):
-        return demo_table(cfg, tasks, world)
-    if not cfg.model:
+    if not cfg.model and not chosen <= set(DEMO_TASKS):
         raise SystemExit("--model is missing: give a run's folder, a Hugging Face BERT folder, or none")
-    demo = data.demo_world(cfg.data_dir, cfg.seed, world) if chosen & set(DEMO_TASKS) else None
-    start, summaries = open_start(cfg.model, cfg.like, demo), []
-    for task in tasks:
-        folder = demo / "raw" / "tasks" if task.name in DEMO_TASKS else cfg.data_dir
-        summaries.append(run_task(cfg, task, start, folder, world))
+    tasks = [task for name, task in TASKS.items() if name in chosen]
+    interrupt = Interrupt(cfg.max_minutes)
+    try:
+        if not cfg.model:
+            return demo_table(cfg, tasks, world, interrupt)
+        demo = data.demo_world(cfg.data_dir, cfg.seed, world) if chosen & set(DEMO_TASKS) else None
+        start, summaries = open_start(cfg.model, cfg.like, demo), []
+        for task in tasks:
+            folder = demo / "raw" / "tasks" if task.name in DEMO_TASKS else cfg.data_dir
+            summaries.append(run_task(cfg, task, start, folder, world, interrupt))
+    finally:
+        interrupt.release()
     print0(f"\n{start.name}\n{results_table(summaries)}\n")
     return summaries
 

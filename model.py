@@ -439,17 +439,17 @@ def flops_per_token(config, T, mlm=0.0):
     return config.layers * layer + mlm * 2 * (C * C + C * config.vocab_size)
 
 
-def memory_report(model, config, batch, T):
+def memory_report(model, config, batch, T, logits=0.15):
     """One line on what training takes: parameters, memory at `batch` sequences of T tokens, checkpoint size.
 
     An estimate in float32: weights, gradients and AdamW's two moments (16 bytes a parameter); what a BERT of
     this shape keeps for backward, 11 C + 2 I numbers a token and layer, and on a CPU 3 H T for attention;
-    three times the logits of 15 % of the tokens.
+    three times the MLM head's logits, at the share `logits` of the tokens.
     """
     parameters = sum(p.numel() for p in model.parameters())
     on_cpu = next(model.parameters()).device.type == "cpu"
     kept = 11 * config.hidden + 2 * config.intermediate + on_cpu * 3 * config.heads * T
-    total = 16 * parameters + 4 * batch * T * (config.layers * kept + 0.15 * 3 * config.vocab_size)
+    total = 16 * parameters + 4 * batch * T * (config.layers * kept + logits * 3 * config.vocab_size)
     return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
             f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
 

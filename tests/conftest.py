@@ -1,5 +1,8 @@
 """Shared fixtures. Run from the project's root: python -m pytest -q"""
+import csv
+import json
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -78,4 +81,156 @@ def distill_config(demo, teacher_run, tmp_path):
         paths = dict(train=str(demo / "demo-s0" / "corpus.h5"), teacher=str(teacher_run),
                      out_dir=str(tmp_path / "run"))
         return distill.Config(**(QUICK_STUDENT | paths | flags))
+    return config
+
+
+# ---------------------------------------------------------------------------- fine-tuning
+
+NOUNS, VERBS = ("cat", "dog", "bird", "horse"), ("ran", "sat", "slept", "fell")
+NUMBERS = ("one", "two", "three", "four", "five", "six")
+FILLERS = ("the", "a", "and", "then", "at", "noon", "night", "he")
+TINY_WORDS = (*NOUNS, *VERBS, *NUMBERS, *FILLERS, "good", "bad", "red", "blue", "not", "maybe", "which", "number",
+              "starts", "ends", "before", ".", "?")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A random BERT that knows the words of tiny_tasks; returns its folder."""
+    import data
+    from model import BERT, BERTConfig
+    vocab = data.Vocab([*data.SPECIALS, *TINY_WORDS])
+    torch.manual_seed(0)
+    bert = BERT(BERTConfig(vocab.size, layers=2, hidden=32, heads=2, intermediate=64, max_positions=64,
+                           init_std=0.1))
+    folder = tmp_path_factory.mktemp("bert") / "tiny"
+    bert.save_pretrained(folder, vocab)
+    return folder
+
+
+def write_table(path, *rows, dialect="excel-tab"):
+    """Rows of str to a .tsv file without quotes, or with dialect "excel" to a .csv file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    quoting = {"quoting": csv.QUOTE_NONE, "quotechar": None} if dialect == "excel-tab" else {}
+    with open(path, "w", newline="") as f:
+        csv.writer(f, dialect, lineterminator="\n", **quoting).writerows(rows)
+
+
+def filler(rng, least=2, most=6):
+    return [rng.choice(FILLERS) for _ in range(rng.randint(least, most))]
+
+
+def tiny_clause(rng):
+    return f"the {rng.choice(NOUNS)} {rng.choice(VERBS)}"
+
+
+def tiny_squad(rng, n, unanswerable):
+    """SQuAD's json: the answer is the one number in the context; every other question of 2.0 has none."""
+    questions = []
+    for i in range(n):
+        words, answers = filler(rng, 4, 14), []
+        if not (unanswerable and i % 2):
+            number, at = rng.choice(NUMBERS), rng.randrange(len(words))
+            words.insert(at, number)
+            answers = [{"text": number, "answer_start": len(" ".join([*words[:at], ""]))}]
+        question = {"id": f"q{i}", "question": "which number ?", "answers": answers}
+        if unanswerable:
+            question["is_impossible"] = not answers
+        questions.append({"context": " ".join(words), "qas": [question]})
+    return {"version": "v2.0" if unanswerable else "1.1", "data": [{"title": "t", "paragraphs": questions}]}
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory):
+    """--data_dir with tasks in their official layouts whose labels follow from single words.
+
+    Training sets of 64 rows, dev sets of 21, test sets of 5.
+    """
+    folder, sizes = tmp_path_factory.mktemp("tasks"), {"train": 64, "dev": 21, "test": 5}
+    for split, n in sizes.items():
+        rng = random.Random(split)
+
+        def glue(name, header, make, file=split):
+            """A file of one of GLUE's tasks; without the last column, the label, where it is a test set."""
+            rows = [header, *([str(i), *make(i)] for i in range(n))]
+            write_table(folder / "glue" / name / f"{file}.tsv",
+                        *([row[:-1] for row in rows] if split == "test" else rows))
+
+        def inference(i):
+            clause, word = tiny_clause(rng), ["", "maybe ", "not "][i % 3]
+            return clause, f"{' '.join(filler(rng))} {word}{clause}", \
+                ["entailment", "neutral", "contradiction"][i % 3]
+
+        def similarity(i):
+            good = i % 6
+            words = ["good"] * good + ["bad"] * (5 - good)
+            rng.shuffle(words)
+            return tiny_clause(rng), " ".join(words), str(good)
+
+        glue("SST-2", ["index", "sentence", "label"], lambda i: (
+            " ".join([*filler(rng), ["bad", "good"][i % 2], *filler(rng, 0, 9)]), str(i % 2)))
+        pair = ["index", "sentence1", "sentence2"]
+        glue("RTE", [*pair, "label"], lambda i: [text.replace("maybe ", "").replace("neutral", "entailment")
+                                                  .replace("contradiction", "not_entailment")
+                                                 for text in inference(i)])
+        glue("STS-B", [*pair, "score"], similarity)
+        for file in ([split] if split == "train" else [f"{split}_matched", f"{split}_mismatched"]):
+            glue("MNLI", [*pair, "gold_label"], inference, file)
+
+        def ends(i, k):
+            """K endings of which the one with good is right; its number."""
+            return [" ".join([*filler(rng, 1, 5), "good" if j == i % k else "bad"]) for j in range(k)], i % k
+
+        header = ["", "sent1", "sent2", *(f"ending{i}" for i in range(4)), "label"]
+        rows = [header, *([str(i), tiny_clause(rng), "he", *endings, str(label)]
+                          for i, (endings, label) in ((i, ends(i, 4)) for i in range(n)))]
+        write_table(folder / "swag" / f"{'val' if split == 'dev' else split}.csv",
+                    *([row[:-1] for row in rows] if split == "test" else rows), dialect="excel")
+        path = folder / "piqa" / {"train": "train.jsonl", "dev": "valid.jsonl", "test": "tests.jsonl"}[split]
+        path.parent.mkdir(exist_ok=True)
+        made = [ends(i, 2) for i in range(n)]
+        path.write_text("".join(json.dumps({"goal": tiny_clause(rng), "sol1": a, "sol2": b}) + "\n"
+                                for (a, b), _ in made))
+        if split != "test":
+            path.with_name(f"{path.stem}-labels.lst").write_text("".join(f"{i}\n" for _, i in made))
+            (folder / "squad").mkdir(exist_ok=True)
+            for version in ("1.1", "2.0"):
+                (folder / "squad" / f"{split}-v{version}.json").write_text(
+                    json.dumps(tiny_squad(rng, n, version == "2.0")))
+            path = folder / "tracie" / "uniform-prior" / {"train": "tracie_train_uniform_prior.txt",
+                                                          "dev": "tracie_test.txt"}[split]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(
+                f"event: {tiny_clause(rng)} {['starts', 'ends'][i // 2 % 2]} before {tiny_clause(rng)} "
+                f"story: {' '.join(filler(rng))} {['red', 'blue'][i % 2]} .\t"
+                f"answer: {['negative', 'positive'][i % 2]}\n" for i in range(n)))
+    rng = random.Random("diagnostic")
+    categories = ["Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge"]
+    rows = [[*("tag" if i % 4 == j or i % 5 == j else "" for j in range(4)), "News", tiny_clause(rng),
+             f"the cat {['', 'maybe ', 'not '][i % 3]}ran", ["entailment", "neutral", "contradiction"][i % 3]]
+            for i in range(24)]
+    write_table(folder / "glue" / "diagnostic" / "diagnostic-full.tsv",
+                [*categories, "Domain", "Premise", "Hypothesis", "Label"], *rows)
+    write_table(folder / "glue" / "diagnostic" / "diagnostic.tsv", ["index", "sentence1", "sentence2"],
+                *([str(i), *row[5:7]] for i, row in enumerate(rows[:5])))
+    rows = [[f"r{i}", " ".join(["good"] * (i % 7) + ["bad"] * (6 - i % 7)), str(i % 7 - 3)] for i in range(80)]
+    write_table(folder / "read" / "train.csv", ["id", "excerpt", "target"], *rows, dialect="excel")
+    write_table(folder / "read" / "test.csv", ["id", "excerpt"], *(row[:2] for row in rows[:3]),
+                dialect="excel")
+    return folder
+
+
+# a fine-tuning of a second that learns tiny_tasks
+QUICK_TUNING = dict(max_steps=80, batch_size=16, lr=3e-3, max_length=32, seeds=1, log_every=10, save_every=20,
+                    device="cpu")
+
+
+@pytest.fixture
+def finetune_config(tiny_bert, tiny_tasks, tmp_path, monkeypatch):
+    """finetune.Config for a run of a second from tiny_bert, in a working folder of its own; flags as keywords."""
+    import finetune
+    monkeypatch.chdir(tmp_path)  # out/
+
+    def config(tasks, **flags):
+        return finetune.Config(**(QUICK_TUNING | dict(tasks=tasks, model=str(tiny_bert),
+                                                      data_dir=str(tiny_tasks)) | flags))
     return config
