@@ -981,15 +981,16 @@ def open_start(model, like="", demo=None):
             raise SystemExit(f"--model {model}: {own.size:,} tokens in its vocabulary, {config.vocab_size:,} "
                              "in its config.json; fetch or save the model again")
         return Start(run_name(folder), folder, config, own, file_hash(folder))
+    name = "none"
     if like:
         folder = model_folder(like, "--like")
-        config, vocab = load_config(folder), data.load_vocab(folder)
+        name, config, vocab = f"none-{run_name(folder)}", load_config(folder), data.load_vocab(folder)
     elif demo:
         config = model_config("demo", vocab.size)
     else:
         raise SystemExit("--model none needs --like FOLDER, whose config.json and vocab.txt are taken")
     shape = hashlib.sha256(f"{config} {vocab.hash}".encode()).hexdigest()
-    return Start("none", None, config, vocab, shape)
+    return Start(name, None, config, vocab, shape)
 
 
 def run_name(folder):
@@ -1305,6 +1306,8 @@ def demo_table(cfg, tasks, world, interrupt):
         if row == "distilled":
             print0(f"\n{compared(rows, tasks, len(seeds))}\n")
     print0(f"\n{compared(rows, tasks, len(seeds))}\n")
+    if world.main:
+        write_json(Path(cfg.out_dir or "out/finetune", "demo.json"), rows)
     return rows
 
 
