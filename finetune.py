@@ -10,6 +10,9 @@
 A run leaves out/finetune/<model>/<task>/s<seed>/ with results.json, its predictions, and model/, a Hugging
 Face folder. Finished runs are kept and killed ones go on; --resume false makes them anew. The table prints
 medians over the seeds and says which runs collapsed.
+
+Tasks: sst2 qnli qqp mnli (with mm and GLUE's diagnostics) squad1 squad2 swag, rte mrpc stsb cola wnli, piqa
+tracie tracie_iid read; the demo's: mishap entailment two_choices four_endings before_after.
 """
 import csv
 import hashlib
@@ -48,7 +51,7 @@ from model import BERT, BERTConfig, TaskModel, load_config, memory_report, model
 class Config:
     preset: str = "demo"  # demo, vidlankd, xdbert-base or xdbert-large; flags beat it
     # data
-    tasks: str = ""  # names of TASKS joined by commas, or all; empty = the demo world's
+    tasks: str = ""  # names from TASKS joined by commas; empty = the demo world's
     data_dir: str = "data"  # folder of the tasks in their official layouts; the demo world is kept there, too
     limit: int = 0  # training examples that are used, drawn by the seed; 0 = all
     max_length: int = 0  # tokens of a sequence; 0 = the task's own (real tasks: 128)

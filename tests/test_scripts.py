@@ -24,6 +24,7 @@ import bench
 import common
 import data
 import distill
+import finetune
 import teacher
 from model import BERT, load_mlm_head
 
@@ -350,8 +351,8 @@ def test_help_and_mistake_as_commands():
 def readme_commands():
     """The README's commands that run a script: [script, flags]."""
     text = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())
-    found = re.findall(r"^ +(?:python|torchrun)[^\n]*? (\w+\.py)((?: [^\n#]*)?)", text, re.M)
-    found += re.findall(r"^ +(?:python|torchrun) (\w+\.py)((?: [^\n#]*)?)", text, re.M)
+    found = re.findall(r"^ +(?:python|torchrun)[^\n]*? (\w+\.py)((?: [^\n#<]*)?)", text, re.M)
+    found += re.findall(r"^ +(?:python|torchrun) (\w+\.py)((?: [^\n#<]*)?)", text, re.M)
     return sorted({(script, flags.replace("...", "").strip()) for script, flags in found})
 
 
@@ -359,8 +360,8 @@ def readme_commands():
 def test_readme_command_is_understood(monkeypatch, script, flags):
     """Every flag exists and takes the value that it is given there; nothing is run."""
     flags = shlex.split(flags)
-    if script in ("distill.py", "teacher.py", "bench.py"):
-        module = {"distill.py": distill, "teacher.py": teacher, "bench.py": bench}[script]
+    scripts = {"distill.py": distill, "teacher.py": teacher, "finetune.py": finetune, "bench.py": bench}
+    if module := scripts.get(script):
         assert common.parse_cli(module.Config, module.PRESETS, flags)
         return
     module, called = {"data.py": data, "analyze.py": analyze}[script], []
@@ -374,7 +375,7 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
 
 def test_readme_names_every_script():
     scripts = {script for script, _ in readme_commands()}
-    assert scripts >= {"data.py", "teacher.py", "distill.py", "analyze.py"}
+    assert scripts >= {"data.py", "teacher.py", "distill.py", "finetune.py", "analyze.py"}
 
 
 # ---------------------------------------------------------------------------- mistakes
