@@ -1,6 +1,6 @@
-"""Speed and memory of the losses and of a distillation step, each beside the plain form that it replaces.
+"""Speed and memory of losses and of training steps, each beside the plain form that it replaces.
 
-    python bench.py                         # 6L-512H, B 32, T 128: about 4 minutes on 2 CPU cores
+    python bench.py                         # 6L-512H, B 32, T 128: under 5 minutes on 2 CPU cores
     python bench.py --only nst,crd --json bench.json
     python bench.py --device cuda --preset base
 
@@ -9,11 +9,13 @@ variants of a section take turns, and the table has their medians and spread. Be
 value and gradients are compared with ours. The plain forms are written here, for comparison only. On a CPU,
 freed memory goes back to the system, as is the C library's way, but in our whole step, which keeps it as the
 scripts do (common.keep_freed_memory); the released structure's step is timed both ways, the second way last.
+Fine-tuning keeps it, plain and ours.
 
 nst, crd, hinge, soft and voken: forward and backward of one loss (the other losses cost next to nothing).
 mlm_head: head and loss. step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch
 is in memory. "distillation alone" is its part of the step: heads, losses and bank, forward and backward,
-without the teacher. text: packing a corpus.
+without the teacher. finetune: batch, forward and backward, clipping, AdamW, on examples as long as those of
+real tasks. text: packing a corpus.
 """
 import contextlib
 import copy
@@ -25,7 +27,8 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,21 +37,22 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import finetune
 import losses
-from common import (duration, init_world, keep_freed_memory, keyed_integers, keyed_uniform, parse_cli,
+from common import (duration, init_world, keep_freed_memory, keyed_integers, keyed_uniform, move, parse_cli,
                     peak_flops, print0, progress, set_seed, write_json)
-from model import BERT, BERTConfig, DistillHead, MLMHead, flops_per_token, param_groups
+from model import BERT, BERTConfig, DistillHead, MLMHead, TaskModel, flops_per_token, param_groups
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "small"  # small = 6L-512H, base = 12L-768H, teacher and student alike
-    only: str = "nst,crd,mlm_head,hinge,soft,voken,step,text"  # sections to run
+    only: str = "nst,crd,mlm_head,hinge,soft,voken,step,finetune,text"  # sections to run
     # sizes
     batch: int = 32  # B, sequences
     tokens: int = 128  # T, tokens of a sequence
     layers: int = 6  # of teacher and student
-    hidden: int = 512  # C = d_s = d_t; heads are 64 wide
+    hidden: int = 512  # C = d_s = d_t; heads are 64 wide; three quarters of it for finetune
     vocab: int = 30522  # V, and the K of voken
     anchors: int = 32  # A of crd
     negatives: int = 4096  # N of crd
@@ -57,8 +61,8 @@ class Config:
     text: str = ""  # a text file to pack; empty = synthetic English-like text
     megabytes: int = 8  # of that text
     # measuring
-    rounds: int = 3  # timed rounds of a loss
-    step_rounds: int = 2  # timed rounds of the step
+    rounds: int = 3  # timed rounds of a loss; at most 2 where a run takes half a second or more
+    step_rounds: int = 2  # timed rounds of the steps
     threads: int = 0  # CPU threads; 0 = PyTorch's own choice
     device: str = "cpu"  # cpu, cuda or auto
     json: str = ""  # file for the same numbers; empty = none
@@ -68,6 +72,12 @@ PRESETS = {"small": {}, "base": dict(layers=12, hidden=768)}
 MASKED = 0.15  # share of the tokens at which the masked-language loss is taken
 SAMPLES = 2  # samples on which a loop over the batch is timed; its time is scaled to the batch
 LOOP = "loop over samples (*)"
+# Tokens of an example, [CLS] and [SEP] included: quantiles 0, 0.05 .. 1 over GLUE's train.tsv under
+# bert-base-uncased's vocabulary, cut at 128. Before them how many batches are timed
+LENGTHS = {
+    "rte": (5, (13, 29, 33, 37, 40, 43, 45, 47, 50, 53, 56, 59, 62, 67, 72, 85, 103, 120, 128, 128, 128)),
+    "sst2": (6, (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66)),
+    "cola": (4, (4, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 12, 12, 13, 14, 15, 17, 20, 47))}
 
 
 # ---------------------------------------------------------------------------- plain forms of the losses
@@ -322,19 +332,21 @@ def measure(section, variants, device, rounds):
     """{name: (run, scale)} -> {name: {ms, low, high, peak_mb}}; the variants take turns in each round.
 
     scale: whole time of a loop over that of the part which `run` does. The first run is the warm-up and gives
-    the memory; short ones get a second, and are repeated to 50 ms a round.
+    the memory; short ones get a second, and are repeated to 50 ms a round, or as often as a variant's third
+    entry tells. Runs of half a second or more have two rounds at most.
     """
-    results, repeats, times = {}, {}, {name: [] for name in variants}
+    results, took, repeats, times = {}, {}, {}, {name: [] for name in variants}
     order = [(-1, name) for name in variants] + [(i, name) for i in range(rounds) for name in variants]
     for i, name in progress(order, len(order), "run", section):
-        run, scale = variants[name]
+        run, scale, *fixed = variants[name]
         if i < 0:
             start = time.perf_counter()
-            peak = peak_mb(run, device)
-            warm = time.perf_counter() - start
-            repeats[name] = max(1, round(0.05 / seconds(run, device))) if warm < 1 else 1
-            results[name] = {"peak_mb": peak}
-        else:
+            results[name] = {"peak_mb": peak_mb(run, device)}
+            took[name] = time.perf_counter() - start
+            if took[name] < 1:
+                took[name] = seconds(run, device)
+            repeats[name] = sum(fixed) or max(1, round(0.05 / took[name]))
+        elif i < 2 or took[name] < 0.5:
             times[name].append(1e3 * scale * seconds(run, device, repeats[name]))
     return {name: results[name] | {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
             for name, ms in times.items()}
@@ -356,13 +368,25 @@ def backward(loss, inputs):
     return lambda: torch.autograd.grad(loss(), inputs)
 
 
-def show(title, rows, checks, out, tokens=0):
-    """Prints a section and keeps it in out["table"]. tokens: of a run; checks: what `same` found."""
+def training_step(module, loss, **options):
+    """A run of measure: backward of loss(*args), clipping, AdamW of these options."""
+    optimizer = torch.optim.AdamW(param_groups(module, 0.01), lr=1e-4, **options)
+
+    def run(*args):
+        loss(*args).backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return run
+
+
+def show(title, rows, checks, out, count=0, unit="tokens"):
+    """Prints a section and keeps it in out["table"]. count: units of a run; checks: what `same` found."""
     print0(f"\n{title}")
     for name, row in rows.items():
-        row["tokens_per_s"] = 1e3 * tokens / row["ms"]
+        rate = row[f"{unit}_per_s"] = 1e3 * count / row["ms"]
         print0(f"  {name:<36}{row['ms']:11.2f}  {row['low']:9.2f} .. {row['high']:<9.2f}"
-               + (f"{row['tokens_per_s']:11,.0f}" if tokens else f"{'-':>11}")
+               + (f"{rate:11,.{0 if unit == 'tokens' else 1}f}" if count else f"{'-':>11}")
                + f"{row['peak_mb']:10.1f}" + (f"{row['ratio']:8.2f}x" if "ratio" in row else ""))
     if checks:
         print0(f"  largest difference from ours in value and gradients: {', '.join(checks)}")
@@ -412,9 +436,9 @@ def bench_nst(cfg, device, out):
 
 def full_bank(rows, cfg, device):
     """A bank whose every row is written, with random samples."""
-    bank = losses.CRDBank(rows, cfg.dim, cfg.negatives, 0.07, 0.0, torch.float32, device, 0)
-    for start in range(0, rows, 1 << 16):
-        index = np.arange(start, min(start + (1 << 16), rows))
+    bank, part = losses.CRDBank(rows, cfg.dim, cfg.negatives, 0.07, 0.0, torch.float32, device, 0), 1 << 10
+    for start in range(0, rows, part):  # small parts are faster
+        index = np.arange(start, min(start + part, rows))
         bank.update(index, *torch.randn(2, len(index), cfg.dim, device=device))
     return bank
 
@@ -566,16 +590,6 @@ def bench_step(cfg, device, out):
     if not worst < 1e-3:
         raise SystemExit(f"step: eager and our states differ by {worst:.1e}; no ratio of unlike things")
 
-    def step(student, loss, **options):
-        optimizer = torch.optim.AdamW(param_groups(student, 0.01), lr=1e-4, **options)
-
-        def run():
-            loss().backward()
-            nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return run, 1
-
     def kept(run):
         """The same with freed memory kept, as the scripts do on a CPU."""
         def run_kept():
@@ -598,19 +612,19 @@ def bench_step(cfg, device, out):
             h, states = cast(lambda: student.bert(batch["ids"])), teacher(batch["ids"])
         kd = [p for part in (student.nst, student.crd, student.f1, student.f2) for p in part.parameters()]
         alone = backward(lambda: cast(lambda: student.distil(h, states, batch)), [h.requires_grad_(), *kd])
-        run, samples = step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"]))), fused=True)
-        return (kept(run), samples), (alone, 1)
+        run = training_step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"]))), fused=True)
+        return (kept(run), 1), (alone, 1)
 
     released, variants = Released(config).to(device).train(), {}
-    run, samples = step(
+    run = training_step(
         released, lambda: released(batch["ids"], batch["labels"], teachers["eager"]), foreach=False)
-    variants["released structure, fp32"] = run, samples
+    variants["released structure, fp32"] = run, 1
     for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         variants[f"ours, {key}"], variants[f"distillation alone, {key}"] = ours(teachers[key], dtype)
     rows = measure("step", variants, device, cfg.step_rounds)
     if device.type == "cpu":  # last: what it leaves in the process would speed up the others
-        last = {"the released, freed memory kept": (kept(run), samples)}
-        rows |= measure("step", last, device, cfg.step_rounds)
+        last = {"the released, freed memory kept": (kept(run), 1)}
+        rows |= measure("step", last, device, 1)  # one round, for time
     for name in (name for name in rows if not name.startswith("distillation")):
         rows[name]["ratio"] = rows["released structure, fp32"]["ms"] / rows[name]["ms"]
     show(f"step: {cfg.layers}L-{C}H, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio = speed-up over released",
@@ -642,6 +656,81 @@ def matmul_flops(device, dtype):
     a = torch.randn(n, n, device=device).to(dtype)
     a @ a
     return 2 * n ** 3 / min(seconds(lambda: a @ a, device) for _ in range(8))
+
+
+def made_examples(task, lengths, cfg):
+    """finetune.Examples of random words, `lengths` (n,) tokens each; a pair's second text has a quarter."""
+    vocab = data.Vocab([*data.SPECIALS, *(f"w{i}" for i in range(len(data.SPECIALS), cfg.vocab))])
+    n, pair = len(lengths), len(task.text) == 2
+    words = iter(keyed_integers(cfg.vocab, "bench words", np.arange(lengths.sum())).tolist())
+    second = (lengths - 3) // 4 * pair
+
+    def texts(sizes):
+        return [" ".join(f"w{i}" for i in itertools.islice(words, size)) for size in sizes]
+    rows = finetune.Rows(texts(lengths - 2 - pair - second), texts(second) if pair else None,
+                         keyed_integers(2, "bench labels", np.arange(n)), [""] * n)
+    return finetune.tokenized(task, rows, vocab, cfg.tokens)
+
+
+def bench_finetune(cfg, device, out):
+    """Training steps of fine-tuning: every example padded to T tokens against batches of like lengths."""
+    if cfg.tokens < 5 or cfg.vocab < 10:
+        raise SystemExit(f"--tokens {cfg.tokens} --vocab {cfg.vocab}: finetune needs at least 5 tokens and a "
+                         "vocabulary of 10; raise them or leave it out of --only")
+    B, T, pool = cfg.batch, cfg.tokens, finetune.POOL
+    config = bert_config(replace(cfg, hidden=64 * max(1, 3 * cfg.hidden // 256)))  # 6L-384H: MiniLM's
+    model = TaskModel(BERT(config, pooler=True), "classify", 2).to(device).eval()
+    objective, parameters = finetune.Objective(model), list(model.parameters())
+
+    def padded(batch):
+        """All sequences T long; [PAD], False and segment 0 are zeros."""
+        return {name: x if name == "labels" else F.pad(x, (0, T - x.shape[1])) for name, x in batch.items()}
+
+    def loss(batch, dtype=torch.float32):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            return sum(objective(move(batch, device), B).values())
+
+    batches, lengths, checks, n = {}, [], [], B * pool
+    for name, (count, quantiles) in LENGTHS.items():
+        tokens = np.interp((np.arange(n) + 0.5) / n, np.linspace(0, 1, len(quantiles)), quantiles)
+        examples = made_examples(finetune.TASKS[name], tokens.round().astype(np.int64), cfg)
+        order = finetune.Order(examples.lengths, B, pool, 0)
+        every = [order(i) for i in range(pool)]
+        longest = np.array([examples.lengths[index].max() for index in every])
+        # the longest first; in each of `count` equal parts the middle one: about the mean length of all
+        timed = np.argsort(-longest, kind="stable")[(2 * np.arange(count) + 1) * pool // (2 * count) - 1]
+        batches[name] = [partial(examples.batch, every[i]) for i in timed]
+        lengths.append(f"{name} {longest[timed].mean():.1f} ({longest.mean():.1f})")
+        few = examples.batch(np.arange(4) * n // 4)
+        with losses.no_tf32():
+            checks.append(same(name, lambda: loss(padded(few)), lambda: loss(few), parameters))
+
+    # one model and optimizer for all, so that no variant's state grows into memory that another one keeps
+    step = training_step(model.train(), lambda make, dtype: loss(make(), dtype), fused=True)
+    variants, dtypes = {}, {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+    def steps(makers, dtype):
+        """A variant of measure: finetune.py's training step on the batches that `makers` return, in turn."""
+        turn = itertools.cycle(makers)
+        return lambda: step(next(turn), dtype), 1, len(makers)
+    for key, dtype in dtypes.items():
+        # when padded to T, a batch costs the same whatever its task
+        variants[f"all padded to {T}, {key}"] = steps([lambda: padded(batches["rte"][0]())], dtype)
+        variants |= {f"ours, {name}, {key}": steps(makers, dtype) for name, makers in batches.items()}
+    keep_freed_memory(device.type == "cpu")  # for all of them, as the script does
+    rows = measure("finetune", variants, device, cfg.step_rounds)
+    keep_freed_memory(False)
+    for key in dtypes:
+        for name in batches:
+            row, plain = rows[f"ours, {name}, {key}"], rows[f"all padded to {T}, {key}"]
+            out[f"finetune.ratio_{key}.{name}"] = row["ratio"] = plain["ms"] / row["ms"]
+    show(f"finetune: {cfg.layers}L-{config.hidden}H, B {B}, V {cfg.vocab}; examples/s, not tokens/s; ratio = "
+         "speed-up over padding", rows, checks, out, B, "examples")
+    print0(f"  mean length of the batches timed (of a pool of {pool}): {', '.join(lengths)}")
+    for name in batches:
+        out[f"finetune.bf16.{name}"] = rows[f"ours, {name}, fp32"]["ms"] / rows[f"ours, {name}, bf16"]["ms"]
+    print0("  bf16 over fp32, both ours: "
+           + ", ".join(f"{name} {out[f'finetune.bf16.{name}']:.2f}x" for name in batches))
 
 
 def write_text(path, size):
@@ -692,7 +781,8 @@ def bench_text(cfg, device, out):
 
 
 SECTIONS = {"nst": bench_nst, "crd": bench_crd, "mlm_head": bench_mlm_head, "hinge": bench_hinge,
-            "soft": bench_soft, "voken": bench_voken, "step": bench_step, "text": bench_text}
+            "soft": bench_soft, "voken": bench_voken, "step": bench_step, "finetune": bench_finetune,
+            "text": bench_text}
 
 
 def machine(device):
@@ -723,18 +813,18 @@ def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     device, start = init_world(cfg.device).device, time.monotonic()
-    keep_freed_memory(False)  # plain and ours under the C library's own policy; the step as the scripts run
+    keep_freed_memory(False)  # plain and ours under the C library's own policy; the steps as the scripts run
     set_seed(0, 0)
     print0(machine(device))
     print0(f"{'median of the rounds':<38}{'ms':>11}  {'min':>9} .. {'max':<9}{'tokens/s':>11}{'peak MB':>10}"
            f"{'ratio':>9}")
     print0(f"(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}")
-    print0("peak MB: on top of weights and inputs, in the first run (a step's: gradients, AdamW moments), by "
+    print0("peak MB: on top of weights and inputs, in the first run (that of step: AdamW's moments too), by "
            + ("torch.cuda.max_memory_allocated" if device.type == "cuda" else "torch.profiler"))
     out = {"machine": machine(device), "table": {}}
     for name in chosen:
-        # losses.py computes without TF32, so its plain forms do; the step as distill.py runs it
-        with contextlib.nullcontext() if name == "step" else losses.no_tf32():
+        # losses.py computes without TF32, so its plain forms do; the steps as the scripts run them
+        with contextlib.nullcontext() if name in ("step", "finetune") else losses.no_tf32():
             SECTIONS[name](cfg, device, out)
     print0(f"\n{duration(time.monotonic() - start)}")
     if cfg.json:

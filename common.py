@@ -204,6 +204,11 @@ def run_script(main, Config, presets):
                              "run it in smaller parts; --resume goes on from the checkpoint") from None
         if "No space left on device" in text:
             raise SystemExit(f"disk full ({text}): free space, then go on with --resume") from None
+        if isinstance(error, BrokenPipeError):  # of `| head`: nobody reads on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(1) from None
+        if isinstance(error, OSError) and error.filename:
+            raise SystemExit(f"{error.filename}: {error.strerror}") from None
         raise
     finally:
         end_world()
@@ -346,8 +351,13 @@ def open_run(folder, cfg, world, hashes):
     if world.main:
         if folder.exists() and not cfg.resume:
             n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
+            try:
+                changed = changed_flags(json.loads((folder / "config.json").read_text())["config"], cfg)
+            except (OSError, ValueError, KeyError):
+                changed = []
             folder.rename(folder.with_name(f"{folder.name}.{n}"))
-            print0(f"{folder} exists: moved to {folder}.{n}")
+            because = f" ({', '.join(changed)})" if changed else ""
+            print0(f"{folder} exists: moved to {folder}.{n}{because}")
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "config.json", {
             "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(), "hashes": hashes,
@@ -359,31 +369,39 @@ def open_run(folder, cfg, world, hashes):
     return folder
 
 
-def finished_run(folder, cfg, hashes):
-    """The run's results where `folder` holds a FINISHED run of the same configuration and data, else None."""
+def finished_run(folder, cfg, hashes, free=()):
+    """The run's results where `folder` holds a FINISHED run of the same configuration and data, else None.
+
+    free: flags that may differ, beside those of `same_run`.
+    """
     try:
         results = json.loads((Path(folder) / "results.json").read_text())
         before = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
         return None
-    return results if "finished" in results and same_run(before, cfg, hashes) else None
+    return results if "finished" in results and same_run(before, cfg, hashes, free) else None
 
 
-def unfinished_run(folder, cfg, hashes):
+def unfinished_run(folder, cfg, hashes, free=()):
     """Whether `folder` holds a checkpoint of the same flags and data, from which a killed run can go on."""
     try:
         before = json.loads((Path(folder) / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    return same_run(before, cfg, hashes) and any(Path(folder).glob("checkpoint.pt*"))
+    return same_run(before, cfg, hashes, free) and any(Path(folder).glob("checkpoint.pt*"))
 
 
-def same_run(before, cfg, hashes):
+def same_run(before, cfg, hashes, free=()):
     """Whether a run's config.json has the same data and the same flags of those that change its result."""
+    return before["hashes"] == hashes and not changed_flags(before["config"], cfg, free)
+
+
+def changed_flags(before, cfg, free=()):
+    """["--lr was 0.1", ...]: flags that differ from a run's and can change its result."""
     free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir",
-            "save_models"}
-    flags = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in free}
-    return before["hashes"] == hashes and all(before["config"].get(k) == v for k, v in flags.items())
+            "save_models", *free}
+    return [f"--{name} was {before.get(name)}" for name, value in dataclasses.asdict(cfg).items()
+            if name not in free and before.get(name) != value]
 
 
 def git_state():
@@ -416,7 +434,9 @@ def model_folder(path, flag):
 def file_hash(folder):
     """SHA-256 of a model folder's weights, for what a run was trained with."""
     names = "model.safetensors", "pytorch_model.bin"
-    path = next(Path(folder) / name for name in names if (Path(folder) / name).exists())
+    path = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
+    if path is None:
+        raise SystemExit(f"{folder}: has no {' and no '.join(names)}; fetch one of them")
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while part := f.read(1 << 20):

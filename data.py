@@ -37,7 +37,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from common import duration, hash64, keyed_integers, keyed_uniform, print0, progress, write_json
 
-FORMAT = 1  # of the packed files and of the demo world; another number is refused, never guessed at
+FORMAT = 1  # of the packed files; another number is refused, never guessed at
+WORLD = 2  # of the demo world, to be raised with any change of what it holds
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 # ---------------------------------------------------------------------------- vocabulary
@@ -1045,8 +1046,8 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
             world = json.loads((folder / "world.json").read_text())
         except (OSError, ValueError):
             world = {}
-        if (world.get("seed"), world.get("format")) != (seed, FORMAT):
-            raise SystemExit(f"{folder} exists and is not the demo world of seed {seed}, format {FORMAT}; "
+        if (world.get("seed"), world.get("format")) != (seed, WORLD):
+            raise SystemExit(f"{folder} exists and is not the demo world of seed {seed}, format {WORLD}; "
                              "remove it or give another folder")
         return folder
     start = time.perf_counter()
@@ -1070,7 +1071,7 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
         pack_videos(raw / "caption.json", raw / "feat2d", raw / "videos.csv", vocab, built / "videos.h5",
                     feat3d=raw / "feat3d")
         write_json(built / "world.json", {
-            "seed": seed, "format": FORMAT, "vocab_hash": vocab.hash,
+            "seed": seed, "format": WORLD, "vocab_hash": vocab.hash,
             "corpus_hash": open_packed(built / "corpus.h5")[0]["hash"],
             "videos_hash": open_packed(built / "videos.h5")[0]["hash"]})
     print0(f"demo: {folder} in {duration(time.perf_counter() - start)}")

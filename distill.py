@@ -429,10 +429,11 @@ def report(student, teacher, text_only, train, val, clips, demo, cfg, world, sho
     return own
 
 
-def main(cfg, reuse=False):
+def main(cfg, reuse=False, beside=""):
     """Trains, measures and saves the student of `cfg`; returns the results.
 
-    reuse: where a finished run of the same flags and data exists, it returns that one's results.
+    reuse: where a finished run of the same flags and data exists, it returns that one's results. beside: a
+    teacher to measure a text-only student against, instead of the demo's own.
     """
     world = init_world(cfg.device)
     dtype = getattr(torch, cfg.dtype)
@@ -450,7 +451,7 @@ def main(cfg, reuse=False):
         raise SystemExit(f"--val {cfg.val} is packed with another vocabulary than --train {cfg.train}; "
                          "pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
-    teacher_folder, text_only = cfg.teacher, None
+    teacher_folder, text_only = cfg.teacher or beside, None
     if not teacher_folder and demo:
         teacher_folder = str(folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
         teacher_script.main(teacher_script.Config(
@@ -460,7 +461,8 @@ def main(cfg, reuse=False):
         raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
                          "--videos FILE, or any Hugging Face BERT of the same vocabulary")
     if demo and len(names) > 1:
-        text_only = main(text_only_run(cfg, folder.parent / f"distill-none-s{cfg.seed}"), reuse=True)
+        text_only = main(text_only_run(cfg, folder.parent / f"distill-none-s{cfg.seed}"), reuse=True,
+                         beside=cfg.teacher)
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     if cfg.warmup_steps > max_steps:
         raise SystemExit(f"--warmup_steps {cfg.warmup_steps} is more than the {max_steps} steps of --epochs "
@@ -468,7 +470,7 @@ def main(cfg, reuse=False):
 
     # models and optimizer
     teacher = FrozenTeacher(teacher_folder, vocab, cfg, world.device, dtype) if teacher_folder else None
-    if teacher:
+    if teacher and len(names) > 1:  # it changes nothing in what a text-only student learns
         hashes["teacher"] = file_hash(teacher.folder)
     clips = open_clips(cfg.videos or (demo and demo / "videos.h5"), teacher, vocab)
     if reuse:

@@ -25,7 +25,7 @@ import sys
 import time
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -78,7 +78,7 @@ class Config:
     # system
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
-    out_dir: str = ""  # empty = out/finetune/<model>
+    out_dir: str = ""  # where <task>/s<seed> go; empty = out/finetune/<model>
     save_models: bool = True  # leave model/ in each run; false saves disk
     resume: bool = True  # keep finished runs, go on with killed ones; false = run anew
     eval_only: bool = False  # evaluate the finished runs' models again
@@ -89,7 +89,7 @@ class Config:
     predict: bool = False  # label lines of standard input with the fine-tuned --model
     score: str = ""  # a SQuAD predictions.json to score
     gold: str = ""  # the SQuAD file to score it against
-    no_answer: str = ""  # null_odds.json of the predictions, for 2.0's best thresholds
+    no_answer: str = ""  # null_odds.json, for 2.0's best thresholds; then --score the answers.json beside it
 
     def __post_init__(self):
         check_fields(self, CHOICES, POSITIVE)
@@ -102,7 +102,10 @@ class Config:
         if self.save_every % self.log_every:
             raise ValueError(f"--save_every {self.save_every}: must be a multiple of --log_every "
                              f"({self.log_every})")
-        for name in ("limit", "max_length", "lr", "epochs", "max_steps", "seeds"):
+        if self.beta2 >= 1:
+            raise ValueError(f"--beta2 {self.beta2:g}: below 1")
+        for name in ("limit", "max_length", "lr", "epochs", "max_steps", "seeds", "clip", "weight_decay",
+                     "max_minutes"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if bool(self.score) != bool(self.gold):
@@ -140,6 +143,7 @@ class Task:
     source: str  # where the official files come from
     labels: tuple = ()  # words of the classes, in the order of their ids; files hold the words or the ids
     label: str = "label"  # column of the label
+    unsure: str = ""  # label of rows on which the annotators did not agree: they are left out
     metrics: tuple = ("accuracy",)  # names in analyze.METRICS, the first is the one that tables show
     train: str = "train.tsv"
     evals: dict = field(default_factory=lambda: {"": "dev.tsv"})  # the first is required, others if there
@@ -177,7 +181,8 @@ class Task:
             with suppress(ValueError):
                 if self.bounds[0] <= float(text) <= self.bounds[1] and math.isfinite(float(text)):
                     return float(text)
-            allowed = "numbers from {:g} to {:g}".format(*self.bounds)
+            low, high = self.bounds
+            allowed = f"numbers from {low:g} to {high:g}" if high < math.inf else "numbers"
         raise SystemExit(f"{path}, line {line}: label {text!r}; those of {self.title} are {allowed}")
 
 
@@ -186,7 +191,7 @@ class Rows:
     """What a file holds. second: None for single texts, for choice a list of candidates each.
 
     labels: class ids or scores, for span (first character, the one behind the last), None where unlabelled.
-    skipped: rows that were left out because they have no gold label.
+    skipped: rows that were left out because their annotators did not agree.
     """
     first: list
     second: list
@@ -242,9 +247,9 @@ DIAGNOSTIC = ("Lexical Semantics", "Predicate-Argument Structure", "Logic", "Kno
 def read_table(task, path, labelled):
     """Rows of a .tsv or .csv file whose columns are found by name (GLUE, SWAG, READ).
 
-    The id is the column "index" or "id", else the row's number from 0. A label "-" means that the annotators
-    did not agree (MNLI): the row is skipped. GLUE's diagnostics have names of their own for MNLI's columns;
-    a two-way label not_entailment counts as neutral there, and extra["Label"] keeps the words.
+    The id is the column "index" or "id", else the row's number from 0. GLUE's diagnostics have names of their
+    own for MNLI's columns; a two-way label not_entailment counts as neutral there, and extra["Label"] keeps
+    the words.
     """
     rows, header, text, label = read_fields(path), task.header, task.text, task.label
     if not header or set(text) <= set(rows[0][1]):  # CoLA: only the test set has a first line of names
@@ -271,7 +276,7 @@ def read_table(task, path, labelled):
     for number, (line, fields) in enumerate(rows):
         if labelled:
             word = fields[at[label]]
-            if word == "-":
+            if task.unsure and word == task.unsure:
                 found.skipped += 1
                 continue
             two_way = diagnostic and word == "not_entailment"
@@ -310,7 +315,8 @@ def read_piqa(task, path, labelled):
     found = Rows([], [], None, [str(i) for i in range(len(lines))])
     for number, line in lines:
         try:
-            first, *others = [string(json.loads(line)[key]) for key in task.text]
+            content = json.loads(line)
+            first, *others = [string(content[key]) for key in task.text]
         except (ValueError, KeyError, TypeError):
             raise SystemExit(f"{path}, line {number}: not a JSON object with the texts "
                              f"{', '.join(task.text)}") from None
@@ -437,7 +443,7 @@ TASKS = {task.name: task for task in (
     glue("qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), label="is_duplicate",
          metrics=("accuracy", "f1")),
     glue("mnli", "MNLI", ("sentence1", "sentence2"), ("entailment", "neutral", "contradiction"), form=WORDS,
-         label="gold_label", extra=(*DIAGNOSTIC, "Label"),
+         label="gold_label", unsure="-", extra=(*DIAGNOSTIC, "Label"),
          evals={"": "dev_matched.tsv", "mm": "dev_mismatched.tsv",
                 "diagnostic": "../diagnostic/diagnostic-full.tsv"},
          tests={"": "test_matched.tsv", "mm": "test_mismatched.tsv",
@@ -795,15 +801,13 @@ def read_lines(task, lines, number=1):
     The number of candidates is free, but alike in all lines.
     """
     found = [line.rstrip("\r\n").split("\t") for line in lines]
-    if not found:
-        raise SystemExit(f"standard input: holds no line; give {task.title}'s {' TAB '.join(task.text)}")
     choice = task.kind == "choice"
     width = max(3, len(found[0])) if choice else len(task.text)
     form = "context TAB candidate TAB candidate .." if choice else " TAB ".join(task.text)
-    for number, fields in enumerate(found, number):
+    for line, fields in enumerate(found, number):
         if len(fields) != width or not all(text.strip() for text in fields):
             empty = " or an empty one" if len(fields) == width else ""
-            raise SystemExit(f"standard input, line {number}: {len(fields)} fields{empty} where {width} are "
+            raise SystemExit(f"standard input, line {line}: {len(fields)} fields{empty} where {width} are "
                              f"wanted: {form}")
     first, *others = map(list, zip(*found))
     second = list(map(list, zip(*others))) if choice else others[0] if others else None
@@ -834,24 +838,28 @@ EVAL_TOKENS = 1 << 14  # of an evaluation batch, padding included
 class Order:
     """The examples of each step's global batch: a pure function of (seed, step), alike on all ranks.
 
-    Each epoch visits every example once, in an order of its own. Within pools of POOL batches the examples
-    are sorted by length, so that a batch needs little padding, and then the batches are shuffled.
+    Each epoch visits every example once, in an order of its own. It is cut in equal pools of up to POOL
+    batches, in which examples are sorted by length, so that a batch needs little padding; then the batches
+    of a pool are shuffled. A batch across two epochs belongs to both.
     """
 
     def __init__(self, lengths, batch_size, max_steps, seed):
         self.lengths, self.batch_size, self.max_steps, self.seed = lengths, batch_size, max_steps, seed
+        epoch = len(lengths) / batch_size  # in batches
+        self.size = max(1, round(epoch / math.ceil(epoch / POOL)))  # of a pool: equal parts of an epoch
         self.pool, self.batches = -1, None
 
     def __call__(self, step):
-        pool = step // POOL
+        pool = step // self.size
         if pool != self.pool:
-            first, size = pool * POOL, min(POOL, self.max_steps - pool * POOL)
+            first, size = pool * self.size, min(self.size, self.max_steps - pool * self.size)
             stream = np.arange(first * self.batch_size, (first + size) * self.batch_size)
             index = data.permuted(stream, len(self.lengths), self.seed)
-            index = index[np.argsort(self.lengths[index], kind="stable")].reshape(size, self.batch_size)
-            self.batches = index[np.argsort(hash64("batches", self.seed, pool, np.arange(size)))]
+            order = np.lexsort((self.lengths[index], stream // len(self.lengths)))  # epochs stay apart
+            self.batches = index[order].reshape(size, self.batch_size)
+            self.batches = self.batches[np.argsort(hash64("batches", self.seed, pool, np.arange(size)))]
             self.pool = pool
-        return self.batches[step - pool * POOL]
+        return self.batches[step - pool * self.size]
 
 
 class Objective(nn.Module):
@@ -871,7 +879,7 @@ class Objective(nn.Module):
             loss = F.cross_entropy(logits, labels, reduction="sum") / 2
         else:
             loss = F.cross_entropy(logits, labels, reduction="sum")
-        return {"loss": loss / count}
+        return {"task": loss / count}
 
 
 def batches_by_length(examples):
@@ -912,10 +920,18 @@ def evaluate(model, examples, dtype, world):
 
 
 def decide(task, examples, logits):
-    """Predictions from the logits: classes or candidates, scores, or of spans (texts, null scores)."""
+    """Predictions from the logits: classes or candidates, scores, or {question id: text} of spans.
+
+    For span (texts, null scores), the texts as if every question had an answer; see `with_threshold`.
+    """
     if task.kind == "span":
         return examples.answers(logits[..., 0], logits[..., 1], math.inf)
     return logits.numpy() if task.kind == "regress" else logits.argmax(1).numpy()
+
+
+def with_threshold(task, texts, null):
+    """SQuAD 2.0's answers: "" where the null score is above 0, that is where [CLS] beats the best span."""
+    return {key: "" if task.unanswerable and null[key] > 0 else text for key, text in texts.items()}
 
 
 def measure(task, examples, predictions):
@@ -924,7 +940,7 @@ def measure(task, examples, predictions):
         texts, null = predictions
         threshold = dict(no_answer=null, threshold=0.0) if task.unanswerable else {}
         scores = squad_score(json.loads(read_text(examples.source)), texts, **threshold)
-        return scores, collapse(list(texts.values()), None, "span")
+        return scores, collapse(list(with_threshold(task, texts, null).values()), None, "span")
     labels = examples.labels
     if "Label" in examples.extra:  # GLUE's diagnostics
         found = diagnostic_scores([task.labels[i] for i in predictions], examples.extra["Label"],
@@ -939,16 +955,20 @@ def measure(task, examples, predictions):
     return scores, collapse(predictions, labels, task.kind)
 
 
-def write_predictions(task, examples, predictions, folder, name):
-    """The predictions of an evaluation or test set in its benchmark's form; SQuAD 2.0's with null odds."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write_predictions(task, examples, predictions, path):
+    """Predictions of an evaluation or test set in its benchmark's form.
+
+    Beside SQuAD 2.0's lie null_odds.json and answers.json, the texts before the threshold: what the official
+    script wants for its search of the best one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if task.kind == "span":
-        predictions, null = predictions
+        texts, null = predictions
         if task.unanswerable:
-            write_json(folder / "null_odds.json", null)
-            write_json(folder / "answers.json", predictions)  # what --no_answer null_odds.json decides about
-            predictions = {key: "" if null[key] > 0 else text for key, text in predictions.items()}
-    write_submission(task, examples, predictions, folder / task.outputs.get(name, f"{name}.txt"))
+            write_json(path.with_name("null_odds.json"), null)
+            write_json(path.with_name("answers.json"), texts)
+        predictions = with_threshold(task, texts, null)
+    write_submission(task, examples, predictions, path)
 
 
 # ---------------------------------------------------------------------------- what a run starts from
@@ -975,7 +995,7 @@ def open_start(model, like="", demo=None):
     """Start of --model; demo: the demo world's folder, whose vocabulary a model for its tasks must have."""
     vocab = data.load_vocab(demo / "corpus.h5") if demo else None
     if model != "none":
-        folder = model_folder(model, "--model")
+        folder = model_folder(median_run_of(model), "--model")
         config, own = load_config(folder), data.load_vocab(folder)
         if demo and own.hash != vocab.hash:
             raise SystemExit(f"--model {model}: its vocabulary is not that of {demo}; give the --seed of the "
@@ -984,50 +1004,75 @@ def open_start(model, like="", demo=None):
             raise SystemExit(f"--model {model}: {own.size:,} tokens in its vocabulary, {config.vocab_size:,} "
                              "in its config.json; fetch or save the model again")
         return Start(run_name(folder), folder, config, own, file_hash(folder))
-    name = "none"
     if like:
         folder = model_folder(like, "--like")
-        name, config, vocab = f"none-{run_name(folder)}", load_config(folder), data.load_vocab(folder)
-    elif demo:
-        config = model_config("demo", vocab.size)
-    else:
-        raise SystemExit("--model none needs --like FOLDER, whose config.json and vocab.txt are taken")
+        return fresh_start(run_name(folder), load_config(folder), data.load_vocab(folder))
+    if demo:
+        return fresh_start(demo.name, model_config("demo", vocab.size), vocab)
+    raise SystemExit("--model none needs --like FOLDER, whose config.json and vocab.txt are taken")
+
+
+def fresh_start(name, config, vocab):
+    """Start without pre-training."""
     shape = hashlib.sha256(f"{config} {vocab.hash}".encode()).hexdigest()
-    return Start(name, None, config, vocab, shape)
+    return Start(f"none-{name}", None, config, vocab, shape)
 
 
 def run_name(folder):
-    """distill-nst+crd-s0 of out/distill-nst+crd-s0/model; mnli-s1 of out/finetune/bert/mnli/s1/model."""
+    """distill-nst+crd-s0 of out/distill-nst+crd-s0/model; bert-mnli-s1 of out/finetune/bert/mnli/s1/model."""
     folder = folder.resolve()
     if folder.name != "model":
         return folder.name
-    above = folder.parent
-    return f"{above.parent.name}-{above.name}" if re.fullmatch(r"s\d+", above.name) else above.name
+    run = folder.parent
+    fine_tuned = re.fullmatch(r"s\d+", run.name)
+    return f"{run.parents[1].name}-{run.parent.name}-{run.name}" if fine_tuned else run.name
+
+
+def median_run_of(path):
+    """The median run's folder where `path` is that of a task's runs, else the path itself."""
+    try:
+        summary = json.loads((Path(path) / "results.json").read_text())
+        return Path(path) / summary["median"]
+    except (OSError, ValueError, KeyError):
+        return Path(path)
 
 
 # ---------------------------------------------------------------------------- one run
 
 
+# flags that change no result: hashes tell what the model and the data are
+FREE = ("model", "like", "preset", "predict", "score", "gold", "no_answer")
+
+
 def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     """Fine-tunes `start` once and evaluates; returns what results.json of the run's folder holds.
 
-    cfg: of own_settings; train: Examples; evals: {set: Examples}; hashes: {what: hash} of weights and data;
-    interrupt: the command's common.Interrupt.
+    A finished run is kept; where the evaluation sets have changed, or with --eval_only, its model is
+    evaluated again. cfg: of own_settings; train: Examples; evals: {set: Examples}; hashes: of the weights
+    and of each file; interrupt: the command's common.Interrupt.
     """
     micro_size, dtype = micro_batch_size(cfg, world), getattr(torch, cfg.dtype)
-    if cfg.eval_only:
-        if not (folder / "results.json").exists():
-            raise SystemExit(f"--eval_only: {folder} holds no finished run; leave --eval_only out to make it")
+    trained_on = {what: hashes[what] for what in ("weights", "vocabulary", "train")}
+    before = finished_run(folder, cfg, trained_on, FREE)
+    saved = (folder / "model").exists()
+    keep = before and cfg.resume and (saved or not cfg.save_models)
+    current = before and before["hashes"] == hashes
+    if world.any(world.main and bool(keep and current and not cfg.eval_only)):
+        print0(f"reused {folder}")
+        return before | {"folder": str(folder)}
+    if world.any(world.main and bool(keep and saved)):
         model, _ = TaskModel.from_pretrained(folder / "model")
-        results = json.loads((folder / "results.json").read_text())
-        results |= assess(model.to(world.device), task, evals, dtype, world, folder)
+        results = before | assess(model.to(world.device), task, evals, dtype, world, folder)
+        results |= {"hashes": hashes, "folder": str(folder)}
         if world.main:
             write_json(folder / "results.json", results)
+        world.barrier()
         return results
-    if cfg.resume and (before := finished_run(folder, cfg, hashes)):
-        print0(f"reused {folder}")
-        return before
-    cfg = replace(cfg, resume=cfg.resume and unfinished_run(folder, cfg, hashes))
+    if cfg.eval_only:
+        raise SystemExit(f"--eval_only: {folder} holds no finished run with its model, of these flags and "
+                         "this training set; leave --eval_only out to make it")
+    go_on = cfg.resume and unfinished_run(folder, cfg, trained_on, FREE)
+    cfg = replace(cfg, resume=world.any(world.main and go_on))
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
 
     set_seed(cfg.seed, 0)
@@ -1041,16 +1086,16 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=cfg.lr,
                                   betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    begin, lines = 0, 0
+    begin, lines, seconds = 0, 0, 0.0
     if cfg.resume:
         saved = load_checkpoint(folder, world)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"]:  # empty but in float16
             scaler.load_state_dict(saved["scaler"])
-        begin, lines = saved["step"], saved["log_lines"]
+        begin, lines, seconds = saved["step"], saved["log_lines"], saved["seconds"]
         print0(f"{folder}: goes on from step {begin}")
-    open_run(folder, cfg, world, hashes)
+    open_run(folder, cfg, world, trained_on)
     log = Log(folder, world, lines)
     objective = Objective(model)
     ddp = DistributedDataParallel(objective) if world.size > 1 else objective
@@ -1059,10 +1104,10 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
         restore_rng(saved, world)
 
     order = Order(train.lengths, cfg.batch_size, max_steps, cfg.seed)
-    names, weights, count = ["loss"], {"loss": 1.0}, cfg.batch_size / world.size
+    names, weights, count = ["task"], {"task": 1.0}, cfg.batch_size / world.size
     warmup_steps = round(cfg.warmup * max_steps)
     window = torch.zeros(cfg.log_every, 1, device=world.device)
-    began = time.monotonic()
+    began = time.monotonic() - seconds
     model.train()
     for step in progress(range(begin, max_steps), max_steps - begin, " steps", f"{task.name} s{cfg.seed}",
                          leave=False):
@@ -1071,8 +1116,8 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
             check_finite(world.sum(window.clone()), step - step % cfg.log_every, names, folder)
             check_weights(model, step, folder)
             save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "scaler": scaler.state_dict(), "step": step, "log_lines": log.lines},
-                            world)
+                                     "scaler": scaler.state_dict(), "step": step, "log_lines": log.lines,
+                                     "seconds": time.monotonic() - began}, world)
         if stop:
             print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with the same command")
             raise SystemExit(0)
@@ -1101,17 +1146,18 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
         optimizer.zero_grad(set_to_none=True)
         # ---- end of the optimizer step ----
         if (step + 1) % cfg.log_every == 0:
-            value = world.sum(window.clone()) / world.size  # the window's only read of the device
-            check_finite(value, step + 1 - cfg.log_every, names, folder)
-            log.write(step=step + 1, loss=value.mean().item(), lr=lr, grad_norm=norm.item(),
-                      memory_mb=peak_memory_mb(world.device))
+            first = step + 1 - cfg.log_every  # of the window; a resumed run may begin inside of it
+            values = world.sum(window.clone()) / world.size  # the window's only read of the device
+            check_finite(values, first, names, folder)
+            log.write(step=step + 1, loss=values[max(0, begin - first):].mean().item(), lr=lr,
+                      grad_norm=norm.item(), memory_mb=peak_memory_mb(world.device))
     seconds = time.monotonic() - began
     check_finite(world.sum(window.clone()), max_steps - max_steps % cfg.log_every, names, folder)
     check_weights(model, max_steps, folder)
 
     results = {"task": task.name, "model": start.name, "seed": cfg.seed, "folder": str(folder),
-               "examples": len(train), "steps": max_steps, "seconds": seconds,
-               "examples_per_s": (max_steps - begin) * cfg.batch_size / seconds}
+               "examples": len(train), "steps": max_steps, "seconds": seconds, "hashes": hashes,
+               "examples_per_s": max_steps * cfg.batch_size / seconds}
     results |= assess(model, task, evals, dtype, world, folder) | {"finished": time.time()}
     if world.main:
         if cfg.save_models:
@@ -1133,7 +1179,8 @@ def assess(model, task, evals, dtype, world, folder):
         scores[name], reason = measure(task, examples, predictions)
         reasons.append(reason)
         if world.main:
-            write_predictions(task, examples, predictions, folder / "predictions", name)
+            file = task.outputs.get(name, f"{name}.txt")
+            write_predictions(task, examples, predictions, folder / "predictions" / file)
     return {"scores": scores, "score": scores[""][task.metrics[0]], "collapsed": reasons[0]}
 
 
@@ -1153,8 +1200,8 @@ def own_settings(cfg, task):
 def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
     """Fine-tunes `start` with each seed; returns what results.json of the task's folder holds.
 
-    {"task", "model", "runs": results of each, "median": folder of the median run}. After the last seed the
-    median run's model labels the test sets that are there, into submission/.
+    {"task", "model", "runs": results of each, "median": name of the median run's folder}. After the last
+    seed the median run's model labels the test sets that are there, into its folder's submission/.
     """
     root = Path(cfg.out_dir or f"out/finetune/{start.name}", task.name)
     cfg, count = own_settings(cfg, task)
@@ -1163,9 +1210,8 @@ def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
                          f"positions; give {start.config.max_positions} or less")
     seeds = seeds or range(cfg.seed, cfg.seed + count)
     train_file, eval_files = find_file(task, data_dir, task.train), evaluation_files(task, data_dir)
-    hashes = {"model": start.hash, "vocabulary": start.vocab.hash}
-    for path in (train_file, *eval_files.values()):
-        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    hashes = {"weights": start.hash, "vocabulary": start.vocab.hash, "train": content_hash(train_file)}
+    hashes |= {name or "dev": content_hash(path) for name, path in eval_files.items()}
 
     def load(path, split, **drawn):
         return load_examples(task, path, start.vocab, cfg.max_length, "out/tokens", split, **drawn)
@@ -1183,19 +1229,38 @@ def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
         runs.append(finetune(replace(cfg, seed=seed), task, start, train, evals, hashes, root / f"s{seed}",
                              world, interrupt))
         print0(run_line(task, runs[-1]))
-    median = median_run([-run["score"] if task.metrics[0] == "rmse" else run["score"] for run in runs])
-    summary = {"task": task.name, "model": start.name, "median": runs[median]["folder"], "runs": runs}
+    best = root / f"s{seeds[middle(task.metrics[0], [run['score'] for run in runs])]}"
+    summary = {"task": task.name, "model": start.name, "median": best.name, "runs": runs}
     if world.main:
         write_json(root / "results.json", summary)
-    folder, tests = Path(summary["median"]), test_files(task, data_dir)
-    if tests and (folder / "model").exists() and not (folder / "submission").exists():
-        model = TaskModel.from_pretrained(folder / "model")[0].to(world.device)
-        for name, path in tests.items():
+    tests = {best / "submission" / task.outputs[name]: path
+             for name, path in test_files(task, data_dir).items()}
+    left = {out: path for out, path in tests.items() if cfg.eval_only or not out.exists()}
+    world.barrier()  # every rank has looked before the first file is written
+    if left and not (best / "model").exists():
+        print0(f"{best}: no model to label the test set with; leave --save_models on for that")
+    elif left:
+        model = TaskModel.from_pretrained(best / "model")[0].to(world.device)
+        for out, path in left.items():
             examples = load(path, "test")
             predictions = decide(task, examples, evaluate(model, examples, getattr(torch, cfg.dtype), world))
             if world.main:
-                write_predictions(task, examples, predictions, folder / "submission", name)
+                write_predictions(task, examples, predictions, out)
     return summary
+
+
+def content_hash(path):
+    """SHA-256 of a task's file, and of the file of its labels where that is another (PIQA)."""
+    digest = hashlib.sha256(path.read_bytes())
+    labels = path.with_name(f"{path.stem}-labels.lst")
+    if labels.exists():
+        digest.update(labels.read_bytes())
+    return digest.hexdigest()
+
+
+def middle(metric, values):
+    """Index of the median value of a metric; of an even number the worse of the middle two."""
+    return median_run([-value for value in values] if metric == "rmse" else values)
 
 
 def check_examples(task, start, train, evals, cfg):
@@ -1203,8 +1268,9 @@ def check_examples(task, start, train, evals, cfg):
     if train.unknown > UNKNOWN:
         raise SystemExit(f"--model {start.name}: its vocabulary does not know {100 * train.unknown:.0f} % of "
                          f"{task.title}'s tokens; choose a model for these texts")
+    skipped = sum(examples.skipped for examples in (train, *evals.values()))
     notes = [f"{train.truncated:,} cut to {cfg.max_length} tokens" if train.truncated else "",
-             f"{train.skipped:,} without gold label left out" if train.skipped else ""]
+             f"{skipped:,} without gold label left out" if skipped else ""]
     if task.kind == "span":
         notes += [f"{train.moved:,} answers not at their answer_start",
                   f"{train.missing:,} not in their context, left out"]
@@ -1213,18 +1279,18 @@ def check_examples(task, start, train, evals, cfg):
            + "".join(f", {note}" for note in notes if note))
 
 
+def shown(scores):
+    """{metric: text} of what tables show: no counts and no thresholds."""
+    return {metric: f"{value:.{3 if metric == 'rmse' else 1}f}" for metric, value in scores.items()
+            if not metric.endswith(("total", "thresh"))}
+
+
 def run_line(task, run):
     """One line on a run: every score, and whether it collapsed."""
-    sets = [(f"{name}: " if name else "") + ", ".join(f"{metric} {value:.{digits(metric)}f}"
-                                                      for metric, value in scores.items())
+    sets = [(f"{name}: " if name else "") + ", ".join(map(" ".join, shown(scores).items()))
             for name, scores in run["scores"].items()]
     collapsed = f"  COLLAPSED: {run['collapsed']}" if run["collapsed"] else ""
     return f"{task.title} s{run['seed']}  {'; '.join(sets)}  ({duration(run['seconds'])}){collapsed}"
-
-
-def digits(metric):
-    """Decimals of a metric in tables."""
-    return 3 if metric == "rmse" else 1
 
 
 def results_table(summaries):
@@ -1235,12 +1301,12 @@ def results_table(summaries):
         notes += [f"* {task.title} s{run['seed']} collapsed: {run['collapsed']}"
                   for run in runs if run["collapsed"]]
         for name, scores in runs[0]["scores"].items():
-            for metric in scores:
+            for metric in shown(scores):
+                texts = [shown(run["scores"][name])[metric] for run in runs]
                 values = [run["scores"][name][metric] for run in runs]
-                shown = [f"{value:.{digits(metric)}f}" for value in values]
-                median = median_run(values)
-                rows.append([" ".join(filter(None, (task.title, name, metric))), shown[median],
-                             " ".join(text + "*" * bool(run["collapsed"]) for text, run in zip(shown, runs))])
+                median = middle(metric, values)
+                rows.append([" ".join(filter(None, (task.title, name, metric))), texts[median],
+                             " ".join(text + "*" * bool(run["collapsed"]) for text, run in zip(texts, runs))])
                 if not name and metric == task.metrics[0] != "rmse":
                     averaged.append(values[median])
     if len(averaged) > 1:
@@ -1252,29 +1318,37 @@ def results_table(summaries):
 
 
 def newest_student(cfg, vocab):
-    """distill.Config of the student of `vocab` that was distilled last; the default where there is none."""
+    """distill.Config of the student of `vocab` that was distilled last; the default where there is none.
+
+    Students with a --teacher of their own are passed over: the other seeds' worlds have no such teacher.
+    """
     found = {}
     for path in Path("out").glob("*/results.json"):
         with suppress(OSError, ValueError, KeyError):  # no distillation, or not a finished one
             results = json.loads(path.read_text())
             flags = json.loads(path.with_name("config.json").read_text())["config"]
-            plain = results["vocabulary"] == vocab.hash and not flags["teacher"]
-            if plain and results["objective"] != "none":
+            if results["objective"] == "none" or results["vocabulary"] != vocab.hash:
+                continue
+            if not flags["teacher"]:
                 found[results["finished"]] = path.parent, flags
+            elif "-image-" not in path.parent.name:
+                print0(f"passed over {path.parent}: its --teacher belongs to its own world alone")
     if not found:
         print0("no distilled student of this world yet: the default one will be made")
         return distill.Config(seed=cfg.seed)
     folder, flags = found[max(found)]
     print0(f"newest student: {folder}")
-    known = {item.name for item in fields(distill.Config)}
+    known = distill.Config.__dataclass_fields__
     return distill.Config(**{name: value for name, value in flags.items() if name in known}
                           | {"out_dir": str(folder)})
 
 
-def demo_student(row, newest, cfg, seed):
-    """Model folder of a row of the demo's table in the world of `seed`; a missing student is made."""
+def demo_start(row, newest, cfg, seed, demo):
+    """Start of a row of the demo's table in the world of `seed`; a missing student is made."""
     if row == "no pre-training":
-        return "none"
+        vocab = data.load_vocab(demo / "corpus.h5")
+        return fresh_start(demo.name, model_config(newest.model, vocab.size, newest.layers, newest.hidden,
+                                                   newest.heads, newest.intermediate, newest.dropout), vocab)
     own = newest.out_dir if seed == newest.seed else ""
     run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=own, resume=False,
                   eval_only=False, max_minutes=0.0)
@@ -1285,7 +1359,7 @@ def demo_student(row, newest, cfg, seed):
         teacher.main(teacher.Config(vision="image", seed=seed, data_dir=cfg.data_dir, device=cfg.device,
                                     block_size=run.block_size, out_dir=seeing), reuse=True)
         run = replace(run, teacher=seeing, out_dir=f"out/distill-{run.objective}-image-s{seed}")
-    return distill.main(run, reuse=True)["folder"]
+    return open_start(distill.main(run, reuse=True)["folder"], demo=demo)
 
 
 def demo_table(cfg, tasks, world, interrupt):
@@ -1301,7 +1375,7 @@ def demo_table(cfg, tasks, world, interrupt):
     for row, runs in rows.items():
         for seed in seeds:
             demo = data.demo_world(cfg.data_dir, seed, world)
-            start = open_start(demo_student(row, newest, cfg, seed), demo=demo)
+            start = demo_start(row, newest, cfg, seed, demo)
             one = replace(cfg, out_dir=str(Path(cfg.out_dir or "out/finetune", start.name)))
             for task in tasks:
                 summary = run_task(one, task, start, demo / "raw" / "tasks", world, interrupt, [seed])
@@ -1319,11 +1393,10 @@ def compared(rows, tasks, seeds):
     lines = [[f"median of {seeds}: held-out / seen", *(task.title for task in tasks), "average"]]
     for row, runs in rows.items():
         if runs:
-            held, seen = (np.array([[run["scores"][name]["accuracy"] for run in runs[task.name]]
-                                    for task in tasks]) for name in ("", "seen"))  # (tasks, seeds)
-            held, seen = (np.median(x, axis=1) for x in (held, seen))
-            lines.append([row, *(f"{a:.1f} / {b:.1f}" for a, b in
-                                 zip([*held, held.mean()], [*seen, seen.mean()]))])
+            cells = [[sorted(run["scores"][name]["accuracy"] for run in runs[task.name])[(seeds - 1) // 2]
+                      for task in tasks] for name in ("", "seen")]  # (2, tasks)
+            lines.append([row, *(f"{held:.1f} / {seen:.1f}" for held, seen in
+                                 zip(*([*x, np.mean(x)] for x in cells)))])
     chance = [100 / len(task.words) for task in tasks]
     lines.append(["chance", *(f"{x:.1f}" for x in [*chance, np.mean(chance)])])
     return aligned(lines)
@@ -1338,34 +1411,39 @@ def label_lines(cfg, world):
     Texts of a pair are separated by a tab, as are a context and its candidates. A span's probability is
     that it beats "no answer".
     """
-    folder = Path(cfg.model)
-    if (folder / "results.json").exists():  # of a task's runs: the median one
-        folder = Path(json.loads((folder / "results.json").read_text()).get("median", folder))
-    folder = model_folder(folder, "--model")
+    if world.size > 1:
+        raise SystemExit("--predict reads one standard input: start it without torchrun")
+    folder = model_folder(median_run_of(cfg.model), "--model")
     model, settings = TaskModel.from_pretrained(folder)
     model.to(world.device)
+    length = min(cfg.max_length or settings["max_length"], model.bert.config.max_positions)
     vocab, task, number = data.load_vocab(folder), TASKS.get(settings["task"]), 1
+    ahead = 1 if sys.stdin.isatty() else 64  # lines in a batch; somebody who types sees each answer
     try:
-        while lines := list(islice(sys.stdin, 1000)):
+        while lines := list(islice(sys.stdin, ahead)):
             if task is None:  # fine-tuned elsewhere
-                texts = ("text", "second text")[:1 + lines[0].count("\t")]
-                task = Task("", folder.name, settings["kind"], "", texts, None, "", tuple(settings["labels"]))
-            examples = tokenized(task, read_lines(task, lines, number), vocab, settings["max_length"])
+                pair = settings["kind"] in ("span", "choice") or "\t" in lines[0]
+                texts = ("text", "second text")[:1 + pair]
+                task = Task("", folder.name, settings["kind"], "", texts, None, "")
+            rows = read_lines(task, lines, number)
+            examples = tokenized(task, rows, vocab, length)
             logits = evaluate(model, examples, getattr(torch, cfg.dtype), world)
             if task.kind == "span":
                 texts, null = decide(task, examples, logits)
-                found = [(text, 1 / (1 + math.exp(null[key]))) for key, text in texts.items()]
+                found = [(text, 1 / (1 + math.exp(min(700, null[key])))) for key, text in texts.items()]
             elif task.kind == "regress":
                 found = [(f"{value:.4f}",) for value in logits.tolist()]
             else:
                 best, index = logits.softmax(1).max(1)
-                found = [(task.labels[i] if task.labels else str(i), p)
-                         for i, p in zip(index.tolist(), best.tolist())]
+                words = settings["labels"] or range(logits.shape[1])
+                found = [(str(words[i]), p) for i, p in zip(index.tolist(), best.tolist())]
             for label, *p in found:
                 print("\t".join([label, *(f"{x:.4f}" for x in p)]), flush=True)
             number += len(lines)
     except UnicodeDecodeError:
         raise SystemExit("standard input: not UTF-8; convert it first, for instance with `iconv`") from None
+    if number == 1:
+        raise SystemExit("standard input: holds no line; give a text in each")
 
 
 def main(cfg):
@@ -1375,7 +1453,7 @@ def main(cfg):
     world = init_world(cfg.device)
     if cfg.predict:
         return label_lines(cfg, world)
-    chosen = set(cfg.tasks.split(",")) if cfg.tasks else set(DEMO_TASKS)
+    chosen = {name.strip() for name in cfg.tasks.split(",") if name.strip()} or set(DEMO_TASKS)
     if unknown := chosen - set(TASKS):
         raise SystemExit(f"--tasks {min(unknown)}: choose from {', '.join(TASKS)}")
     if not cfg.model and not chosen <= set(DEMO_TASKS):

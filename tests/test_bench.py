@@ -1,5 +1,5 @@
 """bench.py: the plain forms mean what the equations say, unlike things get no ratio, memory is counted to the
-byte, and the command runs through at small sizes. No test asserts a speed.
+byte, examples are as long as real ones, and the command runs through at small sizes. No test asserts a speed.
 
 Run: python -m pytest -q tests/test_bench.py
 """
@@ -8,11 +8,14 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bench
+import data
+import finetune
 import losses
 from model import BERT
 
@@ -22,7 +25,8 @@ SMALL = bench.Config(batch=4, tokens=8, layers=1, hidden=64, vocab=300, anchors=
 NUMBERS = {"nst": ("nst.ratio_loop", "nst.ratio_bmm", "nst.peak_mb"),
            "crd": ("crd.ratio_gather", "crd.update_ms.4", "crd.update_ms.120"),
            "mlm_head": ("mlm_head.ratio_all",), "hinge": (), "soft": (), "voken": (),
-           "step": ("step.ratio_fp32", "step.ratio_bf16", "step.kd_share")}
+           "step": ("step.ratio_fp32", "step.ratio_bf16", "step.kd_share"),
+           "finetune": ("finetune.ratio_fp32.rte", "finetune.ratio_bf16.cola", "finetune.bf16.sst2")}
 
 
 def test_every_section_runs_and_writes_its_numbers(tmp_path, capsys):
@@ -37,6 +41,10 @@ def test_every_section_runs_and_writes_its_numbers(tmp_path, capsys):
     assert torch.__version__ in printed and "AMX" in printed and "scaled to the batch" in printed
     loop, *_, ours = out["table"]["nst, gaussian kernel: B 4, T 8, d 64"].values()
     assert out["nst.ratio_loop"] == loop["ms"] / ours["ms"] and out["nst.peak_mb"] == ours["peak_mb"]
+    rows = next(section for title, section in out["table"].items() if title.startswith("finetune"))
+    plain, ours = rows["all padded to 8, fp32"], rows["ours, sst2, fp32"]
+    assert out["finetune.ratio_fp32.sst2"] == ours["ratio"] == plain["ms"] / ours["ms"]
+    assert ours["examples_per_s"] == 1e3 * SMALL.batch / ours["ms"] and "ratio" not in plain
 
 
 def test_text_prints_both_rates(tmp_path, capsys):
@@ -103,6 +111,38 @@ def test_unlike_things_get_no_ratio(monkeypatch):
         bench.main(replace(SMALL, only="nst"))
 
 
+def test_padding_that_changes_the_loss_gets_no_ratio(monkeypatch):
+    forward = BERT.forward
+    monkeypatch.setattr(BERT, "forward", lambda self, ids, mask, segments: forward(self, ids, None, segments))
+    with pytest.raises(SystemExit, match="sst2: plain form and ours differ"):
+        bench.main(replace(SMALL, only="finetune", tokens=32))
+
+
+def test_made_examples_are_as_long_as_told():
+    lengths = np.array([5, 7, 12, 40])
+    for name in ("rte", "sst2"):
+        examples = bench.made_examples(finetune.TASKS[name], lengths, replace(SMALL, tokens=20))
+        assert examples.lengths.tolist() == [5, 7, 12, 20] and examples.unknown < 0.1
+        assert examples.batch([2])["segments"].sum() == (3 if name == "rte" else 0)  # 9 words: 7 + 2, [SEP]
+
+
+def test_lengths_are_those_of_the_real_training_sets(real_data):
+    vocab = data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
+    for name in ("rte", "cola"):  # SST-2 was measured alike; its 67,349 would take seconds
+        path = finetune.find_file(finetune.TASKS[name], real_data, "train.tsv")
+        lengths = finetune.load_examples(finetune.TASKS[name], path, vocab, 128, "", "train").lengths
+        assert np.quantile(lengths, np.linspace(0, 1, 21)).round().tolist() == list(bench.LENGTHS[name][1])
+
+
+def test_slow_runs_have_two_rounds_and_a_number_of_repeats_is_kept(monkeypatch):
+    calls, taken = [], {"slow": 0.6, "often": 0.6, "short": 0.02}
+    monkeypatch.setattr(bench, "seconds", lambda run, device, repeats=1: calls.append((run(), repeats))
+                        or taken[run()])
+    bench.measure("x", {"slow": (lambda: "slow", 1), "often": (lambda: "often", 1, 5),
+                        "short": (lambda: "short", 1)}, CPU, 3)
+    assert [calls.count(call) for call in (("slow", 1), ("often", 5), ("short", 2))] == [3, 2, 3]
+
+
 def test_peak_memory_is_exact():
     def run():
         a, b = torch.ones(1_000_000), torch.ones(1_000_000)
@@ -119,7 +159,8 @@ def test_a_scaled_loop_is_reported_for_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("wrong, message", [(dict(only="nst,foo"), "--only"), (dict(rounds=0), "--rounds"),
-                                            (dict(batch=1), "--batch"), (dict(rows=2), "--rows")])
+                                            (dict(batch=1), "--batch"), (dict(rows=2), "--rows"),
+                                            (dict(only="finetune", tokens=4), "--tokens 4")])
 def test_bad_flags_are_named(wrong, message):
     with pytest.raises(SystemExit, match=message):
         bench.main(replace(SMALL, **wrong))

@@ -5,20 +5,25 @@ Run: python -m pytest -q tests/test_ddp.py
 """
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER
+from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING
+from safetensors.torch import load_file
 
 import common
 import data
 import distill
+import finetune
 import teacher
+from model import TaskModel
 
-SCRIPTS = {"distill": distill, "teacher": teacher}
+SCRIPTS = {"distill": distill, "teacher": teacher, "finetune": finetune}
+TUNED = ("mnli", "squad2", "swag", "stsb")  # a task of each kind
 
 
 def jobs(corpus, videos, teacher_run, out):
@@ -38,15 +43,44 @@ def jobs(corpus, videos, teacher_run, out):
         "teacher": ("teacher", clips, dict(grad_accum=2)),
         "teacher, one negative": ("teacher", clips | dict(negatives="one", ct_input="clean"),
                                   dict(grad_accum=2))}
+    return in_both(found, out)
+
+
+def tunings(model, tasks, out):
+    """The same for fine-tuning."""
+    flags = QUICK_TUNING | dict(dropout=0.0, batch_size=12, lr=1e-3, max_steps=5, log_every=1, save_every=1,
+                                model=model, data_dir=tasks)
+    frozen = dict(tasks="rte,stsb", grad_accum=3, freeze=True)
+    return in_both({"tuned": ("finetune", flags | dict(tasks=",".join(TUNED)), {}),
+                    "frozen, accumulation": ("finetune", flags | frozen, dict(grad_accum=1))}, out)
+
+
+def in_both(found, out):
+    """The two commands of each job, in folders of their own."""
     return {name: (script, flags | {"out_dir": f"{out}/two/{name}"},
                    flags | alone | {"out_dir": f"{out}/one/{name}"})
             for name, (script, flags, alone) in found.items()}
 
 
-def worker(rank, port, todo):
+def logits_of(folder, tasks, world):
+    """{(task, EVAL_TOKENS): logits of its dev set} by evaluate, of folder's runs, in many batches and one."""
+    found, before = {}, finetune.EVAL_TOKENS
+    for name in TUNED:
+        task, run = finetune.TASKS[name], Path(folder, name, "s0", "model")
+        model, settings = TaskModel.from_pretrained(run)
+        path = finetune.find_file(task, tasks, task.evals[""])
+        examples = finetune.load_examples(task, path, data.load_vocab(run), settings["max_length"], "", "dev")
+        assert len(examples) % 2 == 1
+        for finetune.EVAL_TOKENS in (150, before):
+            found[name, finetune.EVAL_TOKENS] = finetune.evaluate(model, examples, torch.float32, world)
+    return found
+
+
+def worker(rank, port, todo, out, tasks):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
+    os.chdir(out)
     update, banks = distill.update_bank, []
 
     def kept(student, *args):
@@ -61,23 +95,29 @@ def worker(rank, port, todo):
             for rows in (bank.z_s, bank.z_t):
                 both = world.gather(rows[None])
                 assert torch.equal(both[0], both[1]) and both[0].abs().sum() > 0
+    torch.save(logits_of("two/tuned", tasks, world), f"logits{rank}.pt")
     common.end_world()
 
 
 @pytest.fixture(scope="module")
-def both(demo, teacher_run, tmp_path_factory):
+def both(demo, teacher_run, tiny_bert, tiny_tasks, tmp_path_factory):
     out, world = tmp_path_factory.mktemp("ddp"), demo / "demo-s0"
     todo = jobs(str(world / "corpus.h5"), str(world / "videos.h5"), str(teacher_run), out)
+    todo |= tunings(str(tiny_bert), str(tiny_tasks), out)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, todo), nprocs=2)
-    for script, _, flags in todo.values():
-        SCRIPTS[script].main(SCRIPTS[script].Config(**flags))
+    torch.multiprocessing.spawn(worker, (port, todo, str(out), str(tiny_tasks)), nprocs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(out)
+        for script, _, flags in todo.values():
+            SCRIPTS[script].main(SCRIPTS[script].Config(**flags))
     return Path(out)
 
 
 JOBS = list(jobs("", "", "", ""))
+TUNINGS = [(job, task) for job, (_, flags, _) in tunings("", "", "").items()
+           for task in flags["tasks"].split(",")]
 
 
 def flat(value, name=""):
@@ -135,3 +175,39 @@ def test_micro_rows_cover_the_global_batch_once():
         rows = [data.micro_rows(24, rank, world, micro, accum)
                 for rank in range(world) for micro in range(accum)]
         assert sorted(np.concatenate(rows)) == list(range(24))
+
+
+@pytest.mark.parametrize("job, task", TUNINGS)
+def test_two_processes_fine_tune_what_one_does(both, job, task):
+    """Weights, log and scores; the predictions as files, too."""
+    one, two = (both / ranks / job / task / "s0" for ranks in ("one", "two"))
+    a, b = (load_file(folder / "model" / "model.safetensors") for folder in (one, two))
+    assert a.keys() == b.keys()
+    for key in a:
+        # where a softmax takes no notice the gradient is rounding alone, of which AdamW makes whole steps
+        unseen = "key.bias" in key or task in ("swag", "squad2") and re.search(
+            r"(classifier|qa_outputs|output\.LayerNorm)\.bias", key)
+        if not unseen:
+            torch.testing.assert_close(a[key], b[key], rtol=2e-3, atol=2e-5, msg=lambda m: f"{key}: {m}")
+    lines = [log_lines(folder) for folder in (one, two)]
+    assert len(lines[0]) == len(lines[1]) == 5
+    for x, y in zip(*lines):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+        assert x["grad_norm"] == pytest.approx(y["grad_norm"], rel=1e-3)
+    a, b = (json.loads((folder / "results.json").read_text())["scores"] for folder in (one, two))
+    for name, scores in a.items():
+        assert b[name] == pytest.approx(scores, rel=1e-3, abs=1e-3), name
+    files = [sorted(path.relative_to(folder) for path in folder.rglob("*") if path.suffix != ".pt")
+             for folder in (one, two)]
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("task", TUNED)
+def test_evaluation_with_two_processes_is_bit_equal_to_one(both, tiny_tasks, task):
+    """An odd number of examples, in many batches, and in a single one that leaves a process without."""
+    alone = logits_of(both / "two" / "tuned", tiny_tasks, common.World(0, 1, torch.device("cpu")))
+    for rank in (0, 1):
+        found = torch.load(both / f"logits{rank}.pt", weights_only=True)
+        for key in alone:
+            if key[0] == task:
+                assert torch.equal(found[key], alone[key]), key

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_ddp import flat, log_lines
 from test_scripts import EVERY, saved, stop_at
 
 import distill
+import finetune
 import losses
 import teacher
 from model import BERT, BERTConfig
@@ -84,6 +86,46 @@ def test_gpu_run_equals_cpu_run_without_dropout(distill_config, tmp_path):
     for a, b in zip(one, two):
         assert [a[k] for k in ("mlm", "nst", "crd", "grad_norm")] == \
             pytest.approx([b[k] for k in ("mlm", "nst", "crd", "grad_norm")], rel=2e-2)
+
+
+# ---------------------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_head_learns_on_the_gpu(finetune_config, dtype):
+    for summary in finetune.main(finetune_config("rte,stsb,swag,squad2", device="cuda", dtype=dtype)):
+        assert summary["runs"][0]["score"] > 99, summary["task"]
+
+
+def test_fine_tuning_on_the_gpu_equals_the_cpus_without_dropout(finetune_config, tmp_path):
+    flags = dict(dropout=0.0, max_steps=3, log_every=1, save_every=1, lr=1e-3)
+    for device in ("cpu", "cuda"):
+        finetune.main(finetune_config("rte,stsb,swag,squad2", **flags, device=device,
+                                      out_dir=str(tmp_path / device)))
+    for task in ("rte", "stsb", "swag", "squad2"):
+        one, two = (log_lines(tmp_path / device / task / "s0") for device in ("cpu", "cuda"))
+        for a, b in zip(one, two):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-2), task
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=5e-2), task
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resumed_fine_tuning_equals_an_uninterrupted_one_on_the_gpu(finetune_config, tmp_path, monkeypatch,
+                                                                   dtype):
+    flags = dict(device="cuda", dtype=dtype, max_steps=6, log_every=2, save_every=2)
+    whole, parts = (finetune_config("sst2", **flags, out_dir=str(tmp_path / name))
+                    for name in ("whole", "parts"))
+    finetune.main(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(SystemExit):
+            finetune.main(parts)
+    assert bool(saved(tmp_path / "parts" / "sst2" / "s0")["scaler"]) == (dtype == "float16")
+    finetune.main(parts)
+    one, two = (load_file(tmp_path / name / "sst2" / "s0" / "model" / "model.safetensors")
+                for name in ("whole", "parts"))
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-2, atol=1e-4, msg=lambda m: f"{key}: {m}")
 
 
 # ---------------------------------------------------------------------------- losses and encoder
@@ -167,10 +209,9 @@ def test_fused_attention_equals_plain_matmuls(padded):
 # ---------------------------------------------------------------------------- speed
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_optimizer_step_never_waits_for_the_device(distill_config, monkeypatch, dtype):
-    """From the first forward to the scaler's update any host synchronisation is an error."""
-    forward, update = distill.Distiller.forward, torch.amp.GradScaler.update
+def strict_steps(monkeypatch, objective):
+    """From the first forward to the scaler's update any host synchronisation is an error; a list of steps."""
+    forward, update = objective.forward, torch.amp.GradScaler.update
     steps = []
 
     def strict_forward(self, batch, count):
@@ -182,11 +223,28 @@ def test_optimizer_step_never_waits_for_the_device(distill_config, monkeypatch, 
         update(self, *args)
         torch.cuda.set_sync_debug_mode("default")
         steps.append(1)
-    monkeypatch.setattr(distill.Distiller, "forward", strict_forward)
+    monkeypatch.setattr(objective, "forward", strict_forward)
     monkeypatch.setattr(torch.amp.GradScaler, "update", relaxed_update)
+    return steps
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_optimizer_step_never_waits_for_the_device(distill_config, monkeypatch, dtype):
+    steps = strict_steps(monkeypatch, distill.Distiller)
     try:
         distill.main(distill_config(objective=EVERY, device="cuda", dtype=dtype, max_steps=5, eval_every=5,
                                     save_every=5, grad_every=5, log_every=5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 5
+
+
+@pytest.mark.parametrize("task", ["rte", "stsb", "swag", "squad2"])
+def test_fine_tuning_step_never_waits_for_the_device(finetune_config, monkeypatch, task):
+    steps = strict_steps(monkeypatch, finetune.Objective)
+    try:
+        finetune.main(finetune_config(task, device="cuda", dtype="float16", max_steps=5, log_every=5,
+                                      save_every=5))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 5

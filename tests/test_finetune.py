@@ -1,0 +1,988 @@
+"""Proves fine-tuning whole: every head learns, runs resume and are reused, results, tables, predictions and
+submissions are what they say, and a mistake is one clear line.
+
+Run: python -m pytest -q tests/test_finetune.py
+"""
+import contextlib
+import functools
+import io
+import json
+import math
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, write_table
+from safetensors.torch import load_file, save_file
+from test_ddp import log_lines
+from test_scripts import refused, stop_at
+
+import common
+import data
+import distill
+import finetune
+import teacher
+from finetune import TASKS
+from model import BERT, BERTConfig, TaskModel, VideoEncoder, save_video_encoder
+
+WORLD = common.World(0, 1, torch.device("cpu"))
+LEARNED = "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1"  # in no order of the papers
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_bert, tiny_tasks, tmp_path_factory):
+    """({task: its summary}, what was printed) of one command that learns all of tiny_tasks."""
+    folder, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.chdir(folder)
+        cfg = finetune.Config(**QUICK_TUNING, tasks=LEARNED, model=str(tiny_bert), data_dir=str(tiny_tasks),
+                              out_dir=str(folder / "runs"))
+        summaries = finetune.main(cfg)
+    return {summary["task"]: summary for summary in summaries}, printed.getvalue()
+
+
+def only(summaries):
+    """The results of the only run of the only task."""
+    (summary,) = summaries
+    (run,) = summary["runs"]
+    return run
+
+
+def spy(monkeypatch, name, what):
+    """Notes what(arguments) of each call of finetune.<name>."""
+    seen, function = [], getattr(finetune, name)
+
+    def noted(*args, **kw):
+        seen.append(what(*args, **kw))
+        return function(*args, **kw)
+    monkeypatch.setattr(finetune, name, noted)
+    return seen
+
+
+def weights(run):
+    return (Path(run["folder"]) / "model" / "model.safetensors").read_bytes()
+
+
+def outcome(run):
+    """What a run computed, without its place and time."""
+    return {k: v for k, v in run.items() if k not in ("folder", "seconds", "examples_per_s", "finished")}
+
+
+def curve(run):
+    return [{k: v for k, v in line.items() if k != "memory_mb"} for line in log_lines(Path(run["folder"]))]
+
+
+def column(path, name):
+    """A column of a .tsv file with names in its first line."""
+    header, *rows = [line.split("\t") for line in path.read_text().splitlines()]
+    return [row[header.index(name)] for row in rows]
+
+
+def learned(scores):
+    """Every metric of every set is perfect, as far as it can be."""
+    for found in scores.values():
+        for metric, value in found.items():
+            if metric == "rmse":
+                assert value < 0.3, scores
+            elif metric in ("pearson", "spearman"):  # the ranks of equal labels are ties, those of scores not
+                assert value > (99 if metric == "pearson" else 95), scores
+            elif "thresh" not in metric and "total" not in metric:
+                assert value == pytest.approx(100), (metric, scores)
+
+
+# ---------------------------------------------------------------------------- learning
+
+
+@pytest.mark.parametrize("task", sorted(LEARNED.split(",")))
+def test_head_learns_its_task(trained, task):
+    run = only([trained[0][task]])
+    learned(run["scores"])
+    assert run["score"] == run["scores"][""][TASKS[task].metrics[0]] and run["collapsed"] == ""
+    first, *_, last = curve(run)
+    assert last["loss"] < first["loss"] / 4
+
+
+@pytest.mark.parametrize("task", ["sst2", "swag"])
+def test_mean_pooling_learns(finetune_config, task):
+    run = only(finetune.main(finetune_config(task, pool="mean")))
+    learned(run["scores"])
+    assert not any("pooler" in name for name in load_file(Path(run["folder"], "model", "model.safetensors")))
+
+
+@pytest.mark.parametrize("task", ["rte", "stsb", "squad2"])
+def test_bfloat16_learns(finetune_config, trained, task):
+    run = only(finetune.main(finetune_config(task, dtype="bfloat16")))
+    learned(run["scores"])
+    mine, exact = (curve(run)[0]["loss"] for run in (run, only([trained[0][task]])))
+    assert mine != exact and mine == pytest.approx(exact, rel=0.1)
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_frozen_encoder_is_bit_equal_to_the_start(finetune_config, tiny_bert, pool):
+    run = only(finetune.main(finetune_config("sst2", freeze=True, pool=pool, max_steps=5)))
+    before, after = (load_file(Path(folder, "model.safetensors")) for folder in
+                     (tiny_bert, Path(run["folder"], "model")))
+    encoder = {name for name in before if "pooler" not in name}
+    assert encoder <= {name.removeprefix("bert.") for name in after} and len(encoder) == 21
+    for name in encoder:
+        assert torch.equal(before[name], after["bert." + name]), name
+    assert after["classifier.bias"].abs().min() > 0  # it starts at 0
+    assert ("bert.pooler.dense.bias" in after) == (pool == "cls")
+    if pool == "cls":
+        assert after["bert.pooler.dense.bias"].abs().sum() > 0
+
+
+def test_layer_decay_moves_the_lower_layers_less(finetune_config, tiny_bert):
+    vocab = data.load_vocab(tiny_bert)
+    BERT(BERTConfig(vocab.size, layers=2, hidden=32, heads=2, intermediate=64)).save_pretrained("two", vocab)
+    run = only(finetune.main(finetune_config("sst2", model="two", layer_decay=0.01, max_steps=5)))
+    before, after = (load_file(Path(folder, "model.safetensors")) for folder in
+                     ("two", Path(run["folder"], "model")))
+
+    def moved(name):
+        return (after["bert." + name] - before[name]).abs().max().item()
+    embeddings, lower, upper = map(moved, (  # these start at 0, where small steps are not rounded away
+        "embeddings.LayerNorm.bias", *(f"encoder.layer.{i}.output.LayerNorm.bias" for i in (0, 1))))
+    assert 0 < embeddings < lower / 10 and lower < upper / 10
+    assert upper < 0.1 * QUICK_TUNING["lr"] < after["classifier.bias"].abs().max()
+
+
+def test_limit_draws_so_many_examples_anew_for_each_seed(finetune_config, monkeypatch):
+    seen = spy(monkeypatch, "finetune", lambda cfg, task, start, train, *_: train.ids)
+    first, second = finetune.main(finetune_config("rte", limit=7, seeds=2, max_steps=2))[0]["runs"]
+    assert first["examples"] == second["examples"] == 7
+    assert [len(set(ids)) for ids in seen] == [7, 7] and set(seen[0]) != set(seen[1])
+    finetune.main(finetune_config("rte", limit=7, seed=1, max_steps=2))
+    assert seen[2] == seen[1]
+
+
+def test_steps_are_epochs_and_the_rate_rises_and_falls(finetune_config):
+    run = only(finetune.main(finetune_config("rte", max_steps=0, epochs=2.5, warmup=0.25, log_every=1,
+                                             lr=1e-3)))
+    assert run["steps"] == 10 == math.ceil(2.5 * 64 / 16)
+    rates = [line["lr"] for line in curve(run)]
+    assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (10 - step) / 8 for step in range(2, 10))])
+
+
+@pytest.mark.parametrize("task", ["mnli", "stsb", "swag", "squad2"])
+def test_accumulation_takes_the_same_steps(finetune_config, task, tmp_path):
+    flags = dict(dropout=0.0, max_steps=3, log_every=1, save_every=1, lr=1e-3, save_models=False)
+    one, four = (only(finetune.main(finetune_config(task, **flags, grad_accum=parts,
+                                                    out_dir=str(tmp_path / str(parts))))) for parts in (1, 4))
+    for a, b in zip(curve(one), curve(four)):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    assert len(curve(one)) == len(curve(four)) == 3
+
+
+# ---------------------------------------------------------------------------- evaluation
+
+
+def evaluated(run, task, tiny_tasks):
+    """(model, the task's dev set) of a run's own folder."""
+    folder = Path(run["folder"], "model")
+    model, settings = TaskModel.from_pretrained(folder)
+    path = finetune.find_file(TASKS[task], tiny_tasks, TASKS[task].evals[""])
+    return model, finetune.load_examples(TASKS[task], path, data.load_vocab(folder), settings["max_length"],
+                                         "", "dev")
+
+
+@pytest.mark.parametrize("task", ["mnli", "stsb", "swag", "squad2"])
+def test_evaluation_equals_one_example_at_a_time(trained, tiny_tasks, task, monkeypatch):
+    """In batches, in the file's order; what is loaded from the run's folder predicts what its results say."""
+    run = only([trained[0][task]])
+    model, examples = evaluated(run, task, tiny_tasks)
+    model.train()
+    whole = finetune.evaluate(model, examples, torch.float32, WORLD)
+    assert model.training
+    model.eval()
+    for i in range(len(examples)):
+        batch = examples.batch([i])
+        alone = model(batch["ids"], batch["mask"], batch["segments"]).detach()[0]
+        if task == "squad2":
+            assert torch.equal(whole[i, len(alone):], torch.full_like(whole[i, len(alone):], -math.inf))
+            torch.testing.assert_close(whole[i, :len(alone)], alone, rtol=1e-4, atol=1e-4)
+        else:
+            torch.testing.assert_close(whole[i], alone, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(finetune, "EVAL_TOKENS", 100)  # other batches
+    torch.testing.assert_close(finetune.evaluate(model, examples, torch.float32, WORLD), whole, rtol=1e-4,
+                               atol=1e-4)
+    scores, _ = finetune.measure(TASKS[task], examples, finetune.decide(TASKS[task], examples, whole))
+    assert scores == pytest.approx(run["scores"][""])
+
+
+def test_span_loss_is_the_mean_of_start_and_end_over_real_tokens(trained, tiny_tasks):
+    model, examples = evaluated(only([trained[0]["squad2"]]), "squad2", tiny_tasks)
+    batch = examples.batch(np.arange(6))
+    loss = finetune.Objective(model)(batch, 6)["task"]
+    expected = 0.0
+    for i in range(6):
+        n = batch["mask"][i].sum()
+        alone = model(batch["ids"][i:i + 1, :n], None, batch["segments"][i:i + 1, :n])[0]
+        for end in (0, 1):
+            expected -= alone[:, end].log_softmax(0)[batch["labels"][i, end]] / 12
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_eval_only_measures_again_and_changes_nothing_else(finetune_config, monkeypatch):
+    cfg = finetune_config("squad2", max_steps=5)
+    run = only(finetune.main(cfg))
+    monkeypatch.setattr(finetune.Objective, "forward", None)  # nothing is trained
+    before = {p: p.read_bytes() for p in Path(run["folder"]).rglob("*") if p.is_file()}
+    shutil.rmtree(Path(run["folder"], "predictions"))
+    assert outcome(only(finetune.main(replace(cfg, eval_only=True)))) == outcome(run)
+    assert {p: p.read_bytes() for p in Path(run["folder"]).rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("labels", [("entailment", "neutral", "contradiction"),
+                                    ("entailment", "not_entailment", "not_entailment")])
+def test_diagnostics_are_scored_by_category(trained, finetune_config, tiny_tasks, tmp_path, labels):
+    """With three-way labels, and with two-way ones, where neutral and contradiction are one."""
+    three = ["entailment", "neutral", "contradiction"]
+    shutil.copytree(tiny_tasks / "glue" / "MNLI", tmp_path / "data" / "MNLI")
+    source = tiny_tasks / "glue" / "diagnostic" / "diagnostic-full.tsv"
+    header, *rows = [line.split("\t") for line in source.read_text().splitlines()]
+    rows = [[*row[:-1], labels[three.index(row[-1])]] for row in rows]
+    rows[0][-2] = "the cat not ran"  # the model will be wrong here
+    write_table(tmp_path / "data" / "diagnostic" / "diagnostic-full.tsv", header, *rows)
+    folder = tmp_path / "runs" / "mnli" / "s0"
+    shutil.copytree(only([trained[0]["mnli"]])["folder"], folder)
+    found = only(finetune.main(finetune_config("mnli", data_dir=str(tmp_path / "data"), eval_only=True,
+                                               out_dir=str(tmp_path / "runs"))))["scores"]["diagnostic"]
+    assert len(found) == 8
+    for i, name in enumerate(finetune.DIAGNOSTIC):
+        tagged = [row for row in rows if row[i]]
+        wrong = rows[0] in tagged
+        assert found[f"{name}, accuracy"] == pytest.approx(100 * (1 - wrong / len(tagged)))
+        assert (found[f"{name}, r3"] == pytest.approx(100)) != wrong
+
+
+def test_tracie_is_scored_by_comparator(trained, tiny_tasks):
+    model, examples = evaluated(only([trained[0]["tracie"]]), "tracie", tiny_tasks)
+    predictions = examples.labels.copy()
+    ends = np.array(["ends" in row for row in examples.extra["comparator"]])
+    predictions[np.flatnonzero(ends)[:2]] ^= 1
+    scores, _ = finetune.measure(TASKS["tracie"], examples, predictions)
+    assert scores == pytest.approx({"accuracy": 100 * 19 / 21, "accuracy of starts": 100,
+                                    "accuracy of ends": 100 * (1 - 2 / ends.sum())})
+    assert set(only([trained[0]["tracie"]])["scores"][""]) == set(scores)
+
+
+# ---------------------------------------------------------------------------- resume and reuse
+
+
+SHORT = dict(max_steps=8, log_every=2, save_every=2)
+
+
+@pytest.mark.parametrize("flags", [
+    dict(tasks="sst2", seeds=2), dict(tasks="stsb", dtype="float16", grad_accum=2),
+    dict(tasks="squad2", dtype="bfloat16", limit=20), dict(tasks="swag", pool="mean"),
+    dict(tasks="mnli", freeze=True, layer_decay=0.5)], ids=lambda flags: flags["tasks"])
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finetune_config, monkeypatch, tmp_path, flags,
+                                                          capsys):
+    whole, parts = (finetune_config(**flags, **SHORT, out_dir=str(tmp_path / name))
+                    for name in ("whole", "parts"))
+    (expected,) = finetune.main(whole)
+    at = 5 + 8 * (len(expected["runs"]) - 1)  # in the last run, in the middle of a window of the log
+    with monkeypatch.context() as patch:
+        stop_at(patch, at)
+        with pytest.raises(SystemExit) as stop:
+            finetune.main(parts)
+    assert stop.value.code == 0
+    folder = tmp_path / "parts" / flags["tasks"] / f"s{len(expected['runs']) - 1}"
+    assert f"saved step 5 in {folder}; go on with the same command" in capsys.readouterr().out
+    assert not (folder / "results.json").exists()
+    (found,) = finetune.main(parts)
+    assert len(found["runs"]) == len(expected["runs"])
+    assert f"{folder}: goes on from step 5" in capsys.readouterr().out
+    assert not list(folder.parent.glob("s*.1")) and not list(folder.parent.rglob("checkpoint*"))
+    for a, b in zip(expected["runs"], found["runs"]):
+        assert outcome(a) == outcome(b) and weights(a) == weights(b)
+        for path in Path(a["folder"], "predictions").iterdir():
+            assert path.read_bytes() == Path(b["folder"], "predictions", path.name).read_bytes()
+        for one, two in zip(curve(a), curve(b)):
+            if two["step"] == 6 and b is found["runs"][-1]:  # its line is on what came after the interruption
+                assert 0.6 < two.pop("loss") / one.pop("loss") < 1.6
+            assert one == two
+        assert len(curve(a)) == len(curve(b)) == 4
+
+
+def test_killed_run_goes_on_also_where_the_newest_checkpoint_is_damaged(finetune_config, monkeypatch, capsys,
+                                                                        tmp_path):
+    cfg = finetune_config("sst2", **SHORT)
+    whole = only(finetune.main(replace(cfg, out_dir=str(tmp_path / "whole"))))
+    save = finetune.save_checkpoint
+
+    def killed(folder, state, world):
+        save(folder, state, world)
+        if state["step"] == 4:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main(cfg)
+    folder = Path("out/finetune/tiny/sst2/s0")
+    path = folder / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with (folder / "log.jsonl").open("a") as f:
+        f.write('{"step": 6, "lo')
+    run = only(finetune.main(cfg))
+    out = capsys.readouterr().out
+    assert "is damaged" in out and f"{folder}: goes on from step 2" in out
+    assert weights(run) == weights(whole) and outcome(run) == outcome(whole) and curve(run) == curve(whole)
+
+
+def test_damaged_checkpoints_alone_are_one_line_that_says_what_to_do(finetune_config, monkeypatch):
+    cfg = finetune_config("sst2", **SHORT)
+    stop_at(monkeypatch, 1)
+    with pytest.raises(SystemExit):
+        finetune.main(cfg)
+    Path("out/finetune/tiny/sst2/s0/checkpoint.pt").write_bytes(b"PK")
+    refused("no readable checkpoint in .*--resume false", lambda: finetune.main(cfg))
+
+
+def test_max_minutes_saves_and_the_same_command_goes_on(finetune_config, capsys):
+    cfg = finetune_config("sst2", **SHORT)
+    with pytest.raises(SystemExit) as stop:
+        finetune.main(replace(cfg, max_minutes=1e-9))
+    assert stop.value.code == 0 and "--max_minutes: saved step 0 in out" in capsys.readouterr().out
+    finetune.main(cfg)
+    assert "goes on from step 0" in capsys.readouterr().out
+
+
+def test_finished_run_is_reused_and_run_anew_when_asked(finetune_config, tiny_bert, monkeypatch, capsys):
+    cfg = finetune_config("sst2", **SHORT)
+    run = only(finetune.main(cfg))
+    bert = shutil.copytree(tiny_bert, "copy")  # the same weights by another path, and settings that are free
+    same = [cfg, replace(cfg, log_every=4, save_every=4), replace(cfg, max_minutes=9.0),
+            replace(cfg, model=f"{tiny_bert}/"), replace(cfg, model=str(bert), out_dir="out/finetune/tiny")]
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune.Objective, "forward", None)  # nothing is trained
+        for again in same:
+            capsys.readouterr()
+            found = only(finetune.main(again))
+            assert found == run and f"reused {run['folder']}" in capsys.readouterr().out
+    old = weights(run)
+    anew = only(finetune.main(replace(cfg, resume=False)))
+    assert weights(anew) == old == Path(run["folder"] + ".1", "model", "model.safetensors").read_bytes()
+    assert anew["finished"] > run["finished"]
+    other = only(finetune.main(replace(cfg, lr=1e-4)))
+    assert weights(other) != old and Path(run["folder"] + ".2").exists()
+
+
+def test_changed_dev_set_is_evaluated_and_changed_data_or_model_trained_anew(finetune_config, tiny_tasks,
+                                                                             tiny_bert):
+    shutil.copytree(tiny_tasks / "glue" / "RTE", "glue_data/RTE")
+    bert = shutil.copytree(tiny_bert, "copy")
+    cfg = finetune_config("rte", data_dir=".", model=str(bert), out_dir="runs", **SHORT)
+    first = only(finetune.main(cfg))
+    with open("glue_data/RTE/dev.tsv", "a") as f:
+        f.write("99\tthe cat ran\tyes the cat ran\tentailment\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.Objective, "forward", None)  # nothing is trained
+        second = only(finetune.main(cfg))
+    assert second["finished"] == first["finished"]
+    assert len(Path("runs/rte/s0/predictions/RTE.tsv").read_text().splitlines()) == 1 + 22
+    assert round(22 * second["score"], 6) % 100 == 0 and second["score"] != first["score"]
+    assert only(finetune.main(cfg)) == second == json.loads(Path("runs/rte/s0/results.json").read_text())
+    with open("glue_data/RTE/train.tsv", "a") as f:
+        f.write("99\tthe cat ran\tyes the cat ran\tentailment\n")
+    third = only(finetune.main(cfg))
+    assert third["finished"] > second["finished"] and third["examples"] == 65
+    torch.manual_seed(9)
+    BERT(BERT.from_pretrained(bert).config).save_pretrained(bert, data.load_vocab(bert))
+    fourth = only(finetune.main(cfg))
+    assert fourth["finished"] > third["finished"] and Path("runs/rte/s0.2").exists()
+
+
+def test_more_seeds_later_run_only_those_that_are_missing(finetune_config, monkeypatch):
+    cfg = finetune_config("sst2", **SHORT)
+    first = only(finetune.main(cfg))
+    seeds = spy(monkeypatch, "open_run", lambda folder, cfg, *_: cfg.seed)
+    (summary,) = finetune.main(replace(cfg, seeds=3))
+    assert seeds == [1, 2] and summary["runs"][0] == first
+    assert len({weights(run) for run in summary["runs"]}) == 3
+    assert json.loads(Path("out/finetune/tiny/sst2/results.json").read_text()) == summary
+    assert [run["seed"] for run in summary["runs"]] == [0, 1, 2]
+    (later,) = finetune.main(replace(cfg, seeds=2, seed=2))
+    assert seeds == [1, 2, 3] and [run["seed"] for run in later["runs"]] == [2, 3]
+
+
+def test_run_leaves_what_it_was_and_no_checkpoint(trained):
+    for task, summary in trained[0].items():
+        run = only([summary])
+        folder = Path(run["folder"])
+        assert folder.name == "s0" and folder.parent.name == task
+        assert json.loads((folder / "results.json").read_text()) == run
+        assert json.loads((folder.parent / "results.json").read_text()) == summary
+        settings = json.loads((folder / "config.json").read_text())
+        assert settings["config"]["tasks"] == task and settings["config"]["seed"] == 0
+        assert {p.name for p in folder.iterdir()} == {
+            "config.json", "log.jsonl", "model", "predictions", "results.json",
+            *(["submission"] if TASKS[task].tests else [])}
+
+
+def test_run_without_a_saved_model_has_results_all_the_same(finetune_config, capsys):
+    cfg = finetune_config("sst2", **SHORT, save_models=False)
+    run = only(finetune.main(cfg))
+    assert not Path(run["folder"], "model").exists() and not Path(run["folder"], "submission").exists()
+    finetune.main(cfg)
+    assert f"reused {run['folder']}" in capsys.readouterr().out
+    refused("--model .*no model there", lambda: predict("out/finetune/tiny/sst2", ["x"]))
+
+
+# ---------------------------------------------------------------------------- seeds and tables
+
+
+def test_seeds_make_runs_of_their_own_and_a_median(finetune_config, capsys):
+    (summary,) = finetune.main(finetune_config("stsb", seeds=3, max_steps=12))
+    runs = sorted(summary["runs"], key=lambda run: run["score"])
+    assert len({run["score"] for run in runs}) == 3
+    assert summary["median"] == f"s{runs[1]['seed']}" == Path(runs[1]["folder"]).name
+    shown = [f"{run['score']:.1f}{'*' * bool(run['collapsed'])}" for run in summary["runs"]]
+    line = re.search("^STS-B pearson .*$", capsys.readouterr().out, re.M)[0]
+    assert line.split() == ["STS-B", "pearson", f"{runs[1]['score']:.1f}", *shown]
+    submissions = [run["seed"] for run in runs if Path(run["folder"], "submission").exists()]
+    assert submissions == [runs[1]["seed"]]  # the median run's
+
+
+def test_median_of_two_runs_is_the_worse_one_also_where_less_is_better(finetune_config):
+    (summary,) = finetune.main(finetune_config("read", seeds=2, max_steps=4, log_every=2, save_every=2))
+    worse = max(summary["runs"], key=lambda run: run["scores"][""]["rmse"])
+    assert summary["median"] == f"s{worse['seed']}"
+
+
+def test_table_has_the_papers_order_and_an_average_without_rmse(trained):
+    text = trained[1]
+    table = text[text.index("median"):].splitlines()
+    names = [re.match(r"(.+?)  ", line).group(1) for line in table[2:] if "  " in line]
+    titles = list(dict.fromkeys(next(task.title for task in TASKS.values() if name.startswith(task.title))
+                                for name in names if not name.startswith("average")))
+    assert titles == ["SST-2", "MNLI", "SQuAD 1.1", "SQuAD 2.0", "SWAG", "RTE", "STS-B", "PIQA", "TRACIE",
+                      "READ"]
+    main = [summary["runs"][0]["score"] for task, summary in trained[0].items() if task != "read"]
+    assert re.search(rf"average of 9 tasks +{np.mean(main):.1f}", text)
+    assert re.search(r"READ rmse +0\.\d\d\d +0\.\d\d\d\n", text)
+
+
+def made_summary(task, *scores, collapsed=()):
+    return {"task": task, "model": "m", "median": "", "runs": [
+        {"seed": i, "scores": {"": {TASKS[task].metrics[0]: value}}, "score": value, "seconds": 1.0,
+         "collapsed": "it did" if i in collapsed else ""} for i, value in enumerate(scores)]}
+
+
+def test_table_shows_medians_and_marks_collapsed_runs():
+    text = finetune.results_table([made_summary("rte", 60.0, 53.0, 70.0, 55.0, 66.0, collapsed=[1]),
+                                   made_summary("stsb", 80.0, 90.0), made_summary("read", 0.5, 0.7, 0.6)])
+    assert re.search(r"^RTE accuracy +60\.0 +60\.0 53\.0\* 70\.0 55\.0 66\.0$", text, re.M)
+    assert re.search(r"^STS-B pearson +80\.0 +80\.0 90\.0$", text, re.M)  # the lower of an even number
+    assert re.search(r"^READ rmse +0\.600 +0\.500 0\.700 0\.600$", text, re.M)
+    assert re.search(r"^average of 2 tasks +70\.0", text, re.M)
+    assert "* RTE s1 collapsed: it did" in text
+    assert "average" not in finetune.results_table([made_summary("rte", 60.0)])
+    # of a loss the lower median is the larger one, as in the choice of the median run
+    assert re.search(r"^READ rmse +0\.700 ", finetune.results_table([made_summary("read", 0.5, 0.7)]), re.M)
+
+
+def test_collapsed_run_is_marked(finetune_config, capsys):
+    """A rate at which nothing is learned: one class for all."""
+    summaries = finetune.main(finetune_config("sst2,rte", lr=1e-9, seeds=2, **SHORT))
+    out, starred = capsys.readouterr().out, 0
+    for summary in summaries:
+        title = TASKS[summary["task"]].title
+        for run in summary["runs"]:
+            if run["collapsed"]:
+                starred += 1
+                assert re.search(rf"{title} s{run['seed']}  accuracy .*COLLAPSED: {run['collapsed']}", out)
+                assert f"* {title} s{run['seed']} collapsed: {run['collapsed']}" in out
+                assert f"{run['score']:.1f}*" in re.search(rf"{title} accuracy .*", out)[0]
+    assert starred >= 3
+
+
+@pytest.mark.parametrize("preset", ["vidlankd", "xdbert-base", "xdbert-large"])
+def test_preset_has_the_papers_values_and_flags_beat_it(preset):
+    cfg = common.parse_cli(finetune.Config, finetune.PRESETS, ["--preset", preset])
+    small, others = {"vidlankd": (1e-4, 1e-4), "xdbert-base": (1e-4, 2e-5),
+                     "xdbert-large": (5e-5, 1e-5)}[preset]
+    for name, task in TASKS.items():
+        own, seeds = finetune.own_settings(cfg, task)
+        if name in finetune.DEMO_TASKS:
+            assert own.lr == 1e-3  # from a model of two layers
+            continue
+        assert own.lr == (small if name in ("rte", "mrpc", "stsb") else others), name
+        assert seeds == (1 if preset == "vidlankd" else 9 if name == "rte" else 5), name
+        assert (own.epochs, own.max_steps, own.batch_size, own.max_length) == (3.0, 0, 32, 128)
+        assert own.warmup == 0.1 and own.layer_decay == (1.0 if preset == "vidlankd" else 0.9)
+        assert own.weight_decay == (0.0 if preset == "vidlankd" else 0.01)
+    flags = dict(lr=3e-5, seeds=2, max_length=256, layer_decay=0.8, epochs=2.0, batch_size=16, warmup=0.2,
+                 weight_decay=0.1)
+    cfg = common.parse_cli(finetune.Config, finetune.PRESETS,
+                           ["--preset", preset, *(f"--{k}={v}" for k, v in flags.items())])
+    for name in ("rte", "sst2"):
+        own, seeds = finetune.own_settings(cfg, TASKS[name])
+        assert seeds == 2 and {k: getattr(own, k) for k in flags} == flags | {"seeds": 1}
+
+
+def test_demo_tasks_keep_their_own_settings_and_flags_beat_them():
+    for name in finetune.DEMO_TASKS:
+        own, seeds = finetune.own_settings(finetune.Config(), TASKS[name])
+        assert (own.lr, own.max_steps, own.max_length, seeds) == (1e-3, TASKS[name].steps, 48, 3)
+        assert 200 <= own.max_steps <= 500
+        cfg = finetune.Config(lr=1e-4, epochs=2.0, max_length=40, seeds=1)
+        own, seeds = finetune.own_settings(cfg, TASKS[name])
+        assert (own.lr, own.max_steps, own.epochs, own.max_length, seeds) == (1e-4, 0, 2.0, 40, 1)
+        assert finetune.own_settings(finetune.Config(max_steps=7), TASKS[name])[0].max_steps == 7
+    own, seeds = finetune.own_settings(finetune.Config(), TASKS["rte"])
+    assert (own.lr, own.max_steps, own.epochs, own.max_length, seeds) == (1e-4, 0, 3.0, 128, 3)
+
+
+# ---------------------------------------------------------------------------- predictions and submissions
+
+
+def lines_of(trained, task, folder, name):
+    return Path(only([trained[0][task]])["folder"], folder, name).read_text().splitlines()
+
+
+def gold_of(task, tiny_tasks, which=""):
+    path = finetune.find_file(TASKS[task], tiny_tasks, TASKS[task].evals[which])
+    return TASKS[task].read(TASKS[task], path, True)
+
+
+def test_predictions_have_each_benchmarks_form(trained, tiny_tasks):
+    """All are right, so that the files are known to the letter."""
+    for task, file in (("sst2", "SST-2.tsv"), ("rte", "RTE.tsv")):
+        header, *lines = lines_of(trained, task, "predictions", file)
+        label = column(tiny_tasks / "glue" / TASKS[task].folder / "dev.tsv", "label")
+        assert header == "index\tprediction" and lines == [f"{i}\t{word}" for i, word in enumerate(label)]
+    for which, file in (("", "MNLI-m.tsv"), ("mm", "MNLI-mm.tsv"), ("diagnostic", "AX.tsv")):
+        header, *lines = lines_of(trained, "mnli", "predictions", file)
+        gold = gold_of("mnli", tiny_tasks, which)
+        assert header == "index\tprediction"
+        assert lines == [f"{i}\t{TASKS['mnli'].labels[label]}" for i, label in zip(gold.ids, gold.labels)]
+    header, *lines = lines_of(trained, "stsb", "predictions", "STS-B.tsv")
+    assert header == "index\tprediction" and all(re.fullmatch(r"\d+\t[0-5]\.\d{3}", line) for line in lines)
+    scores = [float(line.split("\t")[1]) for line in lines]
+    assert scores == pytest.approx(gold_of("stsb", tiny_tasks).labels, abs=0.9)
+    assert lines_of(trained, "piqa", "predictions", "predictions.lst") == \
+        (tiny_tasks / "piqa" / "valid-labels.lst").read_text().splitlines()
+    header, *lines = lines_of(trained, "swag", "predictions", "predictions.csv")
+    assert header == "pred" and lines == [str(label) for label in gold_of("swag", tiny_tasks).labels]
+    assert lines_of(trained, "tracie", "predictions", "predictions.txt") == \
+        [f"answer: {['negative', 'positive'][label]}" for label in gold_of("tracie", tiny_tasks).labels]
+    header, *lines = lines_of(trained, "read", "predictions", "submission.csv")
+    assert header == "id,target" and all(re.fullmatch(r"r\d+,-?\d\.\d{6}", line) for line in lines)
+    for task in ("squad1", "squad2"):
+        folder = Path(only([trained[0][task]])["folder"], "predictions")
+        gold = json.loads((tiny_tasks / "squad" / TASKS[task].evals[""]).read_text())["data"][0]["paragraphs"]
+        answers = {q["id"]: (q["answers"] or [{"text": ""}])[0]["text"] for p in gold for q in p["qas"]}
+        assert json.loads((folder / "predictions.json").read_text()) == answers
+        assert (folder / "null_odds.json").exists() == (task == "squad2")
+    odds, whole = (json.loads((folder / name).read_text()) for name in ("null_odds.json", "answers.json"))
+    assert odds.keys() == whole.keys() == answers.keys() and all(whole.values())
+    assert all((odds[i] > 0) == (not text) for i, text in answers.items())
+
+
+def test_scores_are_clipped_in_the_file_and_whole_in_the_metric(trained, finetune_config):
+    folder = Path("runs/stsb/s0")
+    run = only([trained[0]["stsb"]])
+    shutil.copytree(run["folder"], folder)
+    path = folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["classifier.bias"] += 2.5
+    save_file(tensors, path)
+    found = only(finetune.main(finetune_config("stsb", out_dir="runs", eval_only=True)))
+    assert found["scores"][""] == pytest.approx(run["scores"][""], abs=1e-3)
+    lines = (folder / "predictions" / "STS-B.tsv").read_text().splitlines()[1:]
+    scores = [float(line.split("\t")[1]) for line in lines]
+    assert max(scores) == 5 and 5 < len([x for x in scores if x == 5]) < len(scores)
+
+
+def test_test_sets_are_labelled_for_submission(trained, tiny_tasks):
+    """The texts of the test sets are as easily told as those of the dev sets, and in the same order."""
+    words = column(tiny_tasks / "glue" / "SST-2" / "test.tsv", "sentence")
+    assert lines_of(trained, "sst2", "submission", "SST-2.tsv") == [
+        "index\tprediction", *(f"{i}\t{int('good' in text)}" for i, text in enumerate(words))]
+    assert len(lines_of(trained, "rte", "submission", "RTE.tsv")) == 6
+    assert {line.split("\t")[1] for line in lines_of(trained, "rte", "submission", "RTE.tsv")[1:]} == \
+        {"entailment", "not_entailment"}
+    for name in ("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"):
+        header, *lines = lines_of(trained, "mnli", "submission", name)
+        assert header == "index\tprediction"
+        assert [line.split("\t")[1] for line in lines] == \
+            ["entailment", "neutral", "contradiction", "entailment", "neutral"]
+    tests = [json.loads(line) for line in (tiny_tasks / "piqa" / "tests.jsonl").read_text().splitlines()]
+    assert lines_of(trained, "piqa", "submission", "predictions.lst") == \
+        [str(int("good" in row["sol2"])) for row in tests]
+    assert len(lines_of(trained, "stsb", "submission", "STS-B.tsv")) == 6
+    assert len(lines_of(trained, "swag", "submission", "predictions.csv")) == 6
+    assert [line.split(",")[0] for line in lines_of(trained, "read", "submission", "submission.csv")] == \
+        ["id", "r0", "r1", "r2"]
+    assert not Path(only([trained[0]["squad1"]])["folder"], "submission").exists()
+
+
+def test_interrupted_submission_is_completed(finetune_config, monkeypatch):
+    cfg = finetune_config("mnli", **SHORT)
+    write = finetune.write_predictions
+
+    def killed(task, examples, predictions, path):
+        if path.parent.name == "submission" and path.name == "MNLI-mm.tsv":
+            raise KeyboardInterrupt
+        write(task, examples, predictions, path)
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "write_predictions", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune.main(cfg)
+    run = only(finetune.main(cfg))
+    names = {path.name for path in Path(run["folder"], "submission").iterdir()}
+    assert names == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
+
+
+def test_score_of_the_predictions_equals_the_results(finetune_config, tiny_tasks, capsys):
+    """Also where they are half wrong; for 2.0 with the null scores."""
+    for task, steps in (("squad1", 8), ("squad2", 30)):
+        run = only(finetune.main(finetune_config(task, max_steps=steps, save_models=False)))
+        scores, folder = run["scores"][""], Path(run["folder"], "predictions")
+        assert 5 < scores["exact"] < 100
+        gold = str(tiny_tasks / "squad" / TASKS[task].evals[""])
+        capsys.readouterr()
+        found = finetune.main(finetune.Config(score=str(folder / "predictions.json"), gold=gold))
+        assert found == pytest.approx({k: v for k, v in scores.items() if "best" not in k})
+        assert f"{scores['exact']:.4f}" in capsys.readouterr().out
+    found = finetune.main(finetune.Config(score=str(folder / "answers.json"), gold=gold,
+                                          no_answer=str(folder / "null_odds.json")))
+    best = [name for name in scores if name.startswith("best")]
+    assert len(best) == 4 and {k: found[k] for k in best} == pytest.approx({k: scores[k] for k in best})
+
+
+# ---------------------------------------------------------------------------- standard input
+
+
+def predict(model, lines, **flags):
+    """What --predict prints for lines of standard input: a list of the fields of each line."""
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        finetune.main(finetune.Config(model=str(model), predict=True, device="cpu", **flags))
+    return [line.split("\t") for line in printed.getvalue().splitlines()]
+
+
+def foreign(run, target):
+    """A run's model as Hugging Face's library would have written it, without our settings."""
+    shutil.copytree(Path(run["folder"], "model"), target)
+    settings = json.loads((target / "config.json").read_text())
+    del settings["nanoground"], settings["pooler_trained"]
+    (target / "config.json").write_text(json.dumps(settings))
+    return target
+
+
+def lines_and_answers(task, tiny_tasks):
+    """The dev set as lines of standard input, and the gold label of each."""
+    gold = gold_of(task, tiny_tasks)
+    second = gold.second or [[]] * len(gold.first)
+    lines = ["\t".join([a, *([b] if isinstance(b, str) else b)]) for a, b in zip(gold.first, second)]
+    if task in ("squad1", "squad2"):
+        return lines, [context[a:b] for context, (a, b) in zip(gold.second, gold.labels)]
+    if task == "stsb":
+        return lines, gold.labels
+    return lines, [TASKS[task].labels[i] if TASKS[task].labels else str(i) for i in gold.labels]
+
+
+@pytest.mark.parametrize("task", sorted(set(LEARNED.split(",")) - {"read"}))
+def test_predict_labels_lines_in_order(trained, tiny_tasks, tmp_path, task):
+    """With the task's folder, the run's, the model's, and a folder that does not know of us: all alike."""
+    run = only([trained[0][task]])
+    lines, answers = lines_and_answers(task, tiny_tasks)
+    found = predict(Path(run["folder"]).parent, lines)
+    assert len(found) == len(lines)
+    if task == "stsb":
+        assert [float(value) for (value,) in found] == pytest.approx(answers, abs=0.9)
+    else:
+        for (label, p), answer in zip(found, answers):
+            assert re.fullmatch(r"[01]\.\d{4}", p)
+            if answer:
+                assert label == answer and 0.5 < float(p) <= 1
+            else:  # squad2's best guess where there is no answer
+                assert float(p) < 0.5
+    assert predict(run["folder"], lines) == predict(Path(run["folder"], "model"), lines) == found
+    assert predict(foreign(run, tmp_path / "hf"), lines) == found
+
+
+def test_predict_finds_the_median_run_from_any_folder(finetune_config, tmp_path, monkeypatch):
+    (summary,) = finetune.main(finetune_config("stsb", seeds=3, max_steps=6))
+    lines = ["the cat ran\tgood good bad", "the dog sat\tbad"]
+    task = (tmp_path / "out/finetune/tiny/stsb").resolve()
+    median = predict(task / summary["median"], lines)
+    runs = [predict(run["folder"], lines) for run in summary["runs"]]
+    assert runs.count(median) == 1 and predict(task, lines) == median
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert predict(task, lines) == median
+
+
+def test_predict_takes_many_lines_and_names_the_bad_one(trained, capsys):
+    folder = only([trained[0]["sst2"]])["folder"]
+    lines = [["a good night", "bad he"][i * i % 7 % 2] for i in range(2100)]
+    found = predict(folder, lines)
+    assert [label for label, _ in found] == [["negative", "positive"]["good" in line] for line in lines]
+    for at in (0, 999, 1000, 2050):
+        wrong = [*lines[:at], "two\tfields", *lines[at + 1:]]
+        refused(f"standard input, line {at + 1}: 2 fields where 1 are wanted", lambda: predict(folder, wrong))
+    refused("standard input, line 3: .*empty", lambda: predict(folder, ["good", "bad", " ", "good"]))
+
+
+def test_predict_takes_any_number_of_candidates(trained):
+    found = predict(only([trained[0]["swag"]])["folder"], [
+        "the cat ran\the then bad\the good\the bad at noon", "the cat ran\tbad\tbad\tgood"])
+    assert [label for label, _ in found] == ["1", "2"]
+
+
+def test_predict_on_a_foreign_span_model_needs_two_fields(trained, tmp_path):
+    """The form of the lines follows from the kind of model, not from the first line alone."""
+    folder = foreign(only([trained[0]["squad1"]]), tmp_path / "hf")
+    refused("standard input, line 1: 1 fields where 2", lambda: predict(folder, ["which number ?"]))
+
+
+def test_predict_on_a_context_without_tokens_has_no_answer(trained):
+    for task in ("squad1", "squad2"):
+        found = predict(only([trained[0][task]])["folder"],
+                        ["which number ?\tat noon five", "which number ?\t\x7f"])
+        assert found[0][0] == "five" and found[1][0] == "" and len(found) == 2
+
+
+def test_predict_cuts_to_the_positions_of_a_foreign_model(trained, tmp_path):
+    folder = foreign(only([trained[0]["sst2"]]), tmp_path / "hf")  # of 64 positions
+    ((label, _),) = predict(folder, ["good" + " noon" * 90])
+    assert label == "positive"
+
+
+# ---------------------------------------------------------------------------- what a run starts from
+
+
+def test_start_without_pre_training_draws_its_weights_by_seed(finetune_config, tiny_bert):
+    cfg = finetune_config("sst2", model="none", like=str(tiny_bert), seeds=2, max_steps=1, lr=1e-9)
+    (summary,) = finetune.main(cfg)
+    assert summary["model"] == "none-tiny" and Path("out/finetune/none-tiny/sst2/s1/model").exists()
+    one, two = (load_file(Path(run["folder"], "model", "model.safetensors")) for run in summary["runs"])
+    given = load_file(tiny_bert / "model.safetensors")
+    name = "embeddings.word_embeddings.weight"
+    assert one["bert." + name].shape == given[name].shape
+    assert not torch.equal(one["bert." + name], two["bert." + name])
+    assert (one["bert." + name] - given[name]).abs().max() > 0.1
+    assert one["bert." + name].std() == pytest.approx(0.1, rel=0.1)  # init_std of the folder
+
+
+def test_untrained_pooler_is_drawn_anew_and_a_trained_one_is_kept(finetune_config, trained, tmp_path):
+    flags = dict(max_steps=1, lr=1e-9)
+    again = only(finetune.main(finetune_config("rte", model=only([trained[0]["sst2"]])["folder"], **flags)))
+    name = "bert.pooler.dense.weight"
+    before, after = (load_file(Path(run["folder"], "model", "model.safetensors"))[name]
+                     for run in (only([trained[0]["sst2"]]), again))
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+    assert again["model"] == "runs-sst2-s0"
+    one, two = finetune.main(finetune_config("rte", seeds=2, **flags))[0]["runs"]
+    a, b = (load_file(Path(run["folder"], "model", "model.safetensors"))[name] for run in (one, two))
+    assert not torch.equal(a, b)
+
+
+def test_teacher_and_student_runs_are_models_to_start_from(finetune_config, demo, teacher_run):
+    for task in ("two_choices", "before_after"):
+        run = only(finetune.main(finetune_config(task, model=str(teacher_run), data_dir=str(demo),
+                                                 max_steps=2, log_every=2, save_every=2)))
+        assert set(run["scores"]) == {"", "seen"} and run["model"] == "run"
+        names = {path.name for path in Path(run["folder"], "predictions").iterdir()}
+        assert names == {"predictions.txt", "seen.txt"}
+
+
+# ---------------------------------------------------------------------------- mistakes
+
+
+def broken(tmp_path, tiny_tasks, tiny_bert, file, change):
+    """Flags for copies in which one file was changed: change(bytes) -> bytes, or None to remove it."""
+    shutil.copytree(tiny_tasks, tmp_path / "data")
+    shutil.copytree(tiny_bert, tmp_path / "data" / "bert")
+    path = tmp_path / "data" / file
+    content = change(path.read_bytes())
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    return dict(data_dir=str(tmp_path / "data"), model=str(tmp_path / "data" / "bert"))
+
+
+def settings_with(**values):
+    return lambda content: json.dumps(json.loads(content) | values).encode()
+
+
+GREEK = "index\tsentence\tlabel\n" + "".join(f"{i}\tκαλή μέρα κόσμε\t{i % 2}\n" for i in range(9))
+CHINESE = GREEK.replace("καλή μέρα κόσμε", "今天天气很好")
+BROKEN = [
+    ("sst2", "glue/SST-2/dev.tsv", lambda text: text.replace(b"\t1\n", b"\tgood\n", 1),
+     r"dev\.tsv, line 3: label 'good'; those of SST-2 are negative, positive"),
+    ("stsb", "glue/STS-B/train.tsv", lambda text: text.replace(b"\t5\n", b"\t7.5\n", 1),
+     r"train\.tsv, line 7: label '7\.5'; .*numbers from 0 to 5"),
+    ("rte", "glue/RTE/dev.tsv", lambda text: b"index\tsentence1\tsentence2\n0\ta\tb\n",
+     r"dev\.tsv: has no column label, so it is an unlabelled test split"),
+    ("piqa", "piqa/valid-labels.lst", lambda text: None, r"valid\.jsonl: .*unlabelled test split"),
+    ("sst2", "glue/SST-2/train.tsv", lambda text: b"\n", r"train\.tsv: is empty"),
+    ("sst2", "glue/SST-2/train.tsv", lambda text: b"index\tsentence\tlabel\n", "train.tsv: holds no row"),
+    ("sst2", "glue/SST-2/train.tsv", lambda text: GREEK.encode(),
+     "--model bert: its vocabulary does not know 100 % of SST-2's tokens"),
+    ("sst2", "glue/SST-2/train.tsv", lambda text: CHINESE.encode(), "--model bert: its vocabulary"),
+    ("sst2", "glue/SST-2/dev.tsv", lambda text: None, r"dev\.tsv: no such file; get SST-2 from https://"),
+    ("swag", "swag/train.csv", lambda text: text.replace(b"he,", b'"he,', 1), r"train\.csv, line 2"),
+    ("squad1", "squad/dev-v1.1.json", lambda text: text[:-9], r"dev-v1\.1\.json, line 1: broken JSON"),
+    ("sst2", "bert/vocab.txt", lambda text: text + b"more\n", r"--model .*tokens in its vocabulary, \d+ in"),
+    ("sst2", "bert/vocab.txt", lambda text: None, r"bert.*: holds neither vocab\.txt nor tokenizer\.json"),
+    ("sst2", "bert/model.safetensors", lambda text: None, r"no model\.safetensors"),
+    ("sst2", "bert/model.safetensors", lambda text: text[:5000], r"model\.safetensors: not readable"),
+    ("sst2", "bert/config.json", lambda text: None, "--model .*bert: no model there"),
+    ("sst2", "bert/config.json", lambda text: text[:50], r"config\.json: not readable"),
+    ("sst2", "bert/config.json", settings_with(model_type="roberta"), "config.json: model_type is 'roberta'"),
+    ("sst2", "bert/config.json", settings_with(num_hidden_layers=2), "model.safetensors: .* is missing"),
+    ("sst2", "bert/config.json", settings_with(vocab_size=99), r"--model .*tokens in its vocabulary, 99 in"),
+    ("sst2", "bert/config.json", settings_with(max_position_embeddings=9), "--max_length 32: .* 9 positions")]
+
+
+@pytest.mark.parametrize("task, file, change, says", BROKEN, ids=[case[1] for case in BROKEN])
+def test_broken_file_is_one_line_before_anything_is_trained(finetune_config, tiny_tasks, tiny_bert, tmp_path,
+                                                            task, file, change, says):
+    paths = broken(tmp_path, tiny_tasks, tiny_bert, file, change)
+    refused(says, lambda: finetune.main(finetune_config(task, **paths, max_steps=1)))
+    assert not list(tmp_path.glob("out/finetune/*/*/s*"))
+
+
+@pytest.mark.parametrize("flags, says", [
+    (dict(tasks="rtee"), "--tasks rtee: choose from sst2, qnli"), (dict(tasks="rte,x"), "--tasks x: choose"),
+    (dict(data_dir="nowhere"), r"nowhere/RTE/train\.tsv: no such file; get RTE from https://gluebenchmark"),
+    (dict(model="nowhere"), "--model nowhere: no model there"), (dict(model=""), "--model is missing"),
+    (dict(model="none"), "--model none needs --like"),
+    (dict(model="none", like="nowhere"), "--like nowhere: no model there"),
+    (dict(max_length=65), "--max_length 65: tiny has 64 positions"),
+    (dict(max_length=4), "--max_length 4: must be at least 5"),
+    (dict(tasks="squad1", max_length=6), "--max_length 6: .*room"),
+    (dict(batch_size=15, grad_accum=2), "--batch_size 15 is not a multiple"),
+    (dict(device="tpu"), "--device tpu"), (dict(eval_only=True), "no such file|no finished run"),
+    (dict(tasks="mishap"), "--model .*its vocabulary is not that of .*demo-s0")],
+    ids=lambda value: ",".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "")
+def test_wrong_flag_is_one_line(finetune_config, demo, flags, says):
+    flags = (dict(data_dir=str(demo)) if flags.get("tasks") == "mishap" else {}) | flags
+    cfg = finetune_config(**({"tasks": "rte"} | flags))
+    refused(says, lambda: finetune.main(cfg))
+    assert not Path("out/finetune").exists()
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--epoch 3", "unknown flag --epoch; did you mean --epochs"),
+    ("--preset bert", "--preset bert: choose one of"),
+    ("--pool max", "--pool max"), ("--dtype half", "--dtype half"), ("--lr nan", "--lr nan"),
+    ("--lr=-1", "--lr -1"), ("--limit=-1", "--limit -1"), ("--seeds=-1", "--seeds -1"),
+    ("--max_length=-1", "--max_length -1"), ("--warmup 1", "--warmup 1"),
+    ("--layer_decay 0", "--layer_decay 0"), ("--layer_decay 1.1", "--layer_decay 1.1"),
+    ("--dropout 1", "--dropout 1"), ("--batch_size 0", "--batch_size 0"),
+    ("--grad_accum 0", "--grad_accum 0"), ("--log_every 0", "--log_every 0"), ("--beta2 1", "--beta2 1"),
+    ("--clip=-1", "--clip -1"), ("--weight_decay=-1", "--weight_decay -1"),
+    ("--save_every 7", "--save_every 7: must be a multiple of --log_every"),
+    ("--score p.json", "--score .* and --gold .* go together"), ("--gold d.json", "go together"),
+    ("--predict", "--predict needs --model"), ("--predict --model none", "--predict needs --model")])
+def test_wrong_value_is_one_line_that_names_the_flag(flags, says):
+    refused(says, lambda: common.parse_cli(finetune.Config, finetune.PRESETS, flags.split()))
+
+
+def test_model_of_another_kind_is_refused(finetune_config, tiny_bert, tmp_path):
+    save_video_encoder(tmp_path / "video", VideoEncoder(BERTConfig(vocab_size=10, layers=1, hidden=8, heads=1,
+                                                                   intermediate=8), 4))
+    refused("--model .*video: no model there", lambda: finetune.main(finetune_config("rte", model="video")))
+    refused("no fine-tuned model .*make one: python finetune.py --model", lambda: predict(tiny_bert, ["x"]))
+    refused("--model nowhere: no model there", lambda: predict("nowhere", ["x"]))
+
+
+def test_loss_that_is_not_finite_leaves_no_results(finetune_config):
+    refused(r"(the task loss|the weight \S+) is (nan|inf|not finite).*--lr",
+            lambda: finetune.main(finetune_config("sst2", lr=1e30, clip=0.0)))
+    assert Path("out/finetune/tiny/sst2/s0/config.json").exists()
+    assert not list(Path("out").rglob("results.json")) and not list(Path("out").rglob("model"))
+
+
+def test_nan_in_the_last_update_is_not_saved_as_a_model(finetune_config, monkeypatch):
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def poisoned(parameters, *args):
+        parameters = list(parameters)
+        calls.append(1)
+        if len(calls) == SHORT["max_steps"]:
+            parameters[0].grad[0] = float("nan")
+        return clip(parameters, *args)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    refused("weight .* is not finite after step 8", lambda: finetune.main(finetune_config("sst2", **SHORT)))
+    assert not list(Path("out").rglob("results.json")) and not list(Path("out").rglob("model"))
+
+
+# ---------------------------------------------------------------------------- the demo's table
+
+
+def stored_student(name, finished, **changes):
+    """A folder out/<name> as distill.py leaves it, without its model."""
+    config = distill.Config(objective=changes.pop("objective", "nst"), teacher=changes.pop("teacher", ""))
+    results = {"objective": config.objective, "vocabulary": "v", "finished": finished} | changes
+    common.write_json(Path("out", name, "config.json"), {"config": vars(config)})
+    common.write_json(Path("out", name, "results.json"), results)
+
+
+def test_newest_student_is_the_last_one_finished_of_this_world(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    vocab = type("Vocab", (), {"hash": "v"})
+    default = finetune.newest_student(finetune.Config(seed=3), vocab)
+    assert default == distill.Config(seed=3) and "no distilled student" in capsys.readouterr().out
+    for name, finished, changes in (("a", 5, {}), ("b", 7, {}), ("c", 9, dict(vocabulary="other")),
+                                    ("d", 8, dict(objective="none")), ("e", 10, dict(teacher="out/t"))):
+        Path("out", name).mkdir(parents=True)
+        stored_student(name, finished, **changes)
+    Path("out/f").mkdir()
+    Path("out/f/results.json").write_text("{}")
+    Path("out/g").mkdir()
+    Path("out/g/results.json").write_text("broken")
+    found = finetune.newest_student(finetune.Config(), vocab)
+    assert found.out_dir == "out/b" and found.objective == "nst"
+    printed = capsys.readouterr().out
+    assert "newest student: out/b" in printed and "passed over out/e" in printed
+
+
+@pytest.mark.slow
+def test_demo_table_makes_what_it_lacks_and_reuses_what_it_has(demo, tmp_path, monkeypatch, capsys):
+    """Everything cut short: the four rows from one distilled student, and then nothing is made again."""
+    monkeypatch.chdir(tmp_path)
+    few_steps = {k: v for k, v in QUICK_TEACHER.items() if k not in ("device", "block_size")}
+    monkeypatch.setattr(teacher, "Config", functools.partial(teacher.Config, **few_steps))
+    distill.main(distill.Config(**QUICK_STUDENT, objective="nst", data_dir=str(demo)))
+    capsys.readouterr()
+    cfg = finetune.Config(data_dir=str(demo), seeds=1, max_steps=4, log_every=2, save_every=2, device="cpu")
+    rows = finetune.main(cfg)
+    out = capsys.readouterr().out
+    assert "newest student: out/distill-nst-s0" in out
+    assert list(rows) == ["no pre-training", "text-only", "distilled", "distilled from images"]
+    assert all(list(runs) == list(finetune.DEMO_TASKS) for runs in rows.values())
+    assert {p.name for p in Path("out").iterdir()} == {
+        "distill-nst-s0", "distill-none-s0", "teacher-mlm+ct-s0", "teacher-image-s0", "distill-nst-image-s0",
+        "finetune", "tokens"}
+    assert {p.name for p in Path("out/finetune").iterdir()} == {
+        "none-demo-s0", "distill-none-s0", "distill-nst-s0", "distill-nst-image-s0", "demo.json"}
+    shape = json.loads(Path("out/finetune/none-demo-s0/mishap/s0/model/config.json").read_text())
+    assert (shape["num_hidden_layers"], shape["hidden_size"]) == (1, 32)  # as the students
+    assert json.loads(Path("out/finetune/demo.json").read_text()) == rows
+    table = out[out.rindex("median of 1"):].splitlines()
+    assert table[0].split("  ")[0] == "median of 1: held-out / seen" and len(table) >= 7
+    for line, (row, runs) in zip(table[2:], rows.items()):
+        scores = [runs[task][0]["scores"] for task in finetune.DEMO_TASKS]
+        cells = [f"{s['']['accuracy']:.1f} / {s['seen']['accuracy']:.1f}" for s in scores]
+        average = " / ".join(f"{np.mean([s[name]['accuracy'] for s in scores]):.1f}" for name in ("", "seen"))
+        assert line.startswith(row) and re.split("  +", line)[1:] == [*cells, average]
+    assert re.split("  +", table[6]) == ["chance", "50.0", "50.0", "50.0", "25.0", "50.0", "45.0"]
+    monkeypatch.setattr(finetune.Objective, "forward", None)
+    monkeypatch.setattr(distill.Distiller, "forward", None)
+    monkeypatch.setattr(teacher.Teacher, "forward", None)
+    assert finetune.main(cfg) == rows
+    assert not list(Path("out").rglob("*.1"))
