@@ -507,7 +507,8 @@ def load_checkpoint(folder, world, name="checkpoint.pt"):
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes torch raise
             print0(f"{path} is damaged ({str(error).splitlines()[0]}); trying the one before it")
-    raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only")
+    raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
+                     "(finetune.py: with --resume false)")
 
 
 def check_finite(values, first, names, folder):

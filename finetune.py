@@ -981,7 +981,7 @@ class Start:
     folder: Path
     config: BERTConfig
     vocab: data.Vocab
-    hash: str  # of the weights, or of shape and vocabulary
+    hash: str  # of shape and weights, or of shape and vocabulary
 
     def encoder(self, cfg, pooler):
         """A BERT with the flags' dropout; what is not loaded is drawn from torch's generator."""
@@ -1003,7 +1003,8 @@ def open_start(model, like="", demo=None):
         if own.size != config.vocab_size:
             raise SystemExit(f"--model {model}: {own.size:,} tokens in its vocabulary, {config.vocab_size:,} "
                              "in its config.json; fetch or save the model again")
-        return Start(run_name(folder), folder, config, own, file_hash(folder))
+        weights = hashlib.sha256(f"{config} {file_hash(folder)}".encode()).hexdigest()
+        return Start(run_name(folder), folder, config, own, weights)
     if like:
         folder = model_folder(like, "--like")
         return fresh_start(run_name(folder), load_config(folder), data.load_vocab(folder))
@@ -1055,7 +1056,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     trained_on = {what: hashes[what] for what in ("weights", "vocabulary", "train")}
     before = finished_run(folder, cfg, trained_on, FREE)
     saved = (folder / "model").exists()
-    keep = before and cfg.resume and (saved or not cfg.save_models)
+    keep = before and (cfg.resume or cfg.eval_only) and (saved or not cfg.save_models)
     current = before and before["hashes"] == hashes
     if world.any(world.main and bool(keep and current and not cfg.eval_only)):
         print0(f"reused {folder}")
@@ -1119,7 +1120,8 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
                                      "scaler": scaler.state_dict(), "step": step, "log_lines": log.lines,
                                      "seconds": time.monotonic() - began}, world)
         if stop:
-            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with the same command")
+            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with the same command, but "
+                   "without --resume false")
             raise SystemExit(0)
         index = order(step)
         rows = [data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
