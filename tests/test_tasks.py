@@ -538,6 +538,15 @@ def test_training_order_visits_each_example_once_an_epoch_with_little_padding():
     assert not first & other
 
 
+@pytest.mark.parametrize("n", [96, 860, 2500])
+def test_order_keeps_epochs_apart(n):
+    """A small set is not repeated within a batch, and its first epoch is nearly all of it."""
+    order = finetune.Order(5 + keyed_integers(100, "lengths", np.arange(n)), 32, 3 * n // 32, seed=0)
+    steps = [order(step) for step in range(3 * n // 32)]
+    assert np.mean([len(set(part.tolist())) for part in steps]) > 30
+    assert len(set(np.concatenate(steps)[:n].tolist())) > 0.95 * n
+
+
 def test_order_of_fewer_examples_than_a_batch_repeats_them_evenly():
     order = finetune.Order(np.array([5, 9, 7]), 8, 3, seed=0)
     assert np.bincount(np.concatenate([order(step) for step in range(3)])).tolist() == [8, 8, 8]
