@@ -829,6 +829,7 @@ def write_submission(task, examples, predictions, path):
         lines.append(line.format(id=name, label=value, word=word, score=value))
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
+
 # ---------------------------------------------------------------------------- order, loss and evaluation
 
 POOL = 50  # training batches whose examples are sorted by length together
@@ -898,10 +899,10 @@ def evaluate(model, examples, dtype, world):
 
     Batches are shared out whole, so that any number of ranks computes what one process does, bit for bit.
     """
-    training, shape = model.training, {"classify": (model.classifier.out_features,), "regress": (),
-                                       "choice": examples.length[0].shape,
-                                       "span": (int(examples.lengths.max()), 2)}[model.kind]
-    logits = torch.zeros(len(examples), *shape)
+    training = model.training
+    shape = {"classify": (model.classifier.out_features,), "regress": (), "choice": examples.length.shape[1:],
+             "span": (int(examples.lengths.max()), 2)}
+    logits = torch.zeros(len(examples), *shape[model.kind])
     parts = list(batches_by_length(examples))[world.rank::world.size]
     model.eval()
     for index in progress(parts, len(parts), " batches", "evaluate", leave=False):
@@ -978,7 +979,7 @@ def write_predictions(task, examples, predictions, path):
 class Start:
     """The encoder that runs start from: that of `folder`, or without one fresh weights of shape `config`."""
     name: str  # below out/finetune
-    folder: Path
+    folder: Path  # or None
     config: BERTConfig
     vocab: data.Vocab
     hash: str  # of shape and weights, or of shape and vocabulary
@@ -1057,7 +1058,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     before = finished_run(folder, cfg, trained_on, FREE)
     saved = (folder / "model").exists()
     keep = before and (cfg.resume or cfg.eval_only) and (saved or not cfg.save_models)
-    current = before and before["hashes"] == hashes
+    current = before and before.get("hashes") == hashes
     if world.any(world.main and bool(keep and current and not cfg.eval_only)):
         print0(f"reused {folder}")
         return before | {"folder": str(folder)}
