@@ -1,4 +1,4 @@
-"""Looks into trained models: retrieval, probes of perceptual properties, learning curves.
+"""Looks into trained models: retrieval, probes, metrics of the tasks, learning curves.
 
     python analyze.py curves                # docs/curves.png: losses and gradients of the newest run
     python analyze.py clips                 # docs/clips.png: captions and the clips that are retrieved

@@ -88,7 +88,8 @@ def convert(name, text, kind):
 def check_fields(cfg, choices, positive):
     """For a Config's __post_init__: ValueError where a field has no allowed value.
 
-    choices: {field: allowed values}; positive: names of the fields that must be above 0.
+    choices: {field: allowed values}; positive: names of the fields that must be above 0. Those of the
+    optimizer that every script has are checked, too.
     """
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
@@ -96,6 +97,11 @@ def check_fields(cfg, choices, positive):
     for name in positive:
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
+    for name in ("clip", "weight_decay", "max_minutes"):
+        if getattr(cfg, name) < 0:
+            raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
+    if not 0 <= cfg.beta2 < 1:
+        raise ValueError(f"--beta2 {cfg.beta2:g}: must be at least 0 and below 1")
 
 
 def cli_help(Config, presets):

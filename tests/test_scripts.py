@@ -389,6 +389,7 @@ def test_readme_names_every_script():
     (dict(log_every=0), "--log_every 0"), (dict(batch_size=0), "--batch_size 0"),
     (dict(grad_accum=0), "--grad_accum 0"), (dict(lr=-1.0), "--lr -1"),
     (dict(mask_rate=0.0), "--mask_rate 0"), (dict(crd_tau=0.0), "--crd_tau 0"),
+    (dict(clip=-1.0), "--clip -1"), (dict(weight_decay=-1.0), "--weight_decay"), (dict(beta2=1.0), "--beta2 1"),
     (dict(objective="crd", batch_size=1), "--batch_size"),
     (dict(objective="crd", crd_bank_size=1), "--crd_bank_size")])
 def test_wrong_flag_is_refused_before_anything_runs(distill_config, flags, match):
