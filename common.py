@@ -2,6 +2,7 @@
 
 Nothing here learns: models are in model.py, objectives in losses.py, and each script writes out its own loop.
 """
+import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -187,6 +188,12 @@ def keep_freed_memory(keep=True):
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     mallopt(M_MMAP_MAX, 0 if keep else 2 ** 16)
     mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 ** 17)
+
+
+def return_freed_memory():
+    """Gives what is freed back to the system once: between runs, whose tensors have other sizes."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def end_world():

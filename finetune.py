@@ -43,7 +43,8 @@ from analyze import METRICS, aligned, collapse, diagnostic_scores, median_run, s
 from common import (Interrupt, Log, check_fields, check_finite, check_weights, duration, file_hash,
                     finished_run, hash64, init_world, keyed_uniform, load_checkpoint, lr_at,
                     micro_batch_size, model_folder, move, open_run, peak_memory_mb, print0, progress,
-                    restore_rng, run_script, save_checkpoint, set_seed, unfinished_run, write_json)
+                    restore_rng, return_freed_memory, run_script, save_checkpoint, set_seed, unfinished_run,
+                    write_json)
 from model import BERT, BERTConfig, TaskModel, load_config, memory_report, model_config, param_groups
 
 
@@ -1167,6 +1168,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
         for path in folder.glob("checkpoint.pt*"):  # three times the model, and no longer needed
             path.unlink()
     world.barrier()
+    return_freed_memory()
     return results
 
 

@@ -263,3 +263,18 @@ def test_model_folder_takes_either_level(tmp_path):
     assert common.model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
     with pytest.raises(SystemExit, match="--teacher"):
         common.model_folder(tmp_path, "--teacher")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_returns_to_the_system_when_asked():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    common.keep_freed_memory()
+    try:
+        tensors = [torch.ones(5_000_000) for _ in range(20)]  # 400 MB
+        del tensors[::2]  # holes in the heap, as batches of different lengths leave them
+        before = resident()
+        common.return_freed_memory()
+        assert resident() < before - 150
+    finally:
+        common.keep_freed_memory(False)
