@@ -1054,13 +1054,13 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     micro_size, dtype = micro_batch_size(cfg, world), getattr(torch, cfg.dtype)
     trained_on = {what: hashes[what] for what in ("weights", "vocabulary", "train")}
     before = finished_run(folder, cfg, trained_on, FREE)
-    saved = (folder / "model").exists()
-    keep = before and (cfg.resume or cfg.eval_only) and (saved or not cfg.save_models)
+    has_model = (folder / "model").exists()
+    keep = before and (cfg.resume or cfg.eval_only) and (has_model or not cfg.save_models)
     current = before and before.get("hashes") == hashes
     if world.any(world.main and bool(keep and current and not cfg.eval_only)):
         print0(f"reused {folder}")
         return before | {"folder": str(folder)}
-    if world.any(world.main and bool(keep and saved)):
+    if world.any(world.main and bool(keep and has_model)):
         model, _ = TaskModel.from_pretrained(folder / "model")
         results = before | assess(model.to(world.device), task, evals, dtype, world, folder)
         results |= {"hashes": hashes, "folder": str(folder)}

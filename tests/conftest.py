@@ -36,6 +36,13 @@ def real_data():
 
 
 @pytest.fixture(scope="session")
+def bert_vocab(real_data):
+    """BERT's own vocabulary, from the real data."""
+    import data
+    return data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
+
+
+@pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The demo world of seed 0, built once for the whole suite; returns the folder that holds demo-s0."""
     import data

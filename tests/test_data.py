@@ -68,11 +68,6 @@ def vocab():
     return data.Vocab(list(data.SPECIALS) + WORDS + ["##s", "##at"])
 
 
-@pytest.fixture(scope="module")
-def bert_vocab(real_data):
-    return data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
-
-
 def stop_line(function, *args, **kw):
     """The one line with which `function` ends the program."""
     with pytest.raises(SystemExit) as stop:

@@ -16,24 +16,11 @@ import data
 import finetune
 from common import keyed_integers, keyed_uniform
 from finetune import TASKS
+from test_data import stop_line
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
 VOCAB = data.Vocab([*data.SPECIALS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "cat", "dog",
                     "sat", "ran", "mat"])
-
-
-@pytest.fixture(scope="module")
-def bert_vocab(real_data):
-    return data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
-
-
-def stop_line(function, *args, **kw):
-    """The one line with which `function` ends the program."""
-    with pytest.raises(SystemExit) as stop:
-        function(*args, **kw)
-    text = str(stop.value)
-    assert text and "\n" not in text and "Traceback" not in text
-    return text
 
 
 def put(path, text):
