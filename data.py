@@ -1,8 +1,10 @@
-"""Data: the demo world, WordPiece vocabularies, packed text, packed videos, and the batches drawn from them.
+"""Data: the demo world, vocabularies, packed text, text pairs and videos, and the batches drawn from them.
 
     python data.py demo                                            # the built-in micro-world in data/demo-s0
     python data.py vocab TEXT... --size 30522 --out vocab.txt      # train a WordPiece vocabulary
     python data.py text TEXT... --vocab vocab.txt --out corpus.h5  # pack text of any size
+    python data.py xtext TEXT... --vocab vocab.txt --clip_vocab bpe_simple_vocab_16e6.txt.gz \\
+        --out xcorpus.h5                                           # the same with CLIP's tokens beside it
     python data.py videos --captions caption.json --feat2d DIR --feat3d DIR --csv FILE --vocab vocab.txt \\
         --out videos.h5                                            # pack HowTo100M's layout
 
@@ -14,7 +16,9 @@ import codecs
 import csv
 import dataclasses
 import glob
+import gzip
 import hashlib
+import html
 import json
 import os
 import random
@@ -24,6 +28,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from array import array
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -33,13 +38,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from common import duration, hash64, keyed_integers, keyed_uniform, print0, progress, write_json
 
 FORMAT = 1  # of the packed files; another number is refused, never guessed at
 WORLD = 2  # of the demo world, to be raised with any change of what it holds
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
+OPENAI_CLIP = "ba973045f396e62c227cd34bb2b425324c450557f07898a7e9876075a0fb58d7"  # hash of OpenAI's own
 
 # ---------------------------------------------------------------------------- vocabulary
 
@@ -65,6 +72,7 @@ class Vocab:
         if missing:
             raise SystemExit(f"{self.source}: has no {' '.join(missing)}; give a BERT vocabulary")
         self.pad, self.unk, self.cls, self.sep, self.mask = self.specials = [ids[token] for token in SPECIALS]
+        self.start, self.end = self.cls, self.sep  # of a segment, where a CLIP-like tower has this vocabulary
         self.tokenizer = wordpiece(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100),
                                    self.lower, self.strip_accents)
         self.tokenizer.add_special_tokens(list(SPECIALS))
@@ -91,6 +99,25 @@ class Vocab:
         if len(texts) < 64:  # threads cost more than they save
             return [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
         return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+    def encode_words(self, words) -> list:
+        """Words (text between spaces) -> the ids of each, as bytes of dtype.
+
+        BERT's tokenizer never looks across a space, so they are joined by [SEP] and encoded many at a time:
+        2.5 times faster than one by one.
+        """
+        code, width = self.dtype.char, self.dtype.itemsize
+        single = [word for word in words if "[" in word]  # may hold a special token
+        found = {word: array(code, ids).tobytes() for word, ids in zip(single, self.encode(single))}
+        joined = [word for word in words if "[" not in word]
+        groups = [joined[i:i + 256] for i in range(0, len(joined), 256)]
+        for group, ids in zip(groups, self.encode([" [SEP] ".join(group) for group in groups])):
+            ids = np.array(ids + [self.sep], self.dtype)
+            ends = np.flatnonzero(ids == self.sep) * width
+            starts, ids = [0] + (ends[:-1] + width).tolist(), ids.tobytes()
+            for word, a, b in zip(group, starts, ends.tolist()):
+                found[word] = ids[a:b]
+        return [found[word] for word in words]
 
     def decode(self, ids) -> str:
         """Ids -> text, special tokens included."""
@@ -169,6 +196,168 @@ def vocab_from_json(path, content):
                          f"({' '.join(added[:3])}); give the vocab.txt instead")
     lower, strip = bool(norm.get("lowercase")), norm.get("strip_accents")
     return Vocab(tokens, lower, lower if strip is None else strip, str(path))
+
+
+@dataclasses.dataclass
+class CLIPVocab:
+    """OpenAI's byte-level BPE of CLIP (Radford et al. 2021); ids as from its own simple_tokenizer on any text
+    that ftfy leaves unchanged.
+
+    merges: list of "a b", in order of rank. Tokens in id order: a letter for each of the 256 bytes, the same
+    at the end of a word (</w>), what the merges make, start and end of text. A literal "<|endoftext|>" is
+    that special token where OpenAI's pattern finds it, so not behind punctuation.
+    """
+    merges: list
+    source: str = "CLIP's vocabulary"  # named in errors
+
+    def __post_init__(self):
+        letters = list(byte_letters().values())
+        ids, pairs = {token: i for i, token in enumerate([*letters, *(c + "</w>" for c in letters)])}, []
+        for merge in self.merges:
+            pair = tuple(merge.split())
+            if len(pair) != 2 or not (pair[0] in ids and pair[1] in ids) or "".join(pair) in ids:
+                raise SystemExit(f"{self.source}: merge {len(pairs) + 1}, {merge!r}, does not make a new "
+                                 f"token of two that stand before it; {CLIP_SOURCE}")
+            ids["".join(pair)] = len(ids)
+            pairs.append(pair)
+        self.tokens = [*ids, *CLIP_SPECIALS]
+        self.start, self.end = self.specials = [len(ids), len(ids) + 1]
+        self.cls, self.sep, self.pad, self.unk = self.start, self.end, 0, -1  # 0 is "!": padding needs a mask
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        self.tokenizer = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>"))
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(CLIP_PATTERN), "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    @property
+    def size(self):
+        return len(self.tokens)
+
+    @cached_property
+    def hash(self):
+        """SHA-256 of the tokens in id order plus a name that no WordPiece vocabulary has."""
+        return hashlib.sha256("\n".join([*self.tokens, "byte-level BPE"]).encode()).hexdigest()
+
+    @property
+    def dtype(self):
+        """The integer type of packed ids."""
+        return np.dtype(np.uint16 if self.size <= 2 ** 16 else np.uint32)
+
+    def encode(self, texts: list) -> list:
+        """List of str -> list of lists of ids, without start and end.
+
+        A text is cleaned as by OpenAI, in Python, whose lower() knows the final sigma.
+        """
+        texts = [" ".join(html.unescape(html.unescape(text)).split()).lower() for text in texts]
+        if len(texts) < 64:  # threads cost more than they save
+            out = [self.tokenizer.encode(text).ids for text in texts]
+        else:
+            out = [e.ids for e in self.tokenizer.encode_batch(texts)]
+        for i, text in enumerate(texts):
+            if "text|>" in text:
+                out[i] = self.encode_literal(text)
+        return out
+
+    def encode_literal(self, text):
+        """Ids of one clean text in which start or end may stand literally."""
+        special, ids = dict(zip(CLIP_SPECIALS, self.specials)), []
+        for piece, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text):
+            whole = piece in special
+            ids += [special[piece]] if whole else [token.id for token in self.tokenizer.model.tokenize(piece)]
+        return ids
+
+    def encode_words(self, words) -> list:
+        """Words (text between ASCII white space) -> the ids of each, as bytes of dtype."""
+        return [array(self.dtype.char, ids).tobytes() for ids in self.encode(words)]
+
+    def decode(self, ids) -> str:
+        """Ids -> text, special tokens included."""
+        text = "".join(self.tokens[int(i)] + "</w>" * (int(i) in self.specials) for i in ids)
+        byte = {letter: b for b, letter in byte_letters().items()}
+        text = bytes(byte[letter] for letter in text).decode("utf-8", errors="replace")
+        return text.replace("</w>", " ").strip()
+
+    def save(self, folder):
+        """Writes tokenizer.json and tokenizer_config.json, as Hugging Face's AutoTokenizer reads them.
+
+        Its clean-up is theirs (NFC, white space, lower case letter by letter): equal ids on plain text.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        start, end = CLIP_SPECIALS
+        tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+        tokenizer.normalizer = normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        tokenizer.post_processor = processors.RobertaProcessing((end, self.end), (start, self.start),
+                                                                trim_offsets=False, add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.add_special_tokens([start, end])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        write_json(folder / "tokenizer_config.json", {
+            "tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end, "unk_token": end,
+            "pad_token": end, "do_lower_case": True, "model_max_length": 77})
+
+
+# OpenAI's pattern, for text in lower case. That theirs ignores case has two effects left: a long s is an s,
+# and U+0345, a mark whose capital is a letter, is found by none of its parts
+CLIP_PATTERN = (r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſtmd]|'(?:re|ve|ll)|\p{L}+|\p{N}|"
+                r"[^\s\p{L}\p{N}\x{345}]+")
+CLIP_FILES = ("tokenizer.json", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt",
+              "vocab.txt")
+CLIP_SOURCE = "OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz of https://github.com/openai/CLIP"
+
+
+def byte_letters():
+    """{byte: the letter that stands for it}, in CLIP's order: printable ones, then the rest from U+0100."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def load_clip_vocab(path):
+    """CLIPVocab, or Vocab where a CLIP-like tower was trained on word pieces, from a file or its folder.
+
+    path: OpenAI's merges, gzipped or not; Hugging Face's tokenizer.json or merges.txt; a vocab.txt; a folder
+    that holds one of them.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = [path / name for name in CLIP_FILES if (path / name).exists()]
+        if not found:
+            raise SystemExit(f"{path}: holds no vocabulary of CLIP ({', '.join(CLIP_FILES)}); {CLIP_SOURCE}")
+        path = found[0]
+    if not path.exists():
+        raise SystemExit(f"{path}: no such vocabulary; {CLIP_SOURCE}")
+    try:
+        text = path.read_bytes()
+        text = (gzip.decompress(text) if path.suffix == ".gz" else text).decode("utf-8")
+        content = json.loads(text) if path.suffix == ".json" else None
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path}: not a vocabulary ({error}); {CLIP_SOURCE}") from None
+    if isinstance(content, dict) and isinstance((content.get("model") or {}).get("merges"), list):
+        return clip_vocab_from_json(path, content)
+    if content is None and "</w>" in text:
+        # as OpenAI reads it: a header, and only the first merges of the file are CLIP's
+        lines = text.split("\n")[1:49152 - 256 - 2 + 1]
+        return CLIPVocab([line for line in lines if line.strip()], str(path))
+    return load_vocab(path)
+
+
+def clip_vocab_from_json(path, content):
+    """CLIPVocab from the content of a tokenizer.json; refuses what is not CLIP's."""
+    model, cleaning = content["model"], json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
+    for ok, what in ((isinstance(model.get("vocab"), dict), "a vocabulary"),
+                     (model.get("end_of_word_suffix") == "</w>", "</w> at the end of words"),
+                     ('"Lowercase"' in cleaning, "text in lower case"),
+                     ('"ByteLevel"' in cleaning, "bytes for letters")):
+        if not ok:
+            raise SystemExit(f"{path}: not CLIP's tokenizer, which has {what}; {CLIP_SOURCE}")
+    vocab = CLIPVocab([m if isinstance(m, str) else " ".join(m) for m in model["merges"]], str(path))
+    ids = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    if ids != {token: i for i, token in enumerate(vocab.tokens)}:
+        raise SystemExit(f"{path}: its {len(ids)} tokens are not the {vocab.size} that its merges make, in "
+                         f"their order; {CLIP_SOURCE}")
+    return vocab
 
 
 def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
@@ -365,7 +554,8 @@ def open_packed(path, kind="", vocab=None):
     if attributes.get("format") != FORMAT:
         raise SystemExit(f"{path}: format {attributes.get('format')}, this code reads {FORMAT}; pack it anew")
     if kind and attributes["kind"] != kind:
-        raise SystemExit(f"{path}: holds packed {attributes['kind']}, not {kind}")
+        raise SystemExit(f"{path}: holds packed {attributes['kind']}, not {kind}; pack it with "
+                         f"`python data.py {kind} ...`")
     if vocab is None or vocab.hash != attributes["vocab_hash"]:
         vocab = Vocab(tokens, bool(attributes["lower"]), bool(attributes["strip_accents"]), str(path))
     if vocab.hash != attributes["vocab_hash"]:
@@ -389,53 +579,17 @@ def pack_text(sources, vocab, out) -> dict:
 
     sources: paths of UTF-8 files, or caption.json files (a document a video). vocab: Vocab, or a path for
     load_vocab. Returns {"tokens", "documents", "bytes", "seconds", "mb_per_s"}; MB/s = 1e6 input bytes a
-    second until the last id. Ids equal Vocab.encode of every line: see encode_words.
+    second until the last id. Ids equal Vocab.encode of every line: see cached_words.
     """
-    sources = [Path(p) for p in sources]
     check_sources(sources)
     refuse_existing(out)
     vocab = vocab if isinstance(vocab, Vocab) else load_vocab(vocab)
-    total = sum(p.stat().st_size for p in sources)
-    check_space(out, 2 * vocab.dtype.itemsize * total // 3)  # English has 4 to 5 bytes a token
-    cache, tokens, documents = {}, 0, 0
-    cache["\n"] = np.array([vocab.sep], vocab.dtype).tobytes()
-    start = time.perf_counter()
-    with staged(out) as (scratch, part):
-        raw = scratch / "tokens"
-        bar = progress(None, total, "B", f"text -> {Path(out).name}", unit_scale=True)
-        with open(raw, "wb") as f:
-            for path in sources:
-                line_start, inside = True, False  # of a line, of a document
-                for text, size in read_text(path):
-                    words, lines = [], separate(text).split("\n")
-                    for i, line in enumerate(lines):
-                        if line and not line.isspace():
-                            words += line.split(" ")
-                            inside = True
-                        elif inside and (i > 0 or line_start) and i < len(lines) - 1:
-                            words.append("\n")
-                            inside, documents = False, documents + 1
-                    line_start = not lines[-1]
-                    ids = encode_words(words, vocab, cache)
-                    f.write(ids)
-                    tokens += len(ids) // vocab.dtype.itemsize
-                    bar.update(size)
-                if inside:
-                    f.write(cache["\n"])
-                    tokens, documents = tokens + 1, documents + 1
-        bar.close()
-        if not tokens:
-            raise SystemExit(f"{', '.join(map(str, sources))}: no text in it")
-        seconds = time.perf_counter() - start
-        check_space(out, raw.stat().st_size)
-        write_packed(part, "text", vocab, {
-            "tokens": (raw, vocab.dtype, (tokens,)),
-            "sources": np.frombuffer(json.dumps([p.name for p in sources]).encode(), np.uint8)},
-            tokens=tokens, documents=documents, bytes=total)
-    rate = total / seconds / 1e6
-    print0(f"text: {tokens:,} tokens in {documents:,} documents from {total / 1e6:.1f} MB in "
-           f"{duration(seconds)} ({rate:.1f} MB/s) -> {Path(out).name}")
-    return {"tokens": tokens, "documents": documents, "bytes": total, "seconds": seconds, "mb_per_s": rate}
+    cache = {"\n": np.array([vocab.sep], vocab.dtype).tobytes()}
+
+    def encode(words):
+        return [b"".join(cached_words(words, vocab.encode_words, cache))]
+
+    return pack_words("text", sources, vocab, out, {"tokens": vocab.dtype}, separate, encode, {})
 
 
 def separate(text):
@@ -445,31 +599,129 @@ def separate(text):
     """
     for c in ",.()\":;'-":
         text = text.replace(c, f" {c} ")
+    return spaced(text)
+
+
+def spaced(text):
+    """Spaces for tabs and returns, white space to every tokenizer here; line ends stay."""
     return text.replace("\t", " ").replace("\r", " ")
 
 
-def encode_words(words, vocab, cache, longest=32, most=1 << 18):
-    """Words (text between spaces) -> their ids as bytes of vocab.dtype; equal to encoding the whole text.
+def pack_xtext(sources, vocab, clip_vocab, out) -> dict:
+    """Text files -> the same text in two streams of ids in `out`, for XDBERT; memory stays constant.
 
-    BERT's tokenizer never looks across a space, so a word's ids can be kept: most words of a text are in the
-    cache, and the others are encoded many at a time, joined by [SEP] (2.5 times faster than one by one). The
-    cache is bounded: `most` words of up to `longest` characters.
+    tokens: as pack_text's. clip_tokens: by clip_vocab (CLIPVocab, Vocab, or a path for load_clip_vocab) from
+    the ORIGINAL words, text between ASCII white space, of which both tokenizers see one at a time; so ids
+    equal encoding whole lines. clip_counts, uint16, one for each of tokens: how many of clip_tokens start
+    with it. A word's CLIP tokens stand at its first word piece, those of a word without any at the next one
+    there is ([SEP] at the latest), and what exceeds 65,535 at the one behind it. Returns pack_text's counts
+    and those of clip_tokens and of clip_cut, for which no word piece was left.
     """
-    new = [word for word in set(words).difference(cache) if "[" not in word]
-    single = [word for word in set(words).difference(cache, new)]  # may hold a special token
-    code, width = "H" if vocab.dtype == np.uint16 else "I", vocab.dtype.itemsize
-    for word, ids in zip(single, vocab.encode(single)):
-        cache[word] = array(code, ids).tobytes()
-    groups = [new[i:i + 256] for i in range(0, len(new), 256)]
-    for group, ids in zip(groups, vocab.encode([" [SEP] ".join(group) for group in groups])):
-        ids = np.array(ids + [vocab.sep], vocab.dtype)
-        ends = np.flatnonzero(ids == vocab.sep) * width
-        starts, ids = [0] + (ends[:-1] + width).tolist(), ids.tobytes()
-        for word, a, b in zip(group, starts, ends.tolist()):
-            cache[word] = ids[a:b]
-    out = b"".join(map(cache.__getitem__, words))
-    drop = new + single if len(cache) > most else [w for w in new + single if len(w) > longest]
-    for word in drop:
+    check_sources(sources)
+    refuse_existing(out)
+    vocab = vocab if isinstance(vocab, Vocab) else load_vocab(vocab)
+    clip = clip_vocab if isinstance(clip_vocab, (Vocab, CLIPVocab)) else load_clip_vocab(clip_vocab)
+    cache, most = {"\n": (np.array([vocab.sep], vocab.dtype).tobytes(), b"")}, 2 ** 16 - 1
+    left = 0  # CLIP tokens behind the last word piece so far
+
+    def both(words):
+        return zip(vocab.encode_words(words), clip.encode_words(words))
+
+    def encode(words):
+        nonlocal left
+        found = cached_words(words, both, cache)
+        ids, clip_ids = ([pair[side] for pair in found] for side in (0, 1))
+        pieces, size = (np.fromiter(map(len, part), np.int64, len(words)) // v.dtype.itemsize
+                        for part, v in ((ids, vocab), (clip_ids, clip)))
+        first = np.cumsum(pieces) - pieces  # word piece of each word, or the next one there is
+        counts = np.bincount(first, size, pieces.sum() + 1).astype(np.int64)
+        counts[0] += left
+        while len(over := np.flatnonzero(counts[:-1] > most)):
+            excess, counts[over] = counts[over] - most, most
+            counts[over + 1] += excess
+        left = int(counts[-1])
+        return b"".join(ids), b"".join(clip_ids), counts[:-1].astype(np.uint16).tobytes()
+
+    is_clip = isinstance(clip, CLIPVocab)
+    lines = "\n".join(clip.merges if is_clip else clip.tokens)
+    attributes = {"clip_hash": clip.hash} | (
+        {} if is_clip else {"clip_lower": clip.lower, "clip_strip_accents": clip.strip_accents})
+    dtypes = {"tokens": vocab.dtype, "clip_tokens": clip.dtype, "clip_counts": np.dtype(np.uint16)}
+    counts = pack_words("xtext", sources, vocab, out, dtypes, spaced, encode,
+                        {"clip_vocab": np.frombuffer(lines.encode(), np.uint8)}, **attributes)
+    if left:
+        print0(f"xtext: the last {left:,} CLIP tokens are cut: there is no word piece behind them")
+    return counts | {"clip_cut": left}
+
+
+def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attributes) -> dict:
+    """The loop of pack_text and pack_xtext over files, lines and documents.
+
+    split(text) puts spaces between words. encode(words) -> bytes of each stream in `dtypes` {name: dtype}; a
+    line end among the words ends a document. arrays, attributes: what else write_packed shall write.
+    """
+    sources = [Path(p) for p in sources]
+    total = sum(p.stat().st_size for p in sources)
+    # English has 4 to 5 bytes a token
+    check_space(out, 2 * sum(dtype.itemsize for dtype in dtypes.values()) * total // 3)
+    documents, start = 0, time.perf_counter()
+    with staged(out) as (scratch, part), ExitStack() as stack:
+        raw = [stack.enter_context(open(scratch / name, "wb")) for name in dtypes]
+
+        def write(words):
+            for f, ids in zip(raw, encode(words)):
+                f.write(ids)
+
+        bar = progress(None, total, "B", f"{kind} -> {Path(out).name}", unit_scale=True)
+        for path in sources:
+            line_start, inside = True, False  # of a line, of a document
+            for text, size in read_text(path):
+                words, lines = [], split(text).split("\n")
+                for i, line in enumerate(lines):
+                    if line and not line.isspace():
+                        words += line.split(" ")
+                        inside = True
+                    elif inside and (i > 0 or line_start) and i < len(lines) - 1:
+                        words.append("\n")
+                        inside, documents = False, documents + 1
+                line_start = not lines[-1]
+                if words:
+                    write(words)
+                bar.update(size)
+            if inside:
+                write(["\n"])
+                documents += 1
+        bar.close()
+        seconds = time.perf_counter() - start
+        sizes = {name: f.tell() // dtypes[name].itemsize for name, f in zip(dtypes, raw)}
+        if not sizes["tokens"]:
+            raise SystemExit(f"{', '.join(map(str, sources))}: no text in it")
+        stack.close()
+        check_space(out, sum(f.stat().st_size for f in scratch.iterdir()))
+        counts = {name: n for name, n in sizes.items() if name.endswith("tokens")}
+        counts |= {"documents": documents, "bytes": total}
+        write_packed(part, kind, vocab, {
+            name: (scratch / name, dtypes[name], (n,)) for name, n in sizes.items()} | arrays | {
+            "sources": np.frombuffer(json.dumps([p.name for p in sources]).encode(), np.uint8)},
+            **attributes, **counts)
+    rate = total / seconds / 1e6
+    print0(f"{kind}: {counts['tokens']:,} tokens "
+           + f"and {counts.get('clip_tokens', 0):,} of CLIP " * ("clip_tokens" in counts)
+           + f"in {documents:,} documents from {total / 1e6:.1f} MB in {duration(seconds)} "
+           f"({rate:.1f} MB/s) -> {Path(out).name}")
+    return counts | {"seconds": seconds, "mb_per_s": rate}
+
+
+def cached_words(words, encode, cache, longest=32, most=1 << 18):
+    """Words (text between spaces) -> list of what encode(new words) makes of each; most are in the cache.
+
+    Tokenizers never look across a space, so what they make of a word can be kept. The cache is bounded:
+    `most` words of up to `longest` characters.
+    """
+    new = list(set(words).difference(cache))
+    cache.update(zip(new, encode(new)))
+    out = [cache[word] for word in words]
+    for word in new if len(cache) > most else [word for word in new if len(word) > longest]:
         del cache[word]
     return out
 
@@ -784,18 +1036,20 @@ class TextBlocks:
     end of each is dropped and counted in `dropped`). part: "train" or "val"; without val_glob the last 1 % of
     the blocks, at least one, is held out.
     """
+    kind = "text"
 
     def __init__(self, paths, block_size, part="train", val_glob=""):
         if block_size < 3:
             raise SystemExit(f"--block_size {block_size}: at least 3 ([CLS], a token, [SEP])")
-        shards = find_shards(val_glob if val_glob and part == "val" else paths)
+        shards = find_shards(val_glob if val_glob and part == "val" else paths, self.kind)
         self.block_size, self.tokens, self.vocab, digest = block_size, [], None, hashlib.sha256()
         for path in shards:
-            attributes, vocab, maps = open_packed(path, "text", self.vocab)
+            attributes, vocab, maps = open_packed(path, self.kind, self.vocab)
             if self.vocab and vocab.hash != self.vocab.hash:
                 raise SystemExit(f"{path}: packed with another vocabulary than {shards[0]}; pack it anew")
             self.vocab = vocab
             self.tokens.append(maps["tokens"])
+            self.add_shard(path, attributes, maps)
             digest.update(attributes["hash"].encode())
         self.hash = digest.hexdigest()
         counts = [len(tokens) // (block_size - 2) for tokens in self.tokens]
@@ -809,6 +1063,9 @@ class TextBlocks:
         in_front = part == "train" or val_glob
         self.offset, self.n = (0, total - held_out) if in_front else (total - held_out, held_out)
 
+    def add_shard(self, path, attributes, maps):
+        """For a subclass: reads what else the file holds."""
+
     def __len__(self):
         return self.n
 
@@ -821,24 +1078,146 @@ class TextBlocks:
         ids = np.empty((len(index), self.block_size), np.int64)
         ids[:, 0], ids[:, -1] = self.vocab.cls, self.vocab.sep
         width = self.block_size - 2
-        for row, block in enumerate(np.asarray(index) + self.offset):
-            shard = np.searchsorted(self.first, block, side="right") - 1
-            at = (block - self.first[shard]) * width
-            ids[row, 1:-1] = self.tokens[shard][at:at + width]
+        for row, (shard, block) in enumerate(self.places(index)):
+            ids[row, 1:-1] = self.tokens[shard][block * width:(block + 1) * width]
         return {"ids": torch.from_numpy(ids), "mask": torch.ones(ids.shape, dtype=torch.bool),
                 "index": np.asarray(index, np.int64)}
 
+    def places(self, index):
+        """Blocks `index` of this part -> (shard, block in the shard) of each."""
+        block = np.asarray(index) + self.offset
+        shard = np.searchsorted(self.first, block, side="right") - 1
+        return zip(shard.tolist(), (block - self.first[shard]).tolist())
 
-def find_shards(paths):
+
+def find_shards(paths, kind="text"):
     """A glob or a list of paths -> sorted list of files; ends the program where there is none."""
     if isinstance(paths, (str, Path)):
         paths = [paths] if Path(paths).exists() else glob.glob(str(paths)) or [paths]
     shards = sorted(map(str, paths))
     missing = [shard for shard in shards if not Path(shard).exists()]
     if missing:
-        raise SystemExit(f"{', '.join(missing)}: no such file; pack text with `python data.py text TEXT... "
-                         "--vocab vocab.txt --out corpus.h5`")
+        raise SystemExit(f"{', '.join(missing)}: no such file; pack text with `python data.py {kind} TEXT... "
+                         f"--out FILE` (`python data.py {kind} --help` lists its flags)")
     return shards
+
+
+# ---------------------------------------------------------------------------- text pairs
+
+
+class PairBlocks(TextBlocks):
+    """TextBlocks of packed pairs (data.py xtext) with the CLIP tokens of the same text, for XDBERT.
+
+    A block's CLIP tokens fill up to `segments` segments of `length` tokens one after the other, each with a
+    start and an end token of its own, as in the released code; the first is in use even where it is empty.
+    What does not fit is cut: `cut` tokens of all blocks of this part. used: mean share of segments in use.
+    """
+    kind = "xtext"
+
+    def __init__(self, paths, block_size, part="train", val_glob="", segments=9, length=77):
+        if segments < 1 or length < 3:
+            raise SystemExit(f"--segments {segments} of --segment_length {length}: at least 1 of 3 (start, a "
+                             "token, end)")
+        self.segments, self.length, self.clip_vocab = segments, length, None
+        self.clip_tokens, self.clip_at = [], []  # of each shard: ids, and at which of them each block begins
+        super().__init__(paths, block_size, part, val_glob)
+        size = np.concatenate([np.diff(at) for at in self.clip_at])[self.offset:self.offset + self.n]
+        self.cut = int(np.maximum(size - segments * (length - 2), 0).sum())
+        self.used = float(np.clip(-(-size // (length - 2)), 1, segments).mean() / segments)
+
+    def add_shard(self, path, attributes, maps):
+        self.clip_vocab = self.clip_vocab or stored_clip_vocab(path, attributes, self.vocab, maps)
+        if attributes["clip_hash"] != self.clip_vocab.hash:
+            raise SystemExit(f"{path}: its CLIP side was packed with another vocabulary than that of the "
+                             "other files; pack it anew")
+        counts, width = maps["clip_counts"], self.block_size - 2
+        at, piece = np.zeros(len(counts) // width + 1, np.int64), 1 + (1 << 22) // width
+        for a in range(0, len(at) - 1, piece):  # of blocks, so that memory stays flat
+            rows = counts[a * width:min(a + piece, len(at) - 1) * width].reshape(-1, width)
+            at[a + 1:a + 1 + len(rows)] = rows.sum(1, dtype=np.int64)
+        self.clip_at.append(np.cumsum(at, out=at))
+        self.clip_tokens.append(maps["clip_tokens"])
+
+    def counts(self, size):
+        """CLIP tokens of each text (b,) -> those in each of its segments (b, S), -1 = not in use."""
+        left = np.asarray(size)[:, None] - np.arange(self.segments) * (self.length - 2)
+        left[:, 1:][left[:, 1:] <= 0] = -1
+        return np.minimum(left, self.length - 2)
+
+    def clip_batch(self, index) -> dict:
+        """The CLIP side of blocks `index`; see segment_batch."""
+        room, parts = self.segments * (self.length - 2), []
+        for shard, block in self.places(index):
+            a, b = self.clip_at[shard][block:block + 2]
+            parts.append(self.clip_tokens[shard][a:min(b, a + room)])
+        size = np.array([len(part) for part in parts])
+        begin = (np.cumsum(size) - size)[:, None] + np.arange(self.segments) * (self.length - 2)
+        return segment_batch(np.concatenate(parts), begin, self.counts(size), self.clip_vocab, self.length)
+
+
+def stored_clip_vocab(path, attributes, vocab, maps):
+    """The vocabulary of the CLIP side of a packed file; vocab: that of its other side, which may be equal."""
+    if attributes["clip_hash"] == vocab.hash:
+        return vocab
+    lines = bytes(maps["clip_vocab"]).decode().split("\n")
+    if "clip_lower" not in attributes:
+        clip = CLIPVocab(lines, str(path))
+    else:
+        clip = Vocab(lines, bool(attributes["clip_lower"]), bool(attributes["clip_strip_accents"]), str(path))
+    if clip.hash != attributes["clip_hash"]:
+        raise SystemExit(f"{path}: damaged (CLIP's vocabulary is not the one it was packed with); pack it "
+                         "anew")
+    return clip
+
+
+def segment_batch(tokens, begin, count, vocab, length) -> dict:
+    """Pieces of a flat array of ids -> the CLIP input of B texts of S segments; the empty ones are not in it.
+
+    begin, count: (B, S); a segment holds tokens[begin:begin + count], cut to length - 2, between vocab's
+    start and end; count -1 = not in use. Returns {"clip_ids": int64 (n, l), the segments in use row by row,
+    padded with 0, which may be a real token, too; "clip_place": int64 (B, R), where in the flattened clip_ids
+    the real tokens of row b stand, start and end among them, in order and packed to the left; "clip_mask":
+    bool (B, R), True = real}.
+    """
+    in_use, count = count >= 0, np.minimum(count, length - 2)
+    first, size = begin[in_use], count[in_use]  # of each segment in use
+    column = np.arange(size.max() + 2)
+    segment, at = np.nonzero((column > 0) & (column <= size[:, None]))
+    ids = np.zeros((len(size), len(column)), np.int64)
+    ids[segment, at] = tokens[first[segment] + at - 1]
+    ids[:, 0], ids[np.arange(len(size)), size + 1] = vocab.start, vocab.end
+    real = np.where(in_use, count + 2, 0).sum(1)  # tokens of each row
+    mask = np.arange(real.max()) < real[:, None]
+    place = np.zeros(mask.shape, np.int64)
+    place[mask] = np.flatnonzero(column < size[:, None] + 2)
+    return {"clip_ids": torch.from_numpy(ids), "clip_place": torch.from_numpy(place),
+            "clip_mask": torch.from_numpy(mask)}
+
+
+def clip_targets(clip_ids, clip_place, clip_mask, vocab, rate, *keys):
+    """CLIPTC's targets -> (index (m,) into the flattened (B, R), their ids (m,)), int64.
+
+    clip_ids, clip_place, clip_mask: of segment_batch. Each real token, id 0 among them, is a target with
+    probability `rate`; never start or end (or another special token of `vocab`), nor padding. keys: as in
+    mask_tokens.
+    """
+    ids = clip_ids.flatten()[clip_place]
+    u = torch.from_numpy(keyed_uniform("clip target", *columns(keys), np.arange(ids.shape[1])))
+    target = (u < rate) & clip_mask & ~torch.isin(ids, torch.tensor(vocab.specials))
+    return target.flatten().nonzero()[:, 0], ids[target]
+
+
+def match_texts(index, n, *keys):
+    """MATCH's texts: index (b,) of n -> int64 (b,), with probability 1/2 another one, else its own.
+
+    Each of the n - 1 others is equally likely. keys: as in mask_tokens.
+    """
+    if n < 2:
+        raise SystemExit("MATCH needs at least two blocks; lower --block_size or pack more text")
+    index = np.asarray(index, np.int64)
+    other = keyed_integers(n - 1, "match text", *keys)
+    other = other + (other >= index)
+    return np.where(keyed_uniform("match", *keys) < 0.5, other, index)
 
 
 # ---------------------------------------------------------------------------- video clips
@@ -1086,6 +1465,25 @@ def demo_world(data_dir, seed, world):
         make_demo(folder, seed)
     world.barrier()
     return folder
+
+
+def demo_xtext(folder, world):
+    """xcorpus.h5 of a demo world, its vocabulary on both sides, packed by rank 0 where it is missing or of
+    another format, while the others wait; says which."""
+    folder = Path(folder)
+    path = folder / "xcorpus.h5"
+    if world.main:
+        vocab = load_vocab(folder / "raw" / "vocab.txt")
+        try:
+            found = path.exists() and open_packed(path, "xtext", vocab)[1].hash == vocab.hash
+        except SystemExit:
+            found = False
+        print0(f"reused {path}" if found else f"no {path} yet")
+        if not found:
+            path.unlink(missing_ok=True)
+            pack_xtext(sorted((folder / "raw" / "text").glob("*.txt")), vocab, vocab, path)
+    world.barrier()
+    return path
 
 
 def effects_of(action):
@@ -1341,11 +1739,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv=None):
-    """The commands demo, vocab, text and videos; dashes and underscores in flags are equal."""
+    """The commands demo, vocab, text, xtext and videos; dashes and underscores in flags are equal."""
     argv = [re.match("[^=]*", arg)[0].replace("_", "-") + "".join(arg.partition("=")[1:])
             if arg.startswith("--") else arg for arg in (sys.argv[1:] if argv is None else argv)]
     parser = Parser(prog="data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|vocab|text|videos")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|vocab|text|xtext|videos")
 
     def command(name, text):
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
@@ -1363,6 +1761,11 @@ def main(argv=None):
     add("text", nargs="+", help="UTF-8 text files with blank lines between documents, or caption.json")
     add("--vocab", required=True, help="vocab.txt, tokenizer.json, or a folder or packed .h5 that holds one")
     add("--out", required=True, help=".h5 file to write")
+    add = command("xtext", "pack text files as two streams of tokens, word pieces and CLIP's, for XDBERT")
+    add("text", nargs="+", help="as for text")
+    add("--vocab", required=True, help="as for text: of the language encoder that shall be adapted")
+    add("--clip-vocab", required=True, help="bpe_simple_vocab_16e6.txt.gz, or a folder of CLIP's text tower")
+    add("--out", required=True, help=".h5 file to write")
     add = command("videos", "pack captions and features in HowTo100M's layout")
     add("--captions", required=True, help="caption.json: {video id: {start, end, text}}")
     add("--feat2d", required=True, help="folder of <video id>.npy, (seconds, channels), 1 per second")
@@ -1379,6 +1782,8 @@ def main(argv=None):
             train_vocab(args.text, args.out, args.size, not args.cased)
         elif args.command == "text":
             pack_text(args.text, args.vocab, args.out)
+        elif args.command == "xtext":
+            pack_xtext(args.text, args.vocab, args.clip_vocab, args.out)
         else:
             pack_videos(args.captions, args.feat2d, args.csv, args.vocab, args.out, args.feat3d,
                         args.skip_bad)

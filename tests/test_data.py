@@ -1,14 +1,20 @@
-"""data.py: ids are BERT's, packers keep every token and frame and refuse what is broken, batches are pure
-functions of (seed, step, position), masks are 80/10/10, the demo world is deterministic and leaks nothing.
+"""data.py: ids are BERT's and CLIP's, packers keep every token and frame and refuse what is broken, batches
+are pure functions of (seed, step, position), masks are 80/10/10, MATCH is half another text, the demo world
+is deterministic and leaks nothing.
 
 Run: python -m pytest -q tests/test_data.py
 """
 
 import csv
+import gzip
+import html
 import json
 import os
+import re
 import subprocess
 import sys
+import tracemalloc
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -192,6 +198,182 @@ def test_trained_vocabulary_is_deterministic_and_complete(tmp_path):
     assert "exists" in stop_line(data.train_vocab, sources, tmp_path / "v1.txt", 90)
 
 
+# ---------------------------------------------------------------------------- CLIP's vocabulary
+
+# OpenAI's simple_tokenizer itself (its lines run with regex 2026.11, ftfy left out) on published examples and
+# on contractions, digits, HTML, emoji, final sigma, dotted I, long s, iota below, literal tokens, white space
+CLIP_IDS = {
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "a diagram": [320, 22697],
+    "a dog": [320, 1929],
+    "It's we'RE I'd they'LL can't 've 'Tis o'clock":
+        [585, 568, 649, 982, 328, 1896, 889, 1342, 753, 713, 1200, 713, 533, 334, 262, 6716],
+    "2024 costs 3.14 \xbd x\xb2 \u2167 \u0663":
+        [273, 271, 273, 275, 7628, 274, 269, 272, 275, 33613, 343, 41175, 158, 227, 371, 149, 352],
+    "&amp;lt;b&amp;gt; AT&amp;T &#x1F600; &nbsp; &copy &bogus;":
+        [283, 321, 285, 536, 261, 339, 7334, 5811, 261, 42907, 282],
+    "\U0001f600\U0001f468\u200d\U0001f469\u200d\U0001f467!? :-) \xe9 na\xefve":
+        [12832, 25023, 26304, 48938, 6004, 4223, 4166, 1097, 35689, 563],
+    "\u4e2d\u6587 \u65e5\u672c \ud55c\uad6d":
+        [19759, 255, 29032, 485, 39121, 19277, 361, 15197, 250, 31871, 511],
+    "\u03a3\u038a\u03a3\u03a5\u03a6\u039f\u03a3 \u0130stanbul Stra\xdfe \ufb01 '\u017f \u1fd6 \u03b9\u0345":
+        [139, 225, 138, 107, 139, 225, 139, 227, 139, 228, 138, 123, 139, 480, 328, 16384, 11231, 1894, 127,
+         253, 324, 171, 105, 479, 6, 129, 379, 157, 123, 500, 138, 373],
+    "<|endoftext|><|StartOfText|>x!<|endoftext|>'s<|endoftext|>":
+        [49407, 49406, 343, 0, 27, 347, 40786, 4160, 91, 29, 262, 338, 49407],
+    " \t a\u00a0b\u3000c\u2028d\u200be\x85f\x0bg\n": [320, 321, 322, 323, 9844, 324, 325, 326],
+    "supercalifragilisticexpialidocious" * 2:
+        [1642, 2857, 13093, 2076, 5868, 26850, 835, 639, 698, 1987, 1642, 2857, 13093, 2076, 5868, 26850, 835,
+         639, 38466],
+}
+MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "s a", "sa t</w>", "o n</w>", "d o", "do g</w>", "' s</w>"]
+
+
+@pytest.fixture
+def clip():
+    return data.CLIPVocab(MERGES)
+
+
+@pytest.fixture(scope="module")
+def openai(real_data):
+    """OpenAI's own vocabulary, from the real data."""
+    return data.load_clip_vocab(real_data / "vocab" / "bpe_simple_vocab_16e6.txt.gz")
+
+
+def plain_clip(vocab):
+    """OpenAI's algorithm written anew, a function of a text: its pattern as a walk over Unicode categories,
+    then the best merge again and again."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = dict(zip(printable + [b for b in range(256) if b not in printable], vocab.tokens))
+    rank = {tuple(merge.split()): i for i, merge in enumerate(vocab.merges)}
+    ids = {token: i for i, token in enumerate(vocab.tokens)}
+    special = ("<|startoftext|>", "<|endoftext|>")
+
+    def words_of(text):
+        text = re.sub(r"\s+", " ", html.unescape(html.unescape(text)).strip()).strip().lower()
+        kinds = "".join(" " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "-")
+                        for c in text)
+        at = 0
+        while at < len(text):
+            found = [literal for literal in (*special, "'s", "'t", "'re", "'ve", "'m", "'ll", "'d")
+                     if text.startswith(literal, at)]
+            end = at + (len(found[0]) if found else 1)
+            while not found and kinds[at] in "L-" and kinds[end:end + 1] == kinds[at]:
+                end += 1
+            if kinds[at] != " ":
+                yield text[at:end]
+            at = end
+
+    def encode(text):
+        out = []
+        for word in words_of(text):
+            parts = [letters[b] for b in word.encode()]
+            parts[-1] += "</w>"
+            while word not in special and len(parts) > 1:
+                best = min(zip(parts, parts[1:]), key=lambda pair: rank.get(pair, len(rank)))
+                if best not in rank:
+                    break
+                for i in range(len(parts) - 1):
+                    if tuple(parts[i:i + 2]) == best:
+                        parts[i:i + 2] = ["".join(best)]
+            out += [ids[word]] if word in special else [ids[part] for part in parts]
+        return out
+
+    return encode
+
+
+def test_clip_ids_equal_openais(openai):
+    assert openai.encode(list(CLIP_IDS)) == list(CLIP_IDS.values())
+    assert openai.encode(list(CLIP_IDS) * 9) == list(CLIP_IDS.values()) * 9  # the threaded path
+    assert openai.hash == data.OPENAI_CLIP and openai.size == 49408 and openai.dtype == np.uint16
+    assert [openai.start, openai.end, openai.cls, openai.sep] == [49406, 49407] * 2
+    assert openai.specials == [49406, 49407] and (openai.pad, openai.unk) == (0, -1)
+    assert openai.tokens[0] == "!" and openai.tokens[49406:] == ["<|startoftext|>", "<|endoftext|>"]
+    ids = [openai.start, *openai.encode(["It's  a NAÏVE 😀 dog"])[0], openai.end]
+    assert openai.decode(ids) == "<|startoftext|> it 's a naïve 😀 dog <|endoftext|>"
+
+
+def test_clip_ids_equal_a_plain_reimplementation(real_data, openai, clip):
+    real = (real_data / "text" / "wiki.valid.raw").read_text(encoding="utf-8").split("\n")[:60]
+    like_ftfy = [text for text in HARD if not re.search("[\x1c-\x1f]", text)]  # which ftfy removes
+    rng = np.random.default_rng(0)
+    parts = ["'s", "'RE", "'", "&amp;", "&#39;", "&amp;lt;", "<|endoftext|>", "<|", "|>", " ", "\t", "\u2003",
+             "12", "½", "Ⅷ", "Σ", "İ", "é", "e\u0301", "\u200d", "中", "😀", "!", "...", "The", "cat", "ß", "_"]
+    mixed = ["".join(rng.choice(parts, rng.integers(1, 12))) for _ in range(800)]
+    for vocab in (openai, clip):
+        plain = plain_clip(vocab)
+        for text in [*real, *like_ftfy, *mixed, "the" * 300, "", " "]:
+            assert vocab.encode([text])[0] == plain(text), ascii(text)
+
+
+def test_clip_vocab_survives_every_file_it_is_kept_in(clip, vocab, tmp_path):
+    lines = '"bpe_simple_vocab_16e6.txt#version: 0.2\n' + "".join(f"{merge}\n" for merge in MERGES)
+    (tmp_path / "plain.txt").write_text(lines)
+    (tmp_path / "dos.txt").write_bytes(lines.replace("\n", "\r\n").encode())
+    (tmp_path / "m.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "bpe_simple_vocab_16e6.txt.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "merges.txt").write_text(lines)
+    clip.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text())
+    saved["model"]["merges"] = MERGES  # as older versions write them
+    (tmp_path / "older.json").write_text(json.dumps(saved))
+    for name in ("plain.txt", "dos.txt", "m.txt.gz", "theirs", "slow", "saved", "saved/tokenizer.json",
+                 "older.json"):
+        again = data.load_clip_vocab(tmp_path / name)
+        assert (again.hash, again.tokens) == (clip.hash, clip.tokens) and again.hash != data.OPENAI_CLIP
+        assert again.encode(["the cat's Dog"]) == clip.encode(["the cat's Dog"])
+    assert clip.size == 514 + len(MERGES) and clip.decode(clip.encode(["The  cat"])[0]) == "the cat"
+    vocab.save(tmp_path / "words")
+    for name in ("words", "words/vocab.txt"):
+        assert data.load_clip_vocab(tmp_path / name).hash == vocab.hash
+    assert (vocab.start, vocab.end) == (vocab.cls, vocab.sep)
+
+
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("gone.txt.gz", None, "https://github.com/openai/CLIP"),
+        ("empty/", None, "no vocabulary of CLIP"),
+        ("m.txt.gz", lambda _: b"\x1f\x8bnothing", "not a vocabulary"),
+        ("m.txt.gz", lambda lines: gzip.compress(lines)[:-9], "not a vocabulary"),
+        ("m.txt", lambda lines: lines + b"ca t</w>\n", "merge 11, 'ca t</w>'"),
+        ("m.txt", lambda lines: lines + b"qq q</w>\n", "merge 11, 'qq q</w>'"),
+        ("m.txt", lambda lines: lines + b"t\n", "merge 11, 't'"),
+        ("m.txt", lambda _: b"#version: 0.2\nt h\nth e\n", "[PAD]"),  # no ends of words: GPT-2's
+        ("tokenizer.json", lambda _: b"[]", "WordPiece"),
+        ("tokenizer.json", {"end_of_word_suffix": None}, "</w>"),
+        ("tokenizer.json", {"vocab": {"a": 0}}, "not the 524 that its merges make"),
+        ("tokenizer.json", {"merges": MERGES[:-1]}, "not the 523 that its merges make"),
+        ("tokenizer.json", {"vocab": None}, "a vocabulary"),
+    ],
+)
+def test_clip_vocab_that_is_none_ends_in_one_line(clip, tmp_path, name, change, says):
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir()
+    elif callable(change):
+        path.write_bytes(change(("#version\n" + "\n".join(MERGES) + "\n").encode()))
+    elif change:
+        clip.save(tmp_path)
+        content = json.loads(path.read_text())
+        content["model"] |= change
+        path.write_text(json.dumps(content))
+    line = stop_line(data.load_clip_vocab, path)
+    assert says in line and str(path) in line
+
+
+def test_clip_vocab_opens_in_transformers(openai, real_data, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    openai.save(tmp_path / "ours")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
+    text = (real_data / "text" / "wiki.valid.raw").read_text(encoding="utf-8").split("\n")[:400]
+    assert theirs(text)["input_ids"] == [[49406, *ids, 49407] for ids in openai.encode(text)]
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert data.load_clip_vocab(tmp_path / "theirs").hash == openai.hash
+
+
 # ---------------------------------------------------------------------------- packed text
 
 
@@ -219,7 +401,7 @@ def test_packed_text_equals_encoding_line_by_line(bert_vocab, tmp_path):
 def test_packed_real_text_equals_encode_batch(real_data, bert_vocab, tmp_path, monkeypatch):
     source = real_data / "text" / "wiki.valid.raw"
     monkeypatch.setattr(
-        data.encode_words, "__defaults__", (8, 2000)
+        data.cached_words, "__defaults__", (8, 2000)
     )  # a full cache, and words it does not keep
     data.pack_text([source], bert_vocab, tmp_path / "t.h5")
     lines = source.read_text(encoding="utf-8").split("\n")
@@ -405,6 +587,273 @@ def test_blocks_refuse_what_they_cannot_read(shards, vocab, tmp_path):
         f.attrs["format"] = data.FORMAT
         f["vocab"][-1] = 65
     assert "damaged" in stop_line(data.TextBlocks, str(tmp_path / "bad.h5"), 12)
+
+
+# ---------------------------------------------------------------------------- text pairs
+
+# words without a word piece (control characters), without a CLIP token (none: nothing at all), of many pieces
+ODD = ("the cat's \x07 dog\tsat\r\non \u200b the\x0bmat , \x07\n\n\x07 ran! 's &amp; x&lt;y\u00a0z [SEP]"
+       " far\n \n" + "a" * 120)
+
+
+def aligned_pairs(text, vocab, clip):
+    """What pack_xtext must make of a text, word by word -> (tokens, clip_tokens, clip_counts)."""
+    tokens, clip_tokens, counts, waiting, inside = [], [], [], 0, False
+    for line in text.split("\n"):
+        for word in re.split("[ \t\r]", line) if line.strip() else []:
+            inside = True
+            pieces, clips = vocab.encode([word])[0], clip.encode([word])[0]
+            tokens, clip_tokens, waiting = tokens + pieces, clip_tokens + clips, waiting + len(clips)
+            if pieces:
+                counts, waiting = counts + [waiting] + [0] * (len(pieces) - 1), 0
+        if not line.strip() and inside:
+            tokens, counts, waiting, inside = tokens + [vocab.sep], counts + [waiting], 0, False
+    if inside:
+        tokens, counts, waiting = tokens + [vocab.sep], counts + [waiting], 0
+    return tokens, clip_tokens, counts
+
+
+def test_packed_pairs_are_both_tokenizers_ids_aligned_at_words(vocab, clip, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    text = "\n".join([ODD, *("".join(rng.permutation(HARD)[:4]) + rng.choice(["", "\n", " \n"])
+                             for _ in range(100))])
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    cased = data.Vocab(vocab.tokens, lower=False, strip_accents=False)
+    for name, other in (("bpe", clip), ("words", cased), ("same", vocab)):
+        path = tmp_path / f"{name}.h5"
+        counts = data.pack_xtext([tmp_path / "t.txt"], vocab, other, path)
+        maps, plain = packed(path), aligned_pairs(text, vocab, other)
+        for key, expected in zip(("tokens", "clip_tokens", "clip_counts"), plain):
+            assert maps[key].tolist() == expected, key
+        assert maps["tokens"].tolist() == by_line(vocab, text) and maps["clip_counts"].dtype == np.uint16
+        whole = [i for line in text.split("\n") if line.strip() for i in other.encode([line])[0]]
+        assert maps["clip_tokens"].tolist() == whole  # of whole lines: no word sees another
+        assert (counts["tokens"], counts["clip_tokens"], counts["clip_cut"]) == (
+            len(plain[0]), len(plain[1]), 0)
+        assert counts["bytes"] == len(text.encode()) and f"{len(whole):,} of CLIP" in capsys.readouterr().out
+        attributes, stored, raw = data.open_packed(path)
+        stored = stored, data.stored_clip_vocab(path, attributes, stored, raw)
+        assert [v.hash for v in stored] == [vocab.hash, other.hash] and type(stored[1]) is type(other)
+        assert stored[1].encode(HARD) == other.encode(HARD)
+    monkeypatch.setattr(data.cached_words, "__defaults__", (8, 40))  # a full cache, words it does not keep
+    data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "again.h5")
+    hashes = [data.open_packed(tmp_path / f"{name}.h5")[0]["hash"] for name in ("bpe", "again", "words")]
+    assert hashes[0] == hashes[1] != hashes[2]
+    data.pack_text([tmp_path / "t.txt"], vocab, tmp_path / "text.h5")
+    assert np.array_equal(packed(tmp_path / "text.h5")["tokens"], packed(tmp_path / "bpe.h5")["tokens"])
+
+
+def test_packed_pairs_of_real_text(real_data, bert_vocab, openai, tmp_path):
+    text = (real_data / "text" / "wiki.valid.raw").read_text(encoding="utf-8")[:200_000]
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    data.pack_xtext([tmp_path / "t.txt"], bert_vocab, openai, tmp_path / "t.h5")
+    maps, lines = packed(tmp_path / "t.h5"), [line for line in text.split("\n") if line.strip()]
+    assert np.array_equal(maps["clip_tokens"], np.concatenate(openai.encode(lines)))
+    words, counts = sum(len(line.split()) for line in lines), maps["clip_counts"].astype(int)
+    assert counts.sum() == len(maps["clip_tokens"]) and (counts > 0).sum() == words
+    blocks = data.PairBlocks(tmp_path / "t.h5", 66, segments=2, length=40)
+    batch, pair = blocks.batch([5])["ids"][0], blocks.clip_batch([5])
+    ours = blocks.clip_vocab.decode(pair["clip_ids"].flatten()[pair["clip_place"][0]])
+    theirs = bert_vocab.decode(batch[1:-1])
+    ours, theirs = (re.sub(r"<\S+>|\[SEP\]|[^a-z0-9]", "", text) for text in (ours, theirs))
+    assert len(ours) > 200 and ours in theirs + " "  # the same text, but for words that a block's ends cut
+
+
+def test_clip_tokens_of_an_endless_word_stand_at_the_pieces_behind_it(vocab, clip, tmp_path, capsys):
+    most, n = 65535, 100_000
+    (tmp_path / "t.txt").write_text("\xe9" * (n // 2) + " the cat")  # one [UNK], two bytes a letter
+    counts = data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "t.h5")
+    assert packed(tmp_path / "t.h5")["clip_counts"].tolist() == [most, n - most + 1, 1, 0] and (
+        counts["clip_cut"] == 0)
+    (tmp_path / "t.txt").write_text("\xe9" * n)
+    counts = data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "cut.h5")
+    assert packed(tmp_path / "cut.h5")["clip_counts"].tolist() == [most, most]  # [UNK] [SEP]
+    assert counts["clip_cut"] == 2 * n - 2 * most and f"last {2 * n - 2 * most:,}" in capsys.readouterr().out
+
+
+def test_packing_pairs_needs_no_more_memory_for_more_text(vocab, clip, tmp_path):
+    peaks = []
+    for size in (3, 5):  # MB
+        (tmp_path / "t.txt").write_text(("the cat sat on " + "a" * 200 + " mats\n") * (size * 10 ** 6 // 221))
+        tracemalloc.start()
+        data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / f"{size}.h5")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_mistakes_while_packing_pairs_end_in_one_line_and_leave_nothing(vocab, clip, tmp_path, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    vocab.save(tmp_path)
+    (tmp_path / "t.txt").write_text("the cat")
+    (tmp_path / "empty.txt").write_text("\n")
+    before = sorted(tmp_path.iterdir())
+    argv = ["xtext", f"{tmp_path}/t.txt", "--vocab", f"{tmp_path}"]
+    argv += ["--out", f"{tmp_path}/o.h5", "--clip_vocab"]
+    assert "openai/CLIP" in stop_line(data.main, [*argv, f"{tmp_path}/bpe_simple_vocab_16e6.txt.gz"])
+    assert "no text" in stop_line(data.pack_xtext, [tmp_path / "empty.txt"], vocab, clip, tmp_path / "o.h5")
+    assert "no such file" in stop_line(data.pack_xtext, [tmp_path / "x.txt"], vocab, clip, tmp_path / "o.h5")
+    monkeypatch.setattr(data, "write_packed", stop)
+    assert "interrupted" in stop_line(data.main, [*argv, f"{tmp_path}"])
+    monkeypatch.undo()
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: data.shutil._ntuple_diskusage(9, 9, 0))
+    assert "GB are free" in stop_line(data.main, [*argv, f"{tmp_path}"])
+    monkeypatch.undo()
+    assert sorted(tmp_path.iterdir()) == before
+    data.main([*argv, f"{tmp_path}"])
+    assert "exists" in stop_line(data.main, [*argv, f"{tmp_path}"])
+
+
+@pytest.fixture
+def pairs(vocab, clip, tmp_path):
+    """Two shards of pairs; words of 1 to 9 CLIP tokens, some without a word piece."""
+    rng = np.random.default_rng(1)
+    for name, n in (("p0", 900), ("p1", 500)):
+        words = rng.choice(["the", "cat's", "dog", "unknownly", "\x07", "a", "sat", "!", "cats"], n)
+        (tmp_path / f"{name}.txt").write_text(" ".join(words))
+        data.pack_xtext([tmp_path / f"{name}.txt"], vocab, clip, tmp_path / f"{name}.h5")
+    return str(tmp_path / "p?.h5")
+
+
+def segments_of(tokens, vocab, segments, length):
+    """The plain way: CLIP tokens of a text -> list of its segments with start and end."""
+    parts = [tokens[s * (length - 2):(s + 1) * (length - 2)] for s in range(segments)]
+    return [[vocab.start, *part, vocab.end] for s, part in enumerate(parts) if len(part) or s == 0]
+
+
+def test_pair_blocks_bring_the_clip_tokens_of_their_words(pairs, vocab, clip):
+    train, val = (data.PairBlocks(pairs, 12, part, segments=2, length=9) for part in ("train", "val"))
+    text = data.TextBlocks.__len__(train)
+    assert text == len(train) and train.clip_vocab.hash == clip.hash and train.vocab.hash == vocab.hash
+    plain = []
+    for path in data.find_shards(pairs):
+        maps = packed(path)
+        at = np.cumsum([0, *maps["clip_counts"]])
+        for block in range(len(maps["tokens"]) // 10):
+            plain.append((maps["tokens"][block * 10:block * 10 + 10],
+                          maps["clip_tokens"][at[block * 10]:at[block * 10 + 10]].tolist()))
+    assert len(plain) == len(train) + len(val) and len(val) == 1
+    for blocks, expected in ((train, plain[:-1]), (val, plain[-1:])):
+        order = np.random.default_rng(0).permutation(len(blocks))
+        ids, pair = blocks.batch(order)["ids"], blocks.clip_batch(order)
+        real = [pair["clip_ids"].flatten()[place[mask]].tolist()
+                for place, mask in zip(pair["clip_place"], pair["clip_mask"])]
+        parts = [segments_of(expected[block][1], clip, 2, 9) for block in order]
+        assert all(np.array_equal(row[1:-1], expected[block][0]) for row, block in zip(ids, order))
+        assert real == [sum(part, []) for part in parts] and len(pair["clip_ids"]) == sum(map(len, parts))
+        assert blocks.cut == sum(max(0, len(tokens) - 14) for _, tokens in expected) and (
+            np.isclose(blocks.used, np.mean([len(part) / 2 for part in parts])))
+        again = blocks.clip_batch(order[:3])  # another batch is another width and no other content
+        assert [again["clip_ids"].flatten()[place[mask]].tolist() for place, mask in zip(
+            again["clip_place"], again["clip_mask"])] == real[:3]
+    assert train.cut > 0 and train.used > 0.5 and train.hash == val.hash
+    wide = data.PairBlocks(pairs, 12, segments=40, length=9)
+    assert wide.cut == 0 and wide.used < 0.2
+    apart = data.PairBlocks(pairs, 12, "val", pairs.replace("?", "1"), 2, 9)
+    first = len(packed(pairs.replace("?", "0"))["tokens"]) // 10
+    assert torch.equal(apart.clip_batch([7])["clip_ids"], train.clip_batch([first + 7])["clip_ids"])
+
+
+def test_a_block_without_clip_tokens_still_has_start_and_end(vocab, clip, tmp_path):
+    (tmp_path / "t.txt").write_text("sats cats")  # blocks s, ##at, ##s, ...: a word's first has its tokens
+    words = data.Vocab([*data.SPECIALS, "s", "##at", "##s", "c"])
+    data.pack_xtext([tmp_path / "t.txt"], words, clip, tmp_path / "t.h5")
+    blocks = data.PairBlocks(tmp_path / "t.h5", 3, segments=3, length=5)
+    pair = blocks.clip_batch([1, 2])
+    assert pair["clip_ids"].tolist() == [[clip.start, clip.end]] * 2 and pair["clip_mask"].all()
+    assert pair["clip_place"].tolist() == [[0, 1], [2, 3]]
+    both = blocks.clip_batch([1, 0])
+    assert both["clip_mask"].sum(1).tolist() == [2, 2 + len(clip.encode(["sats"])[0])]
+
+
+def test_pair_blocks_refuse_what_they_cannot_read(pairs, vocab, clip, tmp_path):
+    source, more = tmp_path / "p1.txt", data.CLIPVocab([*MERGES, "do o"])
+    data.pack_text([source], vocab, tmp_path / "text.h5")
+    line = stop_line(data.PairBlocks, tmp_path / "text.h5", 12)
+    assert "holds packed text, not xtext" in line and "data.py xtext" in line
+    assert "not text" in stop_line(data.TextBlocks, pairs, 12)
+    data.pack_xtext([source], vocab, more, tmp_path / "p2.h5")
+    assert "p2.h5: its CLIP side was packed with another" in stop_line(data.PairBlocks, pairs, 12)
+    (tmp_path / "p2.h5").unlink()
+    data.pack_xtext([source], data.Vocab(vocab.tokens, lower=False), clip, tmp_path / "p2.h5")
+    assert "p2.h5: packed with another vocabulary" in stop_line(data.PairBlocks, pairs, 12)
+    assert "data.py xtext" in stop_line(data.PairBlocks, str(tmp_path / "x.h5"), 12)
+    assert "data.py xtext" in stop_line(data.PairBlocks, str(tmp_path / "x*.h5"), 12)
+    for segments, length in ((0, 77), (9, 2)):
+        assert f"--segments {segments}" in stop_line(
+            data.PairBlocks, pairs, 12, segments=segments, length=length)
+    with h5py.File(tmp_path / "p0.h5", "a") as f:
+        f["clip_vocab"][-5] = ord("q")  # of the last merge, ' s</w>
+    assert "damaged" in stop_line(data.PairBlocks, str(tmp_path / "p0.h5"), 12)
+
+
+def test_segment_batch_equals_a_plain_loop(clip):
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 50, 400).astype(np.uint16)
+    for length in (5, 30):
+        count = rng.integers(-1, 12, (20, 3))
+        count[:, 0] = np.maximum(count[:, 0], 0)
+        begin = rng.integers(0, 380, (20, 3))
+        batch = data.segment_batch(tokens, begin, count, clip, length)
+        rows = [[[clip.start, *tokens[a:a + min(n, length - 2)].tolist(), clip.end]
+                 for a, n in zip(*row) if n >= 0] for row in zip(begin, count)]
+        segments = sum(rows, [])
+        longest = max(map(len, segments))
+        assert batch["clip_ids"].tolist() == [part + [0] * (longest - len(part)) for part in segments]
+        assert batch["clip_ids"].dtype == batch["clip_place"].dtype == torch.int64
+        assert batch["clip_mask"].dtype == torch.bool and longest <= length
+        R, at = max(sum(map(len, row)) for row in rows), 0
+        for row, place, mask in zip(rows, batch["clip_place"], batch["clip_mask"]):
+            where = [(at + s) * longest + j for s, part in enumerate(row) for j in range(len(part))]
+            assert place.tolist() == where + [0] * (R - len(where))
+            assert mask.tolist() == [True] * len(where) + [False] * (R - len(where))
+            at += len(row)
+
+
+def test_clip_targets_spare_start_end_and_padding_and_count_id_0(clip):
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random(60_000) < 0.3, 0, rng.integers(0, clip.size - 2, 60_000))
+    count = rng.integers(0, 19, (2000, 2))
+    count[::3, 1] = -1
+    begin = np.arange(2000)[:, None] * 30 + [0, 12]
+    batch = data.segment_batch(tokens, begin, count, clip, 20)
+    args = batch["clip_ids"], batch["clip_place"], batch["clip_mask"], clip
+    index, targets = data.clip_targets(*args, 0.15, 3, 7, np.arange(2000))
+    ids = batch["clip_ids"].flatten()[batch["clip_place"]]
+    special = (ids == clip.start) | (ids == clip.end)
+    free = batch["clip_mask"] & ~special
+    assert index.dtype == targets.dtype == torch.int64 and torch.equal(ids.flatten()[index], targets)
+    assert free.flatten()[index].all() and len(index.unique()) == len(index)
+    for which in (ids == 0, ids != 0):  # within 4 standard deviations of a binomial
+        n, hits = int((free & which).sum()), int(which.flatten()[index].sum())
+        assert n > 5000 and abs(hits - 0.15 * n) < 4 * (0.15 * 0.85 * n) ** 0.5
+    everything = data.clip_targets(*args, 1.0, 3, 7, np.arange(2000))[0]
+    assert torch.equal(everything, free.flatten().nonzero()[:, 0])
+    assert not len(data.clip_targets(*args, 0.0, 3, 7, np.arange(2000))[0])
+    # a pure function of its keys, whatever stands beside a row
+    half = data.segment_batch(tokens, begin[1000:], count[1000:], clip, 20)
+    part, _ = data.clip_targets(half["clip_ids"], half["clip_place"], half["clip_mask"], clip, 0.15, 3, 7,
+                                np.arange(1000, 2000))
+    R, width = ids.shape[1], half["clip_place"].shape[1]
+    later = index[index >= 1000 * R] - 1000 * R
+    assert torch.equal(later // R * width + later % R, part)
+    assert not torch.equal(index, data.clip_targets(*args, 0.15, 3, 8, np.arange(2000))[0])
+
+
+def test_match_is_half_another_text_and_never_its_own_then():
+    index = np.arange(20_000) % 7
+    other = data.match_texts(index, 7, 0, 5, np.arange(20_000))
+    assert other.dtype == np.int64 and other.min() == 0 and other.max() == 6
+    n = int((other != index).sum())  # "another" is never its own, so these are all of them
+    assert abs(n - 10_000) < 4 * 5000 ** 0.5
+    shift = np.bincount((other - index) % 7, minlength=7)[1:]
+    assert ((shift - n / 6) ** 2 / (n / 6)).sum() < 21  # chi-square, 5 degrees, p = 1e-3
+    assert np.array_equal(data.match_texts(index[90:99], 7, 0, 5, np.arange(90, 99)), other[90:99])
+    assert not np.array_equal(data.match_texts(index, 7, 0, 6, np.arange(20_000)), other)
+    assert set(data.match_texts(np.zeros(99, int), 2, 0, 0, np.arange(99))) == {0, 1}
+    assert "at least two blocks" in stop_line(data.match_texts, np.zeros(1, int), 1, 0, 0, np.arange(1))
 
 
 # ---------------------------------------------------------------------------- order and masks
@@ -882,6 +1331,29 @@ def test_demo_is_a_function_of_its_seed(small_world, tmp_path):
     assert "not the demo world of seed 5" in stop_line(data.make_demo, a, 5)
 
 
+def test_demo_pairs_are_made_once_from_the_worlds_text(small_world, tmp_path, capsys):
+    from common import init_world
+
+    world, folder = init_world("cpu"), data.make_demo(tmp_path / "w", 3)
+    path = data.demo_xtext(folder, world)
+    assert path == folder / "xcorpus.h5" and f"no {path} yet" in capsys.readouterr().out
+    pairs, text = packed(path), packed(folder / "corpus.h5")
+    assert np.array_equal(pairs["tokens"], text["tokens"])
+    blocks = data.PairBlocks(path, 24)
+    vocab, clip = blocks.vocab, blocks.clip_vocab
+    assert vocab is clip and vocab.hash == data.load_vocab(folder / "corpus.h5").hash
+    assert np.array_equal(pairs["clip_tokens"], text["tokens"][text["tokens"] != vocab.sep])  # words alone
+    before = path.stat().st_mtime_ns
+    assert data.demo_xtext(folder, world) == path and path.stat().st_mtime_ns == before
+    assert f"reused {path}" in capsys.readouterr().out
+    with h5py.File(path, "a") as f:
+        f.attrs["format"] = 0
+    data.demo_xtext(folder, world)
+    assert f"no {path} yet" in capsys.readouterr().out and data.open_packed(path)[0]["format"] == data.FORMAT
+    blocks = data.PairBlocks(path, 48, segments=2, length=48)
+    assert blocks.cut == 0 and blocks.used < 0.6  # a word that a block's end cuts is whole on CLIP's side
+
+
 def test_interrupted_demo_leaves_nothing(small_world, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
@@ -1096,6 +1568,7 @@ def test_commands_do_what_the_issue_says(tmp_path, capsys):
         (["text", "x.txt"], "--vocab"),
         (["demo", "--seed", "a"], "--seed"),
         (["text", "x.txt", "--vocab", "no.txt", "--out", "o.h5"], "x.txt: no such file"),
+        (["xtext", "x.txt", "--vocab", "no.txt", "--out", "o.h5"], "--clip-vocab"),
         (["demo", "--sead", "1"], "--sead"),
         (["vocab", "x.txt", "--out", "v.txt", "--size", "1e4"], "--size"),
     ],
