@@ -33,9 +33,9 @@ def parse_cli(Config, presets, argv=None):
     """Command line -> Config. Each field is a flag, `--name value` or `--name=value`; dashes are underscores.
 
     Config: frozen dataclass of int, float, str and bool fields, one of them `preset`; the comment behind a
-    field is its help. presets: {name: {field: value}}; flags beat the preset. A text is converted by the
-    field's type, never evaluated; a bare flag means true. A mistake ends the program with one line that names
-    the flag.
+    field is its help. presets: {name: {field: value}, or a function from the given flags to that}; flags beat
+    the preset. A text is converted by the field's type, never evaluated; a bare flag means true. A mistake
+    ends the program with one line that names the flag.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     args, given = list(sys.argv[1:] if argv is None else argv), {}
@@ -64,8 +64,9 @@ def parse_cli(Config, presets, argv=None):
     preset = given.get("preset", fields["preset"].default)
     if preset not in presets:
         raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
+    values = presets[preset]
     try:
-        return Config(**(presets[preset] | given))
+        return Config(**((values(given) if callable(values) else values) | given))
     except ValueError as error:
         raise SystemExit(str(error)) from None
 
@@ -98,7 +99,7 @@ def check_fields(cfg, choices, positive):
     for name in positive:
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
-    for name in ("clip", "weight_decay", "max_minutes"):
+    for name in ("grad_clip", "weight_decay", "max_minutes"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
     if not 0 <= cfg.beta2 < 1:
@@ -445,11 +446,11 @@ def model_folder(path, flag):
 
 
 def file_hash(folder):
-    """SHA-256 of a model folder's weights, for what a run was trained with."""
-    names = "model.safetensors", "pytorch_model.bin"
-    path = next((Path(folder) / name for name in names if (Path(folder) / name).exists()), None)
+    """SHA-256 of a model folder's weights, or of a file, for what a run was trained with."""
+    names = "", "model.safetensors", "pytorch_model.bin"
+    path = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
     if path is None:
-        raise SystemExit(f"{folder}: has no {' and no '.join(names)}; fetch one of them")
+        raise SystemExit(f"{folder}: has no {' and no '.join(names[1:])}; fetch one of them")
     digest = hashlib.sha256()
     with path.open("rb") as f:
         while part := f.read(1 << 20):

@@ -84,7 +84,7 @@ class Config:
     lr: float = 2e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
-    clip: float = 1.0  # largest norm of the gradient; 0 = off
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: int = 60  # linear warm-up
     max_steps: int = 600  # then linearly to 0; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the corpus, where max_steps is 0
@@ -193,7 +193,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.bert = BERT(config)
-        self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
+        self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
         chosen = cfg.objective.split("+")
         self.kd = [name for name in OBJECTIVES if name in chosen]
         width_t = teacher.width if teacher else 0
@@ -620,7 +620,7 @@ def main(cfg, reuse=False, beside=""):
             scaler.scale(loss).backward()
             window[step % cfg.log_every] += torch.stack([terms[name].detach() for name in names])
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

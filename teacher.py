@@ -3,10 +3,12 @@
     python teacher.py                                                   # the demo world, on a laptop
     python teacher.py --preset paper --videos howto100m.h5              # HowTo100M, packed by data.py videos
     torchrun --nproc_per_node 4 teacher.py --preset base --videos howto100m.h5
+    python teacher.py --objective clip                                  # a small text tower like CLIP's
 
 L^T = L_CT + L_MLM (section 3.2), with L_CT the token-level hinge of Eq. 3. The run leaves
 out/teacher-<objective>-s<seed>/ with model/: the language model as a Hugging Face folder, the video encoder,
-and the vectors of the clips that serve as vokens.
+and the vectors of the clips that serve as vokens. With --objective clip the language model is a text tower
+like CLIP's, whose end-of-text state is matched with its clip among those of the batch (Radford et al. 2021).
 """
 import math
 import time
@@ -26,8 +28,8 @@ from common import (Interrupt, Log, check_fields, check_finite, check_resume, ch
                     finished_run, init_world, load_checkpoint, lr_at, micro_batch_size, move, open_run,
                     peak_flops, peak_memory_mb, print0, restore_rng, run_script, save_checkpoint, set_seed,
                     step_line, unfinished_run, write_json)
-from model import (BERT, SHAPES, MLMHead, VideoEncoder, flops_per_token, memory_report, model_config,
-                   param_groups, save_video_encoder)
+from model import (BERT, SHAPES, CLIPConfig, CLIPText, MLMHead, VideoEncoder, flops_per_token, memory_report,
+                   model_config, param_groups, save_video_encoder)
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Config:
     video_layers: int = 1  # layers of the video encoder; 0 = as many as the language model's
     dropout: float = 0.1  # of hidden states and attention
     # objective
-    objective: str = "mlm+ct"  # mlm, ct or mlm+ct
+    objective: str = "mlm+ct"  # mlm, ct, mlm+ct, or clip = a text tower like CLIP's, one vector a text
     negatives: str = "infonce"  # one (Eq. 3), all (same expectation, less variance), or infonce: see README
     ct_input: str = "masked"  # the contrastive term sees the masked text, or clean = a second pass
     margin: float = 1.0  # alpha of Eq. 3
@@ -66,10 +68,10 @@ class Config:
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
-    clip: float = 1.0  # largest norm of the gradient; 0 = off
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: int = 30  # linear warm-up
     max_steps: int = 300  # then linearly to 0
-    stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where ct is on
+    stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where clips are seen
     patience: int = 5  # evaluations without a better one before it stops
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
     # system
@@ -87,8 +89,8 @@ class Config:
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        if self.objective not in ("mlm", "ct", "mlm+ct"):
-            raise ValueError(f"--objective {self.objective}: choose mlm, ct or mlm+ct")
+        if self.objective not in ("mlm", "ct", "mlm+ct", "clip"):
+            raise ValueError(f"--objective {self.objective}: choose mlm, ct, mlm+ct or clip")
         check_fields(self, CHOICES, POSITIVE)
         if not 1 <= self.warmup_steps <= self.max_steps:
             raise ValueError(f"--warmup_steps {self.warmup_steps}: must lie in 1 .. --max_steps "
@@ -97,7 +99,7 @@ class Config:
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every "
                                  f"({self.log_every})")
-        if self.stop_on == "recall" and "ct" not in self.objective:
+        if self.stop_on == "recall" and self.objective == "mlm":
             raise ValueError("--stop_on recall needs the contrastive term; use --stop_on loss")
         data.parse_split(self.mask_split)
 
@@ -133,15 +135,29 @@ class Teacher(nn.Module):
     def __init__(self, cfg, config, features):
         super().__init__()
         self.cfg = cfg
-        self.bert = BERT(config)
+        if cfg.objective == "clip":
+            self.clip = CLIPText(CLIPConfig(
+                config.vocab_size, config.layers, config.hidden, config.heads, config.intermediate,
+                positions=cfg.block_size, projection=config.hidden))
+        else:
+            self.bert = BERT(config)
         if "mlm" in cfg.objective:
-            self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
-        if "ct" in cfg.objective:
+            self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
+        if cfg.objective != "mlm":
             self.video = VideoEncoder(video_config(cfg, config), features, cfg.max_frames)
+
+    def encode(self, batch):
+        """Clips of data.VideoClips -> vectors (B, C) of texts and videos, as retrieval compares them."""
+        v = self.video(batch["frames"], batch["frame_mask"])
+        if self.cfg.objective == "clip":
+            return self.clip.pool(self.clip(batch["ids"]), batch["mask"]), v
+        return mean_state(self.bert(batch["ids"], batch["mask"]), batch["mask"]), v
 
     def forward(self, batch, count):
         """One micro-batch -> {term: sum / count[term]}."""
         cfg, terms = self.cfg, {}
+        if cfg.objective == "clip":
+            return {"clip": losses.clip(*self.encode(batch), self.clip.logit_scale, count["clip"])}
         h = self.bert(batch["inputs"], batch["mask"])  # (B, T, C)
         if "mlm" in cfg.objective:
             picked = h.flatten(0, 1)[batch["target_index"]]  # (n, C): logits at masked positions only
@@ -160,12 +176,24 @@ class Teacher(nn.Module):
         return terms
 
 
+# how many items of each term a batch has
+ITEMS = {"mlm": lambda batch: len(batch["targets"]), "ct": lambda batch: batch["text_mask"].sum().item(),
+         "clip": lambda batch: len(batch["ids"])}
+
+
+def term_weights(cfg):
+    """{term: weight} of the terms that are on, in the order of the log."""
+    return {name: getattr(cfg, "w_" + name, 1.0) for name in cfg.objective.split("+")}
+
+
 def prepare(batch, vocab, cfg, step, rows):
     """Adds the masked inputs, their targets and Eq. 3's drawn negatives to a batch of data.VideoClips.
 
     rows: what each clip's draws are keyed by beside (seed, step): its position in the global batch, or its
     index with step -1 for evaluation. The partners x' and v' come from this rank's own micro-batch.
     """
+    if cfg.objective == "clip":
+        return batch
     ids, mask = batch["ids"], batch["mask"]
     inputs, labels = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step, rows)
     target_index = (labels.flatten() != -100).nonzero()[:, 0]
@@ -181,23 +209,20 @@ def prepare(batch, vocab, cfg, step, rows):
 def evaluate(model, clips, cfg, world):
     """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
-    total = torch.zeros(2, 2, dtype=torch.float64)  # (mlm, ct) x (sum, items)
+    total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
     batches = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
     for n in range(world.rank, len(batches), world.size):
         index = batches[n]
         batch = move(prepare(clips.batch(index), clips.vocab, cfg, -1, index), world.device)
-        terms = model(batch, {"mlm": 1.0, "ct": 1.0})
-        for i, (term, items) in enumerate((("mlm", "targets"), ("ct", "text_mask"))):
-            if term in terms:
-                n_items = batch[items].numel() if term == "mlm" else batch[items].sum().item()
-                total[i] += torch.tensor([terms[term].item(), n_items], dtype=torch.float64)
+        terms = model(batch, dict.fromkeys(ITEMS, 1.0))
+        for i, (name, items) in enumerate(ITEMS.items()):
+            if name in terms:
+                total[i] += torch.tensor([terms[name].item(), items(batch)], dtype=torch.float64)
     world.sum(total)
-    scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(("mlm", "ct")) if total[i, 1]}
-    scores["loss"] = sum(scores[name] * getattr(cfg, "w_" + name) for name in tuple(scores))
-    if "ct" in cfg.objective:
-        text, video = vectors(lambda b: (mean_state(model.bert(b["ids"], b["mask"]), b["mask"]),
-                                         model.video(b["frames"], b["frame_mask"])),
-                              clips, np.arange(len(clips)), world.device)
+    scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
+    scores["loss"] = sum(scores[name] * weight for name, weight in term_weights(cfg).items())
+    if cfg.objective != "mlm":
+        text, video = vectors(model.encode, clips, np.arange(len(clips)), world.device)
         scores |= {f"t2v_r{k}": v for k, v in recall(text, video).items()}
         scores |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
     model.train()
@@ -212,7 +237,7 @@ def main(cfg, reuse=False):
     world = init_world(cfg.device)
     dtype = getattr(torch, cfg.dtype)
     micro_size = micro_batch_size(cfg, world)
-    if "ct" in cfg.objective and micro_size < 2:
+    if cfg.objective != "mlm" and micro_size < 2:
         raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no "
                          "negatives; raise it")
     folder = Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
@@ -235,12 +260,12 @@ def main(cfg, reuse=False):
     config = model_config(cfg.model, train.vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate,
                           cfg.dropout)
     model = Teacher(cfg, config, train.features).to(world.device)
-    print0(memory_report(model, config, micro_size, cfg.block_size))
+    print0(memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective)))
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
                                   eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    names = cfg.objective.split("+")
-    weights = {name: getattr(cfg, "w_" + name) for name in names}
+    weights, sees = term_weights(cfg), cfg.objective != "mlm"
+    names = list(weights)
 
     # resume
     start, best = 0, {"score": None, "step": 0, "bad": 0}
@@ -255,14 +280,14 @@ def main(cfg, reuse=False):
     if cfg.eval_only:
         model.load_state_dict(load_checkpoint(folder, world, "best.pt")["model"])
         scores = evaluate(model, val, cfg, world)
-        print0(recall_table(scores, len(val)) if "ct" in names else f"validation mlm {scores['mlm']:.4f}")
+        print0(recall_table(scores, len(val)) if sees else f"validation mlm {scores['mlm']:.4f}")
         return scores
     folder = open_run(folder, cfg, world, hashes)
     log = Log(folder, world, saved["log_lines"] if cfg.resume else 0)
     interrupt = Interrupt(cfg.max_minutes)
     if cfg.compile_model:
-        model.bert.compile()
-        if "ct" in names:
+        (model.clip if cfg.objective == "clip" else model.bert).compile()
+        if sees:
             model.video.compile()
     ddp = DistributedDataParallel(model) if world.size > 1 else model
     set_seed(cfg.seed, 1 + world.rank)
@@ -282,7 +307,7 @@ def main(cfg, reuse=False):
         if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume):
             scores = evaluate(model, val, cfg, world)
             log.write(step=step, **{f"val_{k}": v for k, v in scores.items()})
-            on_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and "ct" in names
+            on_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and sees
             score = scores["t2v_r10"] if on_recall else -scores["loss"]
             better = best["score"] is None or score > best["score"]
             best = {"score": score, "step": step, "bad": 0} if better else best | {"bad": best["bad"] + 1}
@@ -291,7 +316,7 @@ def main(cfg, reuse=False):
                 check_weights(model, step, folder)
                 save_checkpoint(folder, {"model": model.state_dict(), "step": step}, world, "best.pt")
             print0(f"step {step:6d}  val  " + "  ".join(
-                f"{k} {v:.3f}" for k, v in scores.items() if k in ("mlm", "ct", "t2v_r10", "v2t_r10"))
+                f"{k} {v:.3f}" for k, v in scores.items() if k in (*names, "t2v_r10", "v2t_r10"))
                 + ("  best so far" if better else f"  no better for {best['bad']} of {cfg.patience}"))
         stop = interrupt.due(world)
         if (step % cfg.save_every == 0 and step > start) or last or stop:
@@ -310,15 +335,15 @@ def main(cfg, reuse=False):
         clock = clock and clock + time.monotonic() - pause
 
         # the step's micro-batches, and the items of each term over all ranks: one step on the whole batch
-        batches, items = [], torch.zeros(2)
+        batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
             rows = data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
             batch = train.batch(train.index(cfg.seed, step, cfg.batch_size, rows))
             batch = prepare(batch, train.vocab, cfg, step, rows)
-            items += torch.tensor([len(batch["targets"]), batch["text_mask"].sum().item()])
+            items += torch.tensor([ITEMS[name](batch) for name in names])
             batches.append(move(batch, world.device))
-        items = world.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(2)
-        count = dict(zip(("mlm", "ct"), (items / world.size).tolist()))
+        items = world.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
+        count = dict(zip(names, (items / world.size).tolist()))
         lr = lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps)
 
         # ---- optimizer step: these lines are the same in every script (tests/test_sync.py) ----
@@ -334,7 +359,7 @@ def main(cfg, reuse=False):
             scaler.scale(loss).backward()
             window[step % cfg.log_every] += torch.stack([terms[name].detach() for name in names])
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -348,7 +373,7 @@ def main(cfg, reuse=False):
             now = time.monotonic()
             speed = (step - first) / (now - clock) if clock else 0.0  # steps a second
             frames = batch["frames"].shape[1]  # of the longest clip; the others are padded to it
-            flops = text_flops + ("ct" in names) * 3 * cfg.batch_size * frames * flops_per_token(
+            flops = text_flops + sees * 3 * cfg.batch_size * frames * flops_per_token(
                 video_config(cfg, config), frames)
             mfu = speed * flops / peak if peak else 0.0
             rate = {"tokens_per_s": speed * tokens, "mfu": mfu} if speed else {}
@@ -367,7 +392,7 @@ def main(cfg, reuse=False):
     results["finished"] = time.time()
     if world.main:
         export(model, train, folder / "model", cfg, world)
-        if "ct" in names:
+        if sees:
             print0("\n" + recall_table(results, len(val)) + "\n")
         write_json(folder / "results.json", results)
     print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
@@ -377,13 +402,18 @@ def main(cfg, reuse=False):
 
 def export(model, clips, folder, cfg, world):
     """The model's folder: Hugging Face's files, the video encoder, its way of cutting clips, and vokens."""
-    model.bert.save_pretrained(folder, clips.vocab, getattr(model, "mlm", None))
-    if "ct" not in cfg.objective:
+    if cfg.objective == "clip":
+        model.clip.save_pretrained(folder, clips.vocab)
+    else:
+        model.bert.save_pretrained(folder, clips.vocab, getattr(model, "mlm", None))
+    if cfg.objective == "mlm":
         return
     save_video_encoder(folder, model.video)
     write_json(folder / "clips.json", {"T": cfg.block_size, "max_frames": cfg.max_frames,
                                        "vision": cfg.vision, "val_clips": cfg.val_clips,
                                        "feat_norm": cfg.feat_norm})
+    if cfg.objective == "clip":
+        return
     index = clips.voken_clips(cfg.vokens, cfg.seed)  # Appendix A: one of each task, then of random tasks
     found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips, index, world.device)
     save_file({"vectors": found}, folder / "vokens.safetensors")
