@@ -4,12 +4,17 @@
     python finetune.py --tasks rte,stsb --data_dir glue_data --model bert-base-uncased/ --dtype bfloat16
     torchrun --nproc_per_node 8 finetune.py --preset vidlankd --model out/distill-nst+crd-s0 --data_dir nlu \\
         --tasks sst2,qnli,qqp,mnli,squad1,squad2,swag
+    python finetune.py --tasks rte,stsb --data_dir glue_data --cross out/xdbert-mlm+match+cliptc-s0
     python finetune.py --model out/finetune/bert-base-uncased/rte --predict < pairs.tsv
     python finetune.py --score predictions.json --gold dev-v2.0.json
 
 A run leaves out/finetune/<model>/<task>/s<seed>/ with results.json, its predictions, and model/, a Hugging
 Face folder. Finished runs are kept and killed ones go on; --resume false makes them anew. The table prints
 medians over the seeds and says which runs collapsed.
+
+--model is a BERT, an ELECTRA, or CLIP's text tower alone, whose head reads the state at the end of the text.
+--cross is the whole cross-modal model that adapt_xdbert.py left (X-BERT, XDBERT C.3); it and CLIP are for
+every task but SQuAD.
 
 Tasks: sst2 qnli qqp mnli (with mm and GLUE's diagnostics) squad1 squad2 swag, rte mrpc stsb cola wnli, piqa
 tracie tracie_iid read; the demo's: mishap entailment two_choices four_endings before_after.
@@ -45,7 +50,8 @@ from common import (Interrupt, Log, check_fields, check_finite, check_weights, d
                     micro_batch_size, model_folder, move, open_run, peak_memory_mb, print0, progress,
                     restore_rng, return_freed_memory, run_script, save_checkpoint, set_seed, unfinished_run,
                     write_json)
-from model import BERT, BERTConfig, TaskModel, load_config, memory_report, model_config, param_groups
+from model import (BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel, load_clip_config, load_config,
+                   memory_report, model_config, model_type, param_groups)
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,12 @@ class Config:
     tasks: str = ""  # names from TASKS joined by commas; empty = the demo world's
     data_dir: str = "data"  # folder of the tasks in their official layouts; the demo world is kept there, too
     limit: int = 0  # training examples that are used, drawn by the seed; 0 = all
-    max_length: int = 0  # tokens of a sequence; 0 = the task's own (real tasks: 128)
+    max_length: int = 0  # tokens of a sequence; 0 = the task's own (real tasks: 128), at most the positions
     # model
-    model: str = ""  # a run, a Hugging Face BERT folder, or none = no pre-training; empty = the demo's table
+    model: str = ""  # a run, a Hugging Face folder, or none = no pre-training; empty = the demo's table
+    cross: str = ""  # in place of --model: a run of adapt_xdbert.py, whose whole cross-modal model is taken
     like: str = ""  # --model none: a folder whose shape and vocabulary are taken; empty = the demo's
-    pool: str = "cls"  # what the head reads: cls = the pooled [CLS] state, or mean = of the last states
+    pool: str = "cls"  # what the head reads: cls = pooled [CLS], CLIP: end of text; mean = of all states
     freeze: bool = False  # train pooler and head alone
     dropout: float = -1.0  # of encoder and head; below 0 = as the model's
     # optimizer
@@ -69,7 +76,7 @@ class Config:
     layer_decay: float = 1.0  # factor on the learning rate from each layer to the one below it
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.999  # AdamW's second momentum
-    clip: float = 1.0  # largest norm of the gradient; 0 = off
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup: float = 0.1  # share of the steps, linear
     epochs: float = 0.0  # passes over the training set; 0 = the task's own (real tasks: 3)
     max_steps: int = 0  # steps instead of epochs
@@ -110,6 +117,8 @@ class Config:
             raise ValueError("--score predictions.json and --gold dev.json go together")
         if self.predict and self.model in ("", "none"):
             raise ValueError("--predict needs --model, the folder of a fine-tuned model")
+        if self.cross and self.model:
+            raise ValueError("--cross is given in place of --model: leave one of them out")
 
 
 CHOICES = {"pool": ("cls", "mean"), "dtype": ("float32", "bfloat16", "float16")}
@@ -120,10 +129,10 @@ PER_TASK = {"demo": (1e-4, 1e-4, 3, 3),
             "xdbert-base": (1e-4, 2e-5, 9, 5),  # XDBERT Table 5 and C.2
             "xdbert-large": (5e-5, 1e-5, 9, 5)}
 # warm-up of both and VidLanKD's weight decay: released code; XDBERT's "decay of 0.9" is read as layer-wise
-XDBERT = dict(epochs=3.0, batch_size=32, max_length=128, warmup=0.1, layer_decay=0.9)
+AS_XDBERT = dict(epochs=3.0, batch_size=32, warmup=0.1, layer_decay=0.9)
 PRESETS = {"demo": {},
-           "vidlankd": dict(epochs=3.0, batch_size=32, max_length=128, warmup=0.1, weight_decay=0.0),
-           "xdbert-base": XDBERT, "xdbert-large": XDBERT}
+           "vidlankd": dict(epochs=3.0, batch_size=32, warmup=0.1, weight_decay=0.0),
+           "xdbert-base": AS_XDBERT, "xdbert-large": AS_XDBERT}
 UNKNOWN = 0.3  # share of unknown tokens from which a vocabulary cannot be the texts'
 
 # ---------------------------------------------------------------------------- what a task is
@@ -540,14 +549,16 @@ def tokenize(texts, vocab, cache="", source="input", spans=False):
     parts = {"ids": [], "bounds": [[0]], "starts": [], "ends": []}
     with progress(None, len(texts), " texts", "tokenize") as bar:
         for i in range(0, len(texts), 20000):
-            found = vocab.tokenizer.encode_batch(texts[i:i + 20000], add_special_tokens=False)
-            parts["ids"].append(flat(e.ids for e in found))
-            parts["bounds"].append([len(e) for e in found])
+            some = texts[i:i + 20000]
             if spans:
+                found = vocab.tokenizer.encode_batch(some, add_special_tokens=False)
                 offsets = flat(chain.from_iterable(e.offsets) for e in found).reshape(-1, 2)
                 parts["starts"].append(offsets[:, 0])
                 parts["ends"].append(offsets[:, 1])
-            bar.update(len(found))
+            ids = [e.ids for e in found] if spans else vocab.encode(some)
+            parts["ids"].append(flat(ids))
+            parts["bounds"].append([len(x) for x in ids])
+            bar.update(len(ids))
     tokens = {name: np.concatenate(part) for name, part in parts.items() if part}
     tokens["bounds"] = np.cumsum(tokens["bounds"], dtype=np.int64)
     if cache:
@@ -589,13 +600,16 @@ class Examples:
     keep: numbers of the rows to take (default all). For choice an example has K candidates. labels: int64 or
     float32 (n,), None without. lengths: tokens of each example with [CLS] and [SEP], int64 (n,), of choice
     the longest candidate's. truncated: examples that were cut; unknown: share of [UNK] among all tokens.
+    beside: (CLIPConfig, vocabulary) of the tower that reads the texts, too, if there is one: `lay_out_clip`.
     """
+    clip, clip_truncated = None, 0
 
-    def __init__(self, task, rows, vocab, max_length, cache="", keep=None, source="input"):
+    def __init__(self, task, rows, vocab, max_length, cache="", keep=None, source="input", beside=()):
         n, choice = len(rows.first), task.kind == "choice"
         keep = np.arange(n) if keep is None else keep
         second = list(chain.from_iterable(rows.second)) if choice else rows.second or []
-        tokens = tokenize([*rows.first, *second], vocab, cache, source)
+        texts = [*rows.first, *second]
+        tokens = tokenize(texts, vocab, cache, source)
         begin, count = tokens["bounds"][:-1], np.diff(tokens["bounds"])
         if choice:  # the candidates of all rows stand behind all contexts
             first = keep[:, None].repeat(len(second) // n, axis=1)  # (n, K) numbers of texts
@@ -611,6 +625,9 @@ class Examples:
         self.lay_out(tokens["ids"], vocab, (begin[first], begin[other]), sizes, special)
         cut = sum(sizes) < sum(whole)
         self.truncated = int((cut.any(1) if choice else cut).sum())
+        if beside:
+            sentences = np.stack([first, other] if second else [first], -1)
+            self.lay_out_clip(tokenize(texts, beside[1], cache, source), sentences, *beside)
         self.labels = None if rows.labels is None else np.array(
             rows.labels, np.float32 if task.kind == "regress" else np.int64)[keep]
         self.ids = [rows.ids[i] for i in keep]
@@ -624,13 +641,31 @@ class Examples:
         self.lengths = self.length if self.length.ndim == 1 else self.length.max(1)
         self.unknown = float((ids == vocab.unk).mean()) if len(ids) else 0.0
 
+    def lay_out_clip(self, tokens, sentences, config, vocab):
+        """CLIP's input: two segments for each sentence, of as many tokens as the tower has positions, start
+        and end included (XDBERT Appendix B): (n, 2 or 4, 77), of choice (n, K, 4, 77).
+
+        sentences: numbers of texts (n, 1 or 2), of choice (n, K, 2). What does not fit in a sentence's first
+        segment goes on in the second, and the rest is cut, in `clip_truncated` examples. The first is in use
+        also where the sentence is empty; a second one without a token (-1 of them) is not run.
+        """
+        room = config.positions - 2
+        whole = np.diff(tokens["bounds"])[sentences][..., None]
+        left = whole - [0, room]  # (n, .., sentences, 2)
+        count = np.where(left > 0, np.minimum(left, room), [0, -1])
+        begin = tokens["bounds"][sentences][..., None] + [0, room]
+        shape = *sentences.shape[:-1], -1
+        self.clip = tokens["ids"], begin.reshape(shape), count.reshape(shape), vocab, config.positions
+        self.clip_truncated = int((whole > 2 * room).reshape(len(sentences), -1).any(1).sum())
+
     def __len__(self):
         return len(self.length)
 
     def batch(self, index):
         """{"ids", "mask" (True = real), "segments"}: (b, T), of choice (b, K, T); and "labels" if there are.
 
-        T is the length of the longest in this batch.
+        T is the length of the longest in this batch. For a tower beside, what data.segment_batch gives for
+        the sequences, one after the other, is among them.
         """
         index = np.asarray(index)
         shape = self.length[index].shape
@@ -645,14 +680,18 @@ class Examples:
         ids[~mask] = self.vocab.pad
         batch = {"ids": ids.astype(np.int64), "mask": mask, "segments": (second & mask).astype(np.int64)}
         batch = {name: torch.from_numpy(x.reshape(*shape, -1)) for name, x in batch.items()}
+        if self.clip:
+            tokens, begin, count, *tower = self.clip
+            begin, count = (x[index].reshape(-1, x.shape[-1]) for x in (begin, count))
+            batch |= data.segment_batch(tokens, begin, count, *tower)
         return batch if self.labels is None else batch | {"labels": torch.from_numpy(self.labels[index])}
 
 
-def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0):
+def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0, beside=()):
     """A file -> Examples (SquadExamples for span). split: train, dev or test, which needs no labels.
 
     cache: folder for tokens, or "". limit: that many examples, drawn by (seed, row), 0 = all; of SQuAD that
-    many questions.
+    many questions. beside: as for Examples.
     """
     rows = task.read(task, Path(path), split != "test")
     keep = np.arange(len(rows.first))
@@ -667,15 +706,16 @@ def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0):
         keep = np.sort(keep[order[:limit]])
     if not len(keep):
         raise SystemExit(f"{path}: has no example that could be used for {split}; give a longer file")
-    return tokenized(task, rows, vocab, max_length, cache, keep, path)
+    return tokenized(task, rows, vocab, max_length, cache, keep, path, beside)
 
 
-def tokenized(task, rows, vocab, max_length, cache="", keep=None, source="standard input"):
+def tokenized(task, rows, vocab, max_length, cache="", keep=None, source="standard input", beside=()):
     """Rows -> Examples, or SquadExamples for span."""
     if max_length < 5:
         raise SystemExit(f"--max_length {max_length}: must be at least 5, [CLS] and two [SEP] included")
-    kind = SquadExamples if task.kind == "span" else Examples
-    return kind(task, rows, vocab, max_length, cache, keep, source)
+    if task.kind == "span":
+        return SquadExamples(task, rows, vocab, max_length, cache, keep, source)
+    return Examples(task, rows, vocab, max_length, cache, keep, source, beside)
 
 
 # ---------------------------------------------------------------------------- SQuAD
@@ -870,7 +910,7 @@ class Objective(nn.Module):
 
     def forward(self, batch, count):
         """Cross-entropy; squared error for regress; the mean of start's and end's cross-entropy for span."""
-        logits, labels = self.model(batch["ids"], batch["mask"], batch["segments"]), batch["labels"]
+        logits, labels = self.model(**inputs(batch)), batch["labels"]
         if self.model.kind == "regress":
             loss = F.mse_loss(logits, labels, reduction="sum")
         elif self.model.kind == "span":  # logits (B, T, 2), labels (B, 2)
@@ -879,6 +919,11 @@ class Objective(nn.Module):
         else:
             loss = F.cross_entropy(logits, labels, reduction="sum")
         return {"task": loss / count}
+
+
+def inputs(batch):
+    """What of a batch the model reads."""
+    return {name: x for name, x in batch.items() if name != "labels"}
 
 
 def batches_by_length(examples):
@@ -906,7 +951,7 @@ def evaluate(model, examples, dtype, world):
     for index in progress(parts, len(parts), " batches", "evaluate", leave=False):
         batch = move(examples.batch(index), world.device)
         with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-            part = model(batch["ids"], batch["mask"], batch["segments"])
+            part = model(**inputs(batch))
         index = torch.from_numpy(index)
         if model.kind == "span":
             part = part.masked_fill(~batch["mask"][..., None], -math.inf)
@@ -978,38 +1023,74 @@ class Start:
     """The encoder that runs start from: that of `folder`, or without one fresh weights of shape `config`."""
     name: str  # below out/finetune
     folder: Path  # or None
-    config: BERTConfig
-    vocab: data.Vocab
-    hash: str  # of shape and weights, or of shape and vocabulary
+    config: BERTConfig  # or CLIPConfig, for CLIP's text tower alone
+    vocab: data.Vocab  # or data.CLIPVocab
+    hash: str  # of shapes and weights, or of shape and vocabulary
+    beside: tuple = ()  # X-BERT: (CLIPConfig, vocabulary) of the tower beside the language encoder
 
     def encoder(self, cfg, pooler):
-        """A BERT with the flags' dropout; what is not loaded is drawn from torch's generator."""
+        """The encoder with the flags' dropout; what is not loaded is drawn from torch's generator."""
         dropout = self.config.dropout if cfg.dropout < 0 else cfg.dropout
+        if self.beside:
+            return XDBERT.from_pretrained(self.folder, dropout)
+        if isinstance(self.config, CLIPConfig):
+            return CLIPText.from_pretrained(self.folder, dropout)
         if self.folder:
             return BERT.from_pretrained(self.folder, pooler, dropout)
         return BERT(replace(self.config, dropout=dropout), pooler)
 
+    def check(self, tasks):
+        """One line where one of the tasks is not for this encoder."""
+        spans = [task.name for task in tasks if task.kind == "span"]
+        if spans and (self.beside or isinstance(self.config, CLIPConfig)):
+            raise SystemExit(f"--tasks {spans[0]}: a span of the context is found by BERT and ELECTRA alone, "
+                             f"not by {self.name}; leave SQuAD out")
 
-def open_start(model, like="", demo=None):
-    """Start of --model; demo: the demo world's folder, whose vocabulary a model for its tasks must have."""
+
+def open_start(model, like="", demo=None, flag="--model"):
+    """Start of --model, or of --cross where `flag` says so; demo: the demo world's folder, whose vocabulary a
+    model for its tasks must have."""
     vocab = data.load_vocab(demo / "corpus.h5") if demo else None
     if model != "none":
-        folder = model_folder(median_run_of(model), "--model")
-        config, own = load_config(folder), data.load_vocab(folder)
+        folder = model_folder(median_run_of(model), flag)
+        config, own = config_and_vocab(folder)
         if demo and own.hash != vocab.hash:
-            raise SystemExit(f"--model {model}: its vocabulary is not that of {demo}; give the --seed of the "
+            raise SystemExit(f"{flag} {model}: its vocabulary is not that of {demo}; give the --seed of the "
                              "world that it was trained on, or other --tasks and their --data_dir")
-        if own.size != config.vocab_size:
-            raise SystemExit(f"--model {model}: {own.size:,} tokens in its vocabulary, {config.vocab_size:,} "
-                             "in its config.json; fetch or save the model again")
-        weights = hashlib.sha256(f"{config} {file_hash(folder)}".encode()).hexdigest()
-        return Start(run_name(folder), folder, config, own, weights)
+        name, read, beside = run_name(folder), [config, file_hash(folder)], ()
+        if flag == "--cross":
+            for part in ("cross.json", "cross.safetensors", "clip"):
+                if not (folder / part).exists():
+                    raise SystemExit(f"--cross {model}: has no cross-modal encoder ({part}); give a run of "
+                                     "adapt_xdbert.py without --no_clip, or this one as --model")
+            name, beside = f"{name}-cross", config_and_vocab(folder / "clip")
+            read += [beside[0], file_hash(folder / "clip"), file_hash(folder / "cross.safetensors"),
+                     beside[1].hash]
+        weights = hashlib.sha256(" ".join(map(str, read)).encode()).hexdigest()
+        return Start(name, folder, config, own, weights, beside)
     if like:
         folder = model_folder(like, "--like")
         return fresh_start(run_name(folder), load_config(folder), data.load_vocab(folder))
     if demo:
         return fresh_start(demo.name, model_config("demo", vocab.size), vocab)
     raise SystemExit("--model none needs --like FOLDER, whose config.json and vocab.txt are taken")
+
+
+def config_and_vocab(folder):
+    """Of a Hugging Face folder: of BERT or ELECTRA, or of CLIP's text tower."""
+    if model_type(folder) == "clip":
+        config, vocab = load_clip_config(folder), data.load_clip_vocab(folder)
+    else:
+        config, vocab = load_config(folder), data.load_vocab(folder)
+    if vocab.size != config.vocab_size:
+        raise SystemExit(f"{folder}: {vocab.size:,} tokens in its vocabulary, {config.vocab_size:,} in its "
+                         "config.json; fetch or save the model again")
+    return config, vocab
+
+
+def positions_of(config):
+    """The longest sequence that an encoder takes."""
+    return config.positions if isinstance(config, CLIPConfig) else config.max_positions
 
 
 def fresh_start(name, config, vocab):
@@ -1041,7 +1122,7 @@ def median_run_of(path):
 
 
 # flags that change no result: hashes tell what the model and the data are
-FREE = ("model", "like", "preset", "predict", "score", "gold", "no_answer")
+FREE = ("model", "cross", "like", "preset", "predict", "score", "gold", "no_answer")
 
 
 def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
@@ -1079,8 +1160,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     encoder = start.encoder(cfg, pooler=task.kind != "span" and cfg.pool == "cls")
     model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(world.device)
     if task.name not in DEMO_TASKS:
-        sequences = micro_size * train.length[0].size
-        print0(memory_report(model, start.config, sequences, int(train.lengths.max()), logits=0.0))
+        print0(memory(model, micro_size * train.length[0].size, train))
     if cfg.freeze:
         model.freeze_encoder()
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=cfg.lr,
@@ -1141,7 +1221,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
             scaler.scale(loss).backward()
             window[step % cfg.log_every] += torch.stack([terms[name].detach() for name in names])
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -1163,13 +1243,26 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     if world.main:
         if cfg.save_models:
             model.save_pretrained(folder / "model", start.vocab, {
-                "task": task.name, "labels": list(task.labels), "max_length": cfg.max_length})
+                "task": task.name, "labels": list(task.labels), "max_length": cfg.max_length},
+                *start.beside[1:])
         write_json(folder / "results.json", results)
         for path in folder.glob("checkpoint.pt*"):  # three times the model, and no longer needed
             path.unlink()
     world.barrier()
     return_freed_memory()
     return results
+
+
+def memory(model, sequences, train):
+    """The line on parameters and memory; X-BERT's cross-modal layers count as 1.5 in each of its streams."""
+    config, beside = model.encoder.config, []
+    if train.clip:
+        clip, count = model.encoder.clip.config, train.clip[2]
+        more = math.ceil(1.5 * len(model.encoder.cross.text))
+        segments = round(sequences * (count >= 0).sum(-1).mean())
+        config = replace(config, layers=config.layers + more)
+        beside = [(replace(clip, layers=clip.layers + more), segments, int(count.max()) + 2)]
+    return memory_report(model, config, sequences, int(train.lengths.max()), logits=0.0, beside=beside)
 
 
 def assess(model, task, evals, dtype, world, folder):
@@ -1205,18 +1298,20 @@ def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
     {"task", "model", "runs": results of each, "median": name of the median run's folder}. After the last
     seed the median run's model labels the test sets that are there, into its folder's submission/.
     """
-    root = Path(cfg.out_dir or f"out/finetune/{start.name}", task.name)
+    root, positions = Path(cfg.out_dir or f"out/finetune/{start.name}", task.name), positions_of(start.config)
+    if cfg.max_length > positions:
+        raise SystemExit(f"--max_length {cfg.max_length}: {start.name} has {positions} positions; give "
+                         f"{positions} or less")
     cfg, count = own_settings(cfg, task)
-    if cfg.max_length > start.config.max_positions:
-        raise SystemExit(f"--max_length {cfg.max_length}: {start.name} has {start.config.max_positions} "
-                         f"positions; give {start.config.max_positions} or less")
+    cfg = replace(cfg, max_length=min(cfg.max_length, positions))
     seeds = seeds or range(cfg.seed, cfg.seed + count)
     train_file, eval_files = find_file(task, data_dir, task.train), evaluation_files(task, data_dir)
     hashes = {"weights": start.hash, "vocabulary": start.vocab.hash, "train": content_hash(train_file)}
     hashes |= {name or "dev": content_hash(path) for name, path in eval_files.items()}
 
     def load(path, split, **drawn):
-        return load_examples(task, path, start.vocab, cfg.max_length, "out/tokens", split, **drawn)
+        return load_examples(task, path, start.vocab, cfg.max_length, "out/tokens", split,
+                             beside=start.beside, **drawn)
 
     for turn in (True, False):  # the other ranks find the tokens that the first one has cached
         if world.main == turn:
@@ -1268,10 +1363,13 @@ def middle(metric, values):
 def check_examples(task, start, train, evals, cfg):
     """Says what a task is trained on; one line where the model's vocabulary cannot be that of the texts."""
     if train.unknown > UNKNOWN:
-        raise SystemExit(f"--model {start.name}: its vocabulary does not know {100 * train.unknown:.0f} % of "
+        flag = "--cross" if start.beside else "--model"
+        raise SystemExit(f"{flag} {start.name}: its vocabulary does not know {100 * train.unknown:.0f} % of "
                          f"{task.title}'s tokens; choose a model for these texts")
     skipped = sum(examples.skipped for examples in (train, *evals.values()))
     notes = [f"{train.truncated:,} cut to {cfg.max_length} tokens" if train.truncated else "",
+             f"{train.clip_truncated:,} cut to twice {start.beside[0].positions} of CLIP's tokens a sentence"
+             if train.clip_truncated else "",
              f"{skipped:,} without gold label left out" if skipped else ""]
     if task.kind == "span":
         notes += [f"{train.moved:,} answers not at their answer_start",
@@ -1418,8 +1516,10 @@ def label_lines(cfg, world):
     folder = model_folder(median_run_of(cfg.model), "--model")
     model, settings = TaskModel.from_pretrained(folder)
     model.to(world.device)
-    length = min(cfg.max_length or settings["max_length"], model.bert.config.max_positions)
-    vocab, task, number = data.load_vocab(folder), TASKS.get(settings["task"]), 1
+    config, vocab = config_and_vocab(folder)
+    beside = config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
+    length = min(cfg.max_length or settings["max_length"], positions_of(config))
+    task, number = TASKS.get(settings["task"]), 1
     ahead = 1 if sys.stdin.isatty() else 64  # lines in a batch; somebody who types sees each answer
     try:
         while lines := list(islice(sys.stdin, ahead)):
@@ -1428,7 +1528,7 @@ def label_lines(cfg, world):
                 texts = ("text", "second text")[:1 + pair]
                 task = Task("", folder.name, settings["kind"], "", texts, None, "")
             rows = read_lines(task, lines, number)
-            examples = tokenized(task, rows, vocab, length)
+            examples = tokenized(task, rows, vocab, length, beside=beside)
             logits = evaluate(model, examples, getattr(torch, cfg.dtype), world)
             if task.kind == "span":
                 texts, null = decide(task, examples, logits)
@@ -1458,15 +1558,18 @@ def main(cfg):
     chosen = {name.strip() for name in cfg.tasks.split(",") if name.strip()} or set(DEMO_TASKS)
     if unknown := chosen - set(TASKS):
         raise SystemExit(f"--tasks {min(unknown)}: choose from {', '.join(TASKS)}")
-    if not cfg.model and not chosen <= set(DEMO_TASKS):
-        raise SystemExit("--model is missing: give a run's folder, a Hugging Face BERT folder, or none")
+    given = cfg.cross or cfg.model
+    if not given and not chosen <= set(DEMO_TASKS):
+        raise SystemExit("--model is missing: give a run's folder, a Hugging Face folder, or none")
     tasks = [task for name, task in TASKS.items() if name in chosen]
     interrupt = Interrupt(cfg.max_minutes)
     try:
-        if not cfg.model:
+        if not given:
             return demo_table(cfg, tasks, world, interrupt)
         demo = data.demo_world(cfg.data_dir, cfg.seed, world) if chosen & set(DEMO_TASKS) else None
-        start, summaries = open_start(cfg.model, cfg.like, demo), []
+        start = open_start(given, cfg.like, demo, "--cross" if cfg.cross else "--model")
+        start.check(tasks)
+        summaries = []
         for task in tasks:
             folder = demo / "raw" / "tasks" if task.name in DEMO_TASKS else cfg.data_dir
             summaries.append(run_task(cfg, task, start, folder, world, interrupt))

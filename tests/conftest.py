@@ -1,5 +1,6 @@
 """Shared fixtures. Run from the project's root: python -m pytest -q"""
 import csv
+import functools
 import json
 import os
 import random
@@ -111,6 +112,61 @@ def tiny_bert(tmp_path_factory):
                            init_std=0.1))
     folder = tmp_path_factory.mktemp("bert") / "tiny"
     bert.save_pretrained(folder, vocab)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_electra(tiny_bert, tmp_path_factory):
+    """The same as an ELECTRA whose embeddings are narrower than its states; returns its folder."""
+    import data
+    from model import BERT, BERTConfig
+    vocab = data.load_vocab(tiny_bert)
+    torch.manual_seed(0)
+    bert = BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=64,
+                           init_std=0.1, embedding=24, model_type="electra"))
+    folder = tmp_path_factory.mktemp("electra") / "tiny_electra"
+    bert.save_pretrained(folder, vocab)
+    return folder
+
+
+def tiny_clip_vocab():
+    """CLIP's kind of vocabulary whose merges make whole words of TINY_WORDS."""
+    import data
+    merges = {}
+    for word in TINY_WORDS:
+        for i in range(1, len(word)):
+            merges[f"{word[:i]} {word[i]}{'</w>' * (i == len(word) - 1)}"] = None
+    return data.CLIPVocab(list(merges))
+
+
+def tiny_tower(positions):
+    """A random CLIP text tower that knows the words of tiny_tasks, and its vocabulary."""
+    from model import CLIPConfig, CLIPText
+    vocab = tiny_clip_vocab()
+    torch.manual_seed(0)
+    return CLIPText(CLIPConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64,
+                               positions=positions, projection=24)), vocab
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """The folder of a CLIP text tower of 40 positions."""
+    folder = tmp_path_factory.mktemp("clip") / "tiny_clip"
+    clip, vocab = tiny_tower(40)
+    clip.save_pretrained(folder, vocab)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cross(tiny_bert, tmp_path_factory):
+    """A run as adapt_xdbert.py leaves it: tiny_bert with a tower of 9 positions, which most sentences of
+    tiny_tasks fill, and two cross-modal layers; no pooler was trained."""
+    import data
+    from model import BERT, XDBERT
+    folder = tmp_path_factory.mktemp("cross") / "tiny"
+    clip, vocab = tiny_tower(9)
+    model = XDBERT(BERT.from_pretrained(tiny_bert), clip, layers=2)
+    model.save_pretrained(folder / "model", data.load_vocab(tiny_bert), vocab)
     return folder
 
 
@@ -230,13 +286,16 @@ QUICK_TUNING = dict(max_steps=80, batch_size=16, lr=5e-3, max_length=32, seeds=1
                     device="cpu")
 
 
-@pytest.fixture
-def finetune_config(tiny_bert, tiny_tasks, tmp_path, monkeypatch):
-    """finetune.Config for a run of a second from tiny_bert, in a folder of its own; flags as keywords."""
+def tuning_config(request, tasks, encoder="bert", **flags):
+    """finetune.Config for a run of a second from tiny_<encoder> on tiny_tasks."""
     import finetune
-    monkeypatch.chdir(tmp_path)  # out/
+    model, folder = (request.getfixturevalue(name) for name in (f"tiny_{encoder}", "tiny_tasks"))
+    paths = {"cross" if encoder == "cross" else "model": str(model), "data_dir": str(folder)}
+    return finetune.Config(**(QUICK_TUNING | paths | dict(tasks=tasks) | flags))
 
-    def config(tasks, **flags):
-        return finetune.Config(**(QUICK_TUNING | dict(tasks=tasks, model=str(tiny_bert),
-                                                      data_dir=str(tiny_tasks)) | flags))
-    return config
+
+@pytest.fixture
+def finetune_config(request, tmp_path, monkeypatch):
+    """tuning_config in a folder of its own; flags as keywords."""
+    monkeypatch.chdir(tmp_path)  # out/
+    return functools.partial(tuning_config, request)

@@ -1,5 +1,5 @@
-"""Proves fine-tuning whole: every head learns, runs resume and are reused, results, tables, predictions and
-submissions are what they say, and a mistake is one clear line.
+"""Proves fine-tuning whole: every head learns on every encoder, runs resume and are reused, results, tables,
+predictions and submissions are what they say, and a mistake is one clear line.
 
 Run: python -m pytest -q tests/test_finetune.py
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, write_table
+from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, tiny_tower, tuning_config, write_table
 from safetensors.torch import load_file, save_file
 from test_ddp import log_lines
 from test_scripts import refused, stop_at
@@ -28,22 +28,34 @@ import distill
 import finetune
 import teacher
 from finetune import TASKS
-from model import BERT, BERTConfig, TaskModel, VideoEncoder, save_video_encoder
+from model import (BERT, XDBERT, BERTConfig, CLIPText, TaskModel, VideoEncoder, load_clip_config,
+                   save_video_encoder)
 
 WORLD = common.World(0, 1, torch.device("cpu"))
 LEARNED = "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1"  # in no order of the papers
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_bert, tiny_tasks, tmp_path_factory):
-    """({task: its summary}, what was printed) of one command that learns all of tiny_tasks."""
-    folder, printed = tmp_path_factory.mktemp("trained"), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+# what the others learn: each kind of task once, beside those that have two sets or an odd form
+OTHERS = {"electra": "stsb,piqa,squad2", "clip": "mnli,read,piqa", "cross": "stsb,swag,sst2"}
+
+
+def learn(request, encoder, tasks):
+    """({task: its summary}, what was printed) of one command that learns tasks of tiny_tasks."""
+    folder = request.getfixturevalue("tmp_path_factory").mktemp(f"trained_{encoder}")
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
         patch.chdir(folder)
-        cfg = finetune.Config(**QUICK_TUNING, tasks=LEARNED, model=str(tiny_bert), data_dir=str(tiny_tasks),
-                              out_dir=str(folder / "runs"))
-        summaries = finetune.main(cfg)
+        summaries = finetune.main(tuning_config(request, tasks, encoder, out_dir=str(folder / "runs")))
     return {summary["task"]: summary for summary in summaries}, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def trained(request):
+    return learn(request, "bert", LEARNED)
+
+
+@pytest.fixture(scope="module")
+def trained_others(request):
+    return {encoder: learn(request, encoder, tasks) for encoder, tasks in OTHERS.items()}
 
 
 def only(summaries):
@@ -107,11 +119,30 @@ def test_head_learns_its_task(trained, task):
     assert last["loss"] < first["loss"] / 4
 
 
-@pytest.mark.parametrize("task", ["sst2", "swag"])
-def test_mean_pooling_learns(finetune_config, task):
-    run = only(finetune.main(finetune_config(task, pool="mean")))
+@pytest.mark.parametrize("encoder, task", [(encoder, task) for encoder, tasks in OTHERS.items()
+                                           for task in tasks.split(",")])
+def test_other_encoders_learn(trained_others, tiny_tasks, encoder, task):
+    """ELECTRA, CLIP's text tower, and X-BERT, in which the sentences fill segments of both kinds."""
+    run = only([trained_others[encoder][0][task]])
     learned(run["scores"])
-    assert not any("pooler" in name for name in load_file(Path(run["folder"], "model", "model.safetensors")))
+    model, examples = evaluated(run, task, tiny_tasks)
+    assert run["collapsed"] == ""
+    assert run["model"] == ("tiny-cross" if encoder == "cross" else f"tiny_{encoder}")
+    assert type(model.encoder) is {"electra": BERT, "clip": CLIPText, "cross": XDBERT}[encoder]
+    if task == "sst2":  # sentences of one segment, of two, and some that are cut
+        second = examples.clip[2][:, 1] >= 0
+        assert second.any() and not second.all() and examples.clip_truncated == 5
+        assert re.search(r"SST-2: .*, \d+ cut to twice 9 of CLIP's tokens a sentence\n",
+                         trained_others["cross"][1])
+
+
+@pytest.mark.parametrize("encoder, task", [("bert", "sst2"), ("bert", "swag"), ("clip", "rte"),
+                                           ("cross", "rte")])
+def test_mean_pooling_learns(finetune_config, encoder, task):
+    run = only(finetune.main(finetune_config(task, encoder, pool="mean")))
+    learned(run["scores"])
+    model, _ = TaskModel.from_pretrained(Path(run["folder"], "model"))
+    assert model.pool == "mean" and not any("pooler" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("task", ["rte", "stsb", "squad2"])
@@ -135,6 +166,42 @@ def test_frozen_encoder_is_bit_equal_to_the_start(finetune_config, tiny_bert, po
     assert ("bert.pooler.dense.bias" in after) == (pool == "cls")
     if pool == "cls":
         assert after["bert.pooler.dense.bias"].abs().sum() > 0
+
+
+def states(folder, run):
+    """Tensors of the X-BERT or CLIP of `folder`, and of what a run made of it, head included."""
+    before = (XDBERT if Path(folder, "cross.json").exists() else CLIPText).from_pretrained(folder)
+    model, _ = TaskModel.from_pretrained(Path(run["folder"], "model"))
+    return before.state_dict(), model.encoder.state_dict(), model.classifier.state_dict()
+
+
+@pytest.mark.parametrize("encoder", ["clip", "cross"])
+def test_frozen_encoder_of_another_kind_leaves_pooler_and_head(finetune_config, tiny_clip, tiny_cross,
+                                                               encoder):
+    run = only(finetune.main(finetune_config("rte", encoder, freeze=True, max_steps=5)))
+    before, after, head = states(tiny_clip if encoder == "clip" else tiny_cross / "model", run)
+    assert {name for name in after if name not in before} == {
+        "clip": set(), "cross": {"pooler.weight", "pooler.bias"}}[encoder]
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert head["bias"].abs().min() > 0
+    if encoder == "cross":
+        assert after["pooler.bias"].abs().max() > 0  # it starts at 0
+
+
+def test_layer_decay_spares_the_cross_modal_layers(finetune_config, tiny_cross):
+    run = only(finetune.main(finetune_config("rte", "cross", layer_decay=0.01, max_steps=5)))
+    before, after, _ = states(tiny_cross / "model", run)
+
+    def moved(name):
+        return (after[name] - before[name]).abs().max().item()
+    for side, norm in (("language", "embeddings.norm.bias"), ("clip", "embeddings.position.weight")):
+        embeddings, layer = moved(f"{side}.{norm}"), moved(f"{side}.layers.0.output_norm.bias")
+        assert 0 < embeddings < layer / 10 and layer < moved("cross.text.0.layer.output_norm.bias") / 10
+    for name in ("cross.text.0.cross_norm.bias", "cross.text.1.layer.output_norm.bias",
+                 "cross.clip.0.layer.output_norm.bias"):
+        assert moved(name) > 0.1 * QUICK_TUNING["lr"]
+    # what the text stream never reads stays
+    assert moved("clip.logit_scale") == moved("cross.clip.1.layer.output_norm.bias") == 0
 
 
 def test_layer_decay_moves_the_lower_layers_less(finetune_config, tiny_bert):
@@ -169,9 +236,11 @@ def test_steps_are_epochs_and_the_rate_rises_and_falls(finetune_config):
     assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (10 - step) / 8 for step in range(2, 10))])
 
 
-@pytest.mark.parametrize("task", ["mnli", "stsb", "swag", "squad2"])
-def test_accumulation_takes_the_same_steps(finetune_config, task, tmp_path):
-    flags = dict(dropout=0.0, max_steps=3, log_every=1, save_every=1, lr=1e-3, save_models=False)
+@pytest.mark.parametrize("encoder, task", [("bert", "mnli"), ("bert", "stsb"), ("bert", "swag"),
+                                           ("bert", "squad2"), ("clip", "swag"), ("cross", "swag")])
+def test_accumulation_takes_the_same_steps(finetune_config, encoder, task, tmp_path):
+    flags = dict(encoder=encoder, dropout=0.0, max_steps=3, log_every=1, save_every=1, lr=1e-3,
+                 save_models=False)
     one, four = (only(finetune.main(finetune_config(task, **flags, grad_accum=parts,
                                                     out_dir=str(tmp_path / str(parts))))) for parts in (1, 4))
     for a, b in zip(curve(one), curve(four)):
@@ -188,22 +257,26 @@ def evaluated(run, task, tiny_tasks):
     folder = Path(run["folder"], "model")
     model, settings = TaskModel.from_pretrained(folder)
     path = finetune.find_file(TASKS[task], tiny_tasks, TASKS[task].evals[""])
-    return model, finetune.load_examples(TASKS[task], path, data.load_vocab(folder), settings["max_length"],
-                                         "", "dev")
+    _, vocab = finetune.config_and_vocab(folder)
+    beside = finetune.config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
+    return model, finetune.load_examples(TASKS[task], path, vocab, settings["max_length"], "", "dev",
+                                         beside=beside)
 
 
-@pytest.mark.parametrize("task", ["mnli", "stsb", "swag", "squad2"])
-def test_evaluation_equals_one_example_at_a_time(trained, tiny_tasks, task, monkeypatch):
+@pytest.mark.parametrize("encoder, task", [
+    ("bert", "mnli"), ("bert", "stsb"), ("bert", "swag"), ("bert", "squad2"), ("clip", "mnli"),
+    ("clip", "piqa"), ("cross", "sst2"), ("cross", "swag")])
+def test_evaluation_equals_one_example_at_a_time(trained, trained_others, tiny_tasks, encoder, task,
+                                                 monkeypatch):
     """In batches, in the file's order; what is loaded from the run's folder predicts what its results say."""
-    run = only([trained[0][task]])
+    run = only([({"bert": trained} | trained_others)[encoder][0][task]])
     model, examples = evaluated(run, task, tiny_tasks)
     model.train()
     whole = finetune.evaluate(model, examples, torch.float32, WORLD)
     assert model.training
     model.eval()
     for i in range(len(examples)):
-        batch = examples.batch([i])
-        alone = model(batch["ids"], batch["mask"], batch["segments"]).detach()[0]
+        alone = model(**finetune.inputs(examples.batch([i]))).detach()[0]
         if task == "squad2":
             assert torch.equal(whole[i, len(alone):], torch.full_like(whole[i, len(alone):], -math.inf))
             torch.testing.assert_close(whole[i, :len(alone)], alone, rtol=1e-4, atol=1e-4)
@@ -229,8 +302,9 @@ def test_span_loss_is_the_mean_of_start_and_end_over_real_tokens(trained, tiny_t
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_eval_only_measures_again_and_changes_nothing_else(finetune_config, monkeypatch):
-    cfg = finetune_config("squad2", max_steps=5)
+@pytest.mark.parametrize("encoder, task", [("bert", "squad2"), ("clip", "stsb"), ("cross", "piqa")])
+def test_eval_only_measures_again_and_changes_nothing_else(finetune_config, monkeypatch, encoder, task):
+    cfg = finetune_config(task, encoder, max_steps=5)
     run = only(finetune.main(cfg))
     monkeypatch.setattr(finetune.Objective, "forward", None)  # nothing is trained
     before = {p: p.read_bytes() for p in Path(run["folder"]).rglob("*") if p.is_file()}
@@ -282,7 +356,8 @@ SHORT = dict(max_steps=8, log_every=2, save_every=2)
 @pytest.mark.parametrize("flags", [
     dict(tasks="sst2", seeds=2), dict(tasks="stsb", dtype="float16", grad_accum=2),
     dict(tasks="squad2", dtype="bfloat16", limit=20), dict(tasks="swag", pool="mean"),
-    dict(tasks="mnli", freeze=True, layer_decay=0.5)], ids=lambda flags: flags["tasks"])
+    dict(tasks="mnli", freeze=True, layer_decay=0.5), dict(tasks="rte", encoder="cross", dtype="bfloat16"),
+    dict(tasks="piqa", encoder="clip", layer_decay=0.5)], ids=lambda flags: flags["tasks"])
 def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finetune_config, monkeypatch, tmp_path, flags,
                                                           capsys):
     whole, parts = (finetune_config(**flags, **SHORT, out_dir=str(tmp_path / name))
@@ -712,6 +787,32 @@ def test_predict_labels_lines_in_order(trained, tiny_tasks, tmp_path, task):
     assert predict(foreign(run, tmp_path / "hf"), lines) == found
 
 
+@pytest.mark.parametrize("encoder, task", [("electra", "squad2"), ("clip", "mnli"), ("clip", "piqa"),
+                                           ("cross", "stsb"), ("cross", "swag")])
+def test_predict_labels_lines_with_other_encoders(trained_others, tiny_tasks, encoder, task):
+    run = only([trained_others[encoder][0][task]])
+    lines, answers = lines_and_answers(task, tiny_tasks)
+    found = predict(Path(run["folder"]).parent, lines)
+    assert predict(Path(run["folder"], "model"), lines) == found and len(found) == len(lines)
+    if task == "stsb":
+        assert [float(value) for (value,) in found] == pytest.approx(answers, abs=0.9)
+    else:
+        assert [label for (label, _), answer in zip(found, answers) if answer] == list(filter(None, answers))
+
+
+def test_predict_with_x_bert_takes_any_number_of_candidates_of_any_length(trained_others):
+    found = predict(only([trained_others["cross"][0]["swag"]])["folder"], [
+        "the cat ran\the then bad\the good\the bad at noon", "the cat ran\tbad\tbad\tgood",
+        "the cat ran\tbad" + " noon" * 99 + "\tgood\tbad"])
+    assert [label for label, _ in found] == ["1", "2", "1"]
+
+
+def test_test_sets_are_labelled_for_submission_with_x_bert(trained_others, tiny_tasks):
+    words = column(tiny_tasks / "glue" / "SST-2" / "test.tsv", "sentence")
+    assert lines_of(trained_others["cross"], "sst2", "submission", "SST-2.tsv") == [
+        "index\tprediction", *(f"{i}\t{int('good' in text)}" for i, text in enumerate(words))]
+
+
 def test_predict_finds_the_median_run_from_any_folder(finetune_config, tmp_path, monkeypatch):
     (summary,) = finetune.main(finetune_config("stsb", seeds=3, max_steps=6))
     lines = ["the cat ran\tgood good bad", "the dog sat\tbad"]
@@ -789,13 +890,73 @@ def test_untrained_pooler_is_drawn_anew_and_a_trained_one_is_kept(finetune_confi
     assert not torch.equal(a, b)
 
 
-def test_teacher_and_student_runs_are_models_to_start_from(finetune_config, demo, teacher_run):
-    for task in ("two_choices", "before_after"):
-        run = only(finetune.main(finetune_config(task, model=str(teacher_run), data_dir=str(demo),
+def test_teacher_and_student_runs_are_models_to_start_from(finetune_config, teacher_config, demo,
+                                                           teacher_run):
+    """A language model, and the text tower like CLIP's, whose vocabulary is of word pieces."""
+    teacher.main(teacher_config(objective="clip", out_dir="tower"))
+    for task, model in (("two_choices", teacher_run), ("before_after", teacher_run), ("mishap", "tower")):
+        run = only(finetune.main(finetune_config(task, model=str(model), data_dir=str(demo), max_length=0,
                                                  max_steps=2, log_every=2, save_every=2)))
-        assert set(run["scores"]) == {"", "seen"} and run["model"] == "run"
+        assert set(run["scores"]) == {"", "seen"} and run["model"] == Path(model).name
         names = {path.name for path in Path(run["folder"], "predictions").iterdir()}
         assert names == {"predictions.txt", "seen.txt"}
+    settings = json.loads(Path(run["folder"], "model", "config.json").read_text())
+    assert settings["nanoground"]["max_length"] == 24  # the tower's positions; the task's own are 48
+    assert settings["model_type"] == "clip_text_model"
+
+
+def test_x_bert_has_folders_of_its_own_beside_the_adapted_encoder(finetune_config, tiny_cross, capsys):
+    """One run of adapt_xdbert.py serves both: --cross takes all of it, --model the language encoder."""
+    both = only(finetune.main(finetune_config("rte", "cross", **SHORT)))
+    alone = only(finetune.main(finetune_config("rte", model=str(tiny_cross), **SHORT)))
+    assert [run["folder"] for run in (both, alone)] == [
+        f"out/finetune/{name}/rte/s0" for name in ("tiny-cross", "tiny")]
+    one, two = (TaskModel.from_pretrained(Path(run["folder"], "model"))[0] for run in (both, alone))
+    assert type(one.encoder) is XDBERT and type(two.encoder) is BERT
+    assert both["hashes"]["weights"] != alone["hashes"]["weights"]
+    assert curve(both)[0]["loss"] != curve(alone)[0]["loss"]
+    again = only(finetune.main(finetune_config("rte", cross=str(tiny_cross / "model"), model="", **SHORT)))
+    assert again == both and "reused out/finetune/tiny-cross/rte/s0" in capsys.readouterr().out
+
+
+def test_fine_tuned_x_bert_is_a_start_with_its_pooler(finetune_config, trained_others):
+    before = only([trained_others["cross"][0]["stsb"]])
+    flags = dict(max_steps=1, lr=1e-9, log_every=1, save_every=1)
+    after = only(finetune.main(finetune_config("rte", "cross", cross=before["folder"], **flags)))
+    assert after["model"] == "runs-stsb-s0-cross"
+    one, two = (TaskModel.from_pretrained(Path(run["folder"], "model"))[0].encoder.pooler.weight
+                for run in (before, after))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    assert only(finetune.main(finetune_config("rte", model=before["folder"], **flags)))["model"] == \
+        "runs-stsb-s0"
+
+
+def test_hash_of_x_bert_is_that_of_all_it_reads(tiny_cross, tmp_path):
+    def hashed(change=lambda folder: None):
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
+        shutil.copytree(tiny_cross / "model", tmp_path / "x")
+        change(tmp_path / "x")
+        return finetune.open_start(str(tmp_path / "x"), flag="--cross").hash
+
+    def weights(name):
+        def change(folder):
+            tensors = load_file(folder / name)
+            save_file(tensors | {key: tensors[key] + 1 for key in list(tensors)[:1]}, folder / name)
+        return change
+
+    def settings(name, **values):
+        return lambda folder: (folder / name).write_bytes(settings_with(**values)(
+            (folder / name).read_bytes()))
+
+    def vocabulary(folder):
+        _, vocab = tiny_tower(9)
+        data.CLIPVocab([*vocab.merges[:-1], "z z"]).save(folder / "clip")
+    assert hashed() == hashed() == finetune.open_start(str(tiny_cross), flag="--cross").hash
+    changed = [hashed(change) for change in (
+        weights("model.safetensors"), weights("cross.safetensors"), weights("clip/model.safetensors"),
+        settings("config.json", num_attention_heads=1),
+        settings("clip/config.json", num_attention_heads=1), vocabulary)]
+    assert len({hashed(), *changed}) == 7
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -835,7 +996,7 @@ BROKEN = [
     ("sst2", "glue/SST-2/dev.tsv", lambda text: None, r"dev\.tsv: no such file; get SST-2 from https://"),
     ("swag", "swag/train.csv", lambda text: text.replace(b"he,", b'"he,', 1), r"train\.csv, line 2"),
     ("squad1", "squad/dev-v1.1.json", lambda text: text[:-9], r"dev-v1\.1\.json, line 1: broken JSON"),
-    ("sst2", "bert/vocab.txt", lambda text: text + b"more\n", r"--model .*tokens in its vocabulary, \d+ in"),
+    ("sst2", "bert/vocab.txt", lambda text: text + b"more\n", r"bert: \d+ tokens in its vocabulary, \d+ in"),
     ("sst2", "bert/vocab.txt", lambda text: None, r"bert.*: holds neither vocab\.txt nor tokenizer\.json"),
     ("sst2", "bert/model.safetensors", lambda text: None, r"no model\.safetensors"),
     ("sst2", "bert/model.safetensors", lambda text: text[:5000], r"model\.safetensors: not readable"),
@@ -843,7 +1004,7 @@ BROKEN = [
     ("sst2", "bert/config.json", lambda text: text[:50], r"config\.json: not readable"),
     ("sst2", "bert/config.json", settings_with(model_type="roberta"), "config.json: model_type is 'roberta'"),
     ("sst2", "bert/config.json", settings_with(num_hidden_layers=2), "model.safetensors: .* is missing"),
-    ("sst2", "bert/config.json", settings_with(vocab_size=99), r"--model .*tokens in its vocabulary, 99 in"),
+    ("sst2", "bert/config.json", settings_with(vocab_size=99), r"bert: \d+ tokens in its vocabulary, 99 in"),
     ("sst2", "bert/config.json", settings_with(max_position_embeddings=9), "--max_length 32: .* 9 positions")]
 
 
@@ -853,6 +1014,73 @@ def test_broken_file_is_one_line_before_anything_is_trained(finetune_config, tin
     paths = broken(tmp_path, tiny_tasks, tiny_bert, file, change)
     refused(says, lambda: finetune.main(finetune_config(task, **paths, max_steps=1)))
     assert not list(tmp_path.glob("out/finetune/*/*/s*"))
+
+
+def without(name):
+    def change(folder):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return change
+
+
+def rewritten(name, change):
+    return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def other_vocabulary(folder):
+    data.CLIPVocab(tiny_tower(9)[1].merges[:-5]).save(folder / "clip")
+
+
+def other_tower(folder):
+    """Wider than the one that the cross-modal encoder was trained beside."""
+    config, vocab = load_clip_config(folder / "clip"), data.load_clip_vocab(folder / "clip")
+    CLIPText(replace(config, projection=32)).save_pretrained(folder / "clip", vocab)
+
+
+NO_CROSS = r"--cross \S+: has no cross-modal encoder \({}\); give a run of adapt_xdbert\.py without --no_clip"
+BROKEN_CROSS = [
+    (without("cross.json"), NO_CROSS.format("cross.json")),
+    (without("cross.safetensors"), NO_CROSS.format("cross.safetensors")),
+    (without("clip"), NO_CROSS.format("clip")),
+    (without("clip/tokenizer.json"), "clip: holds no vocabulary of CLIP"),
+    (without("clip/model.safetensors"), "clip: has no model.safetensors"),
+    (rewritten("cross.safetensors", lambda content: content[:3000]), "cross.safetensors: not readable"),
+    (rewritten("cross.json", settings_with(layers=1)), "cross.safetensors: the tensor .* is unknown"),
+    (rewritten("cross.json", settings_with(layers=3)), "cross.safetensors: the tensor .* is missing"),
+    (rewritten("clip/config.json", settings_with(max_position_embeddings=77)),
+     "model.safetensors: the shape of .*position_embedding"),
+    (rewritten("clip/config.json", settings_with(hidden_act="gelu")), "config.json: hidden_act is 'gelu'"),
+    (rewritten("config.json", settings_with(max_position_embeddings=9)), "--max_length 32: .* 9 positions"),
+    (other_vocabulary, r"clip: \d+ tokens in its vocabulary, \d+ in its config.json"),
+    (other_tower, "cross.safetensors: the shape of")]
+
+
+@pytest.mark.parametrize("change, says", BROKEN_CROSS, ids=range(len(BROKEN_CROSS)))
+def test_broken_cross_folder_is_one_line_before_training(finetune_config, tiny_cross, change, says):
+    shutil.copytree(tiny_cross, "run")
+    change(Path("run/model"))
+    refused(says, lambda: finetune.main(finetune_config("rte", "cross", cross="run")))
+    assert not list(Path("out").glob("finetune/*/*/s*"))
+
+
+@pytest.mark.parametrize("encoder, flags, says", [
+    ("cross", dict(tasks="rte,squad2"), "--tasks squad2: .* not by tiny-cross; leave SQuAD out"),
+    ("clip", dict(tasks="squad1,rte"), "--tasks squad1: .* not by tiny_clip; leave SQuAD out"),
+    ("clip", dict(max_length=41), "--max_length 41: tiny_clip has 40 positions; give 40 or less"),
+    ("cross", dict(max_length=65), "--max_length 65: tiny-cross has 64 positions"),
+    ("cross", dict(cross="nowhere"), "--cross nowhere: no model there"),
+    ("bert", dict(model="", cross="{tiny_bert}"), NO_CROSS.format("cross.json")),
+    ("clip", dict(tasks="mishap"), "--model .*its vocabulary is not that of .*demo-s0"),
+    ("cross", dict(tasks="mishap"), "--cross .*its vocabulary is not that of .*demo-s0"),
+    ("bert", dict(model="none", like="{tiny_clip}"), "config.json: model_type is 'clip_text_model', only")])
+def test_wrong_flag_for_another_encoder_is_one_line(finetune_config, demo, tiny_bert, tiny_clip, encoder,
+                                                    flags, says):
+    flags = {k: v.format(tiny_bert=tiny_bert, tiny_clip=tiny_clip) if isinstance(v, str) else v
+             for k, v in flags.items()}
+    flags = (dict(data_dir=str(demo)) if flags.get("tasks") == "mishap" else {}) | {"tasks": "rte"} | flags
+    cfg = finetune_config(encoder=encoder, **flags)
+    refused(says, lambda: finetune.main(cfg))
+    assert not Path("out/finetune").exists()
 
 
 @pytest.mark.parametrize("flags, says", [
@@ -884,10 +1112,12 @@ def test_wrong_flag_is_one_line(finetune_config, demo, flags, says):
     ("--layer_decay 0", "--layer_decay 0"), ("--layer_decay 1.1", "--layer_decay 1.1"),
     ("--dropout 1", "--dropout 1"), ("--batch_size 0", "--batch_size 0"),
     ("--grad_accum 0", "--grad_accum 0"), ("--log_every 0", "--log_every 0"), ("--beta2 1", "--beta2 1"),
-    ("--clip=-1", "--clip -1"), ("--weight_decay=-1", "--weight_decay -1"),
+    ("--grad_clip=-1", "--grad_clip -1"), ("--weight_decay=-1", "--weight_decay -1"),
     ("--save_every 7", "--save_every 7: must be a multiple of --log_every"),
     ("--score p.json", "--score .* and --gold .* go together"), ("--gold d.json", "go together"),
-    ("--predict", "--predict needs --model"), ("--predict --model none", "--predict needs --model")])
+    ("--cross a --model b", "--cross is given in place of --model"),
+    ("--predict", "--predict needs --model"), ("--predict --cross x", "--predict needs --model"),
+    ("--predict --model none", "--predict needs --model")])
 def test_wrong_value_is_one_line_that_names_the_flag(flags, says):
     refused(says, lambda: common.parse_cli(finetune.Config, finetune.PRESETS, flags.split()))
 
@@ -902,7 +1132,7 @@ def test_model_of_another_kind_is_refused(finetune_config, tiny_bert, tmp_path):
 
 def test_loss_that_is_not_finite_leaves_no_results(finetune_config):
     refused(r"(the task loss|the weight \S+) is (nan|inf|not finite).*--lr",
-            lambda: finetune.main(finetune_config("sst2", lr=1e30, clip=0.0)))
+            lambda: finetune.main(finetune_config("sst2", lr=1e30, grad_clip=0.0)))
     assert Path("out/finetune/tiny/sst2/s0/config.json").exists()
     assert not list(Path("out").rglob("results.json")) and not list(Path("out").rglob("model"))
 

@@ -15,7 +15,9 @@ import torch
 import data
 import finetune
 from common import keyed_integers, keyed_uniform
+from conftest import tiny_clip_vocab
 from finetune import TASKS
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel
 from test_data import stop_line
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
@@ -335,7 +337,7 @@ def test_other_real_files_are_read_whole(real_data):
     assert len(rows("read", real_data / "read" / "train.csv").first) == 4724
 
 
-# ---------------------------------------------------------------------------- tokens, cache, batches
+# ---------------------------------------------------------------------------- tokens and batches
 
 
 def random_words(most, *keys):
@@ -423,17 +425,145 @@ def test_empty_texts_and_unknown_tokens():
     assert "--max_length 4" in stop_line(finetune.tokenized, TASKS["sst2"], found, VOCAB, 4)
 
 
+# ---------------------------------------------------------------------------- CLIP's tokens
+
+CLIP_VOCAB = tiny_clip_vocab()
+TOWER = CLIPConfig(CLIP_VOCAB.size, layers=1, hidden=16, heads=2, intermediate=32, positions=9, projection=8)
+
+
+def segments_plainly(text, positions):
+    """The two segments of a sentence: lists of ids, None = not in use; and whether the rest was cut."""
+    (ids,), room = CLIP_VOCAB.encode([text]), positions - 2
+    parts = [ids[:room], ids[room:2 * room]]
+    parts = [[CLIP_VOCAB.start, *part, CLIP_VOCAB.end] if part or i == 0 else None
+             for i, part in enumerate(parts)]
+    return parts, len(ids) > 2 * room
+
+
+def whole(batch, rows, segments, length):
+    """What a compact batch stands for: ids (rows, segments, length), 0 = padding, and which of them are real.
+
+    A segment goes from a start to its end; the first ones of a row are in use.
+    """
+    ids, mask = np.zeros((rows, segments, length), np.int64), np.zeros((rows, segments, length), bool)
+    flat = batch["clip_ids"].flatten()[batch["clip_place"]]
+    for row in range(rows):
+        real = flat[row][batch["clip_mask"][row]].tolist()
+        ends = [i for i, token in enumerate(real) if token == CLIP_VOCAB.end]
+        assert len(ends) <= segments and ends[-1] == len(real) - 1
+        for s, (a, b) in enumerate(zip([0, *(end + 1 for end in ends)], ends)):
+            ids[row, s, :b + 1 - a], mask[row, s, :b + 1 - a] = real[a:b + 1], True
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", ["sst2", "rte", "stsb", "swag", "piqa"])
+@pytest.mark.parametrize("positions", [3, 9, 40])
+def test_clip_batch_equals_its_plain_construction(name, positions):
+    """Two segments a sentence: (B, 2, L) for one sentence, (B, 4, L) for a pair, (B K, 4, L) for choice."""
+    task, n = TASKS[name], 23
+    found = make_rows(name, n)
+    found.first[4] = ""
+    config = dataclasses.replace(TOWER, positions=positions)
+    examples = finetune.tokenized(task, found, VOCAB, 24, beside=(config, CLIP_VOCAB))
+    alone, cut = finetune.tokenized(task, found, VOCAB, 24), 0
+    rows = []  # of each example: of each sequence: its segments in use
+    for first, second in zip(found.first, found.second or [None] * n):
+        one, was_cut = segments_plainly(first, positions)
+        candidates = []
+        for text in second if task.kind == "choice" else [second]:
+            two, too = ([], False) if text is None else segments_plainly(text, positions)
+            candidates.append([part for part in [*one, *two] if part is not None])
+            was_cut |= too
+        rows.append(candidates)
+        cut += was_cut
+    assert examples.clip_truncated == cut and (cut > 0) == (positions < 40)
+    for index in (np.arange(n), np.array([22, 4, 4]), [4], [5]):
+        batch, plain = examples.batch(index), [sequence for i in index for sequence in rows[i]]
+        for key, value in alone.batch(index).items():  # beside it nothing changes
+            assert torch.equal(batch[key], value)
+        segments = 2 if name == "sst2" else 4
+        assert batch["clip_place"].shape[0] == len(plain) == batch["ids"].flatten(0, -2).shape[0]
+        assert len(batch["clip_ids"]) == sum(map(len, plain)) <= segments * len(plain)
+        ids, mask = whole(batch, len(plain), segments, positions)
+        assert batch["clip_ids"].shape[1] == max(len(part) for row in plain for part in row) <= positions
+        assert [[part[real].tolist() for part, real in zip(row, m) if real.any()]
+                for row, m in zip(ids, mask)] == plain
+        assert mask[:, 0, 0].all()  # never empty
+        dtypes = [batch[f"clip_{key}"].dtype for key in ("ids", "place", "mask")]
+        assert dtypes == [torch.int64, torch.int64, torch.bool]
+
+
+def full_batch(batch, rows, segments, length):
+    """The same with every segment of (rows, segments, length) run, empty ones and padding, under a mask."""
+    ids, mask = map(torch.from_numpy, whole(batch, rows, segments, length))
+    place = torch.arange(rows * segments * length).view(rows, -1)
+    return batch | {"clip_ids": ids.flatten(0, 1), "clip_place": place, "clip_mask": mask.flatten(1)}
+
+
+@pytest.mark.parametrize("name", ["sst2", "rte", "swag"])
+def test_segments_that_are_not_run_change_no_logit(name):
+    """The compact batch against the whole (B, 2, 77) or (B, 4, 77) under its mask; with noise behind it."""
+    torch.manual_seed(0)
+    config = BERTConfig(VOCAB.size, layers=1, hidden=16, heads=2, intermediate=32, max_positions=40,
+                        init_std=0.2)
+    tower = dataclasses.replace(TOWER, positions=77)
+    task, found = TASKS[name], make_rows(name, 7, most=25)
+    model = TaskModel(XDBERT(BERT(config), CLIPText(tower)), task.kind, len(task.labels)).double().eval()
+    examples = finetune.tokenized(task, found, VOCAB, 24, beside=(tower, CLIP_VOCAB))
+    batch = finetune.inputs(examples.batch(np.arange(7)))
+    logits, sequences = model(**batch), batch["ids"].flatten(0, -2).shape[0]
+    full = full_batch(batch, sequences, 2 if name == "sst2" else 4, 77)
+    assert full["clip_ids"].numel() > 1.5 * batch["clip_ids"].numel()
+    torch.testing.assert_close(model(**full), logits)
+    padding = ~full["clip_mask"].view(full["clip_ids"].shape)
+    full["clip_ids"][padding] = torch.randint(CLIP_VOCAB.size, (int(padding.sum()),))
+    torch.testing.assert_close(model(**full), logits)
+    for key in ("clip_ids", "ids"):  # and what is real does count
+        torch.testing.assert_close(model(**batch), logits, rtol=0, atol=0)
+        other = batch | {key: batch[key].clone()}
+        other[key][..., 1] = 40
+        assert (model(**other) - logits).abs().max() > 1e-6, key
+
+
+def test_clip_reads_the_original_text_and_keeps_its_tokens_apart(tmp_path):
+    """Its own clean-up (HTML, white space, case), in a cache of its own vocabulary's."""
+    texts = ["The &amp;amp; cat\u3000SAT", "汶 <|endoftext|> cat's 42", " "]
+    found = finetune.Rows(texts, None, None, ["0", "1", "2"])
+    for _ in range(2):  # made, then read
+        examples = finetune.tokenized(TASKS["sst2"], found, VOCAB, 40, tmp_path,
+                                      beside=(dataclasses.replace(TOWER, positions=77), CLIP_VOCAB))
+        batch = examples.batch([0, 1, 2])
+        flat = batch["clip_ids"].flatten()[batch["clip_place"]]
+        ids = [row[mask].tolist() for row, mask in zip(flat, batch["clip_mask"])]
+        assert ids == [[CLIP_VOCAB.start, *text, CLIP_VOCAB.end] for text in CLIP_VOCAB.encode(texts)]
+        words = [row[mask][1:-1].tolist() for row, mask in zip(batch["ids"], batch["mask"])]
+        assert words == VOCAB.encode(texts) and len(list(tmp_path.iterdir())) == 2
+    assert CLIP_VOCAB.end in ids[1][1:-1] and ids[2] == CLIP_VOCAB.specials
+    assert ids[0][1:4] == CLIP_VOCAB.encode(["the & cat"])[0]
+
+
+def test_clip_alone_reads_start_first_end_second_end():
+    found = finetune.Rows(["the cat", "a"], ["sat", ""], [0, 1], ["0", "1"])
+    examples = finetune.tokenized(TASKS["rte"], found, CLIP_VOCAB, 12)
+    batch, (the, cat, sat) = examples.batch([0, 1]), CLIP_VOCAB.encode(["the cat sat"])[0]
+    start, end = CLIP_VOCAB.start, CLIP_VOCAB.end
+    assert batch["ids"].tolist()[0] == [start, the, cat, end, sat, end]
+    assert batch["ids"][1, [0, 2, 3]].tolist() == [start, end, end]
+    assert batch["mask"].sum(1).tolist() == [6, 4] and examples.unknown == 0 and "clip_ids" not in batch
+
+
+# ---------------------------------------------------------------------------- the cache of tokens, limits
+
+
 @pytest.fixture
 def count_encoding(monkeypatch):
-    """Counts how often the tokenizer of VOCAB is asked."""
-    calls = []
-    tokenizer = VOCAB.tokenizer
+    """Counts how often VOCAB is asked."""
+    calls, encode = [], VOCAB.encode
 
-    class Counting:
-        def encode_batch(self, texts, **kw):
-            calls.append(len(texts))
-            return tokenizer.encode_batch(texts, **kw)
-    monkeypatch.setattr(VOCAB, "tokenizer", Counting())
+    def counting(texts):
+        calls.append(len(texts))
+        return encode(texts)
+    monkeypatch.setattr(VOCAB, "encode", counting)
     return calls
 
 
