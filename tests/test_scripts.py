@@ -19,6 +19,7 @@ import torch
 from conftest import QUICK_STUDENT, QUICK_TEACHER
 from test_ddp import flat, log_lines
 
+import adapt_xdbert
 import analyze
 import bench
 import common
@@ -360,12 +361,13 @@ def readme_commands():
 def test_readme_command_is_understood(monkeypatch, script, flags):
     """Every flag exists and takes the value that it is given there; nothing is run."""
     flags = shlex.split(flags)
-    scripts = {"distill.py": distill, "teacher.py": teacher, "finetune.py": finetune, "bench.py": bench}
+    scripts = {"distill.py": distill, "teacher.py": teacher, "finetune.py": finetune, "bench.py": bench,
+               "adapt_xdbert.py": adapt_xdbert}
     if module := scripts.get(script):
         assert common.parse_cli(module.Config, module.PRESETS, flags)
         return
     module, called = {"data.py": data, "analyze.py": analyze}[script], []
-    for name in ("make_demo", "train_vocab", "pack_text", "pack_videos",
+    for name in ("make_demo", "train_vocab", "pack_text", "pack_xtext", "pack_videos",
                  "newest_run", "curves", "clips", "table"):
         if hasattr(module, name):
             monkeypatch.setattr(module, name, lambda *args, name=name: called.append(name))
@@ -375,7 +377,7 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
 
 def test_readme_names_every_script():
     scripts = {script for script, _ in readme_commands()}
-    assert scripts >= {"data.py", "teacher.py", "distill.py", "finetune.py", "analyze.py"}
+    assert scripts >= {"data.py", "teacher.py", "distill.py", "adapt_xdbert.py", "finetune.py", "analyze.py"}
 
 
 # ---------------------------------------------------------------------------- mistakes
@@ -389,7 +391,7 @@ def test_readme_names_every_script():
     (dict(log_every=0), "--log_every 0"), (dict(batch_size=0), "--batch_size 0"),
     (dict(grad_accum=0), "--grad_accum 0"), (dict(lr=-1.0), "--lr -1"),
     (dict(mask_rate=0.0), "--mask_rate 0"), (dict(crd_tau=0.0), "--crd_tau 0"),
-    (dict(clip=-1.0), "--clip -1"), (dict(weight_decay=-1.0), "--weight_decay"), (dict(beta2=1.0), "--beta2 1"),
+    (dict(grad_clip=-1.0), "--grad_clip -1"), (dict(weight_decay=-1.0), "--weight_decay"), (dict(beta2=1.0), "--beta2 1"),
     (dict(objective="crd", batch_size=1), "--batch_size"),
     (dict(objective="crd", crd_bank_size=1), "--crd_bank_size")])
 def test_wrong_flag_is_refused_before_anything_runs(distill_config, flags, match):
@@ -491,7 +493,7 @@ def test_teacher_without_heads_refuses_what_needs_them(distill_config, teacher_r
 
 
 def test_nan_loss_stops_with_step_and_term(distill_config):
-    cfg = distill_config(lr=1e30, clip=0.0, objective="nst", max_steps=20, save_every=20, eval_every=20,
+    cfg = distill_config(lr=1e30, grad_clip=0.0, objective="nst", max_steps=20, save_every=20, eval_every=20,
                          grad_every=20)
     refused(r"the \w+ loss is (nan|inf) at step \d+; .*--lr", lambda: distill.main(cfg))
     assert not (Path(cfg.out_dir) / "model").exists()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["teacher.py", "distill.py", "finetune.py"]
+SCRIPTS = ["teacher.py", "distill.py", "finetune.py", "adapt_xdbert.py"]
 SOURCES = sorted(ROOT.glob("*.py"))
 
 

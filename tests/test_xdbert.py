@@ -1,0 +1,288 @@
+"""Proves the adaptation of adapt_xdbert.py: targets, ablations, resume, export, and what bad input gets.
+
+Run: python -m pytest -q tests/test_xdbert.py
+"""
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import adapt_xdbert
+import common
+import data
+import teacher
+from conftest import QUICK_TEACHER
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText
+
+# a run of a second on packed pairs of the demo
+QUICK = dict(max_steps=4, batch_size=8, log_every=1, eval_every=4, save_every=2, eval_blocks=6, device="cpu",
+             block_size=24, segments=2, cross_layers=1, lr=1e-3, table=False)
+
+
+@pytest.fixture(scope="module")
+def parts(demo, tmp_path_factory):
+    """{flag: path} of the demo's pairs, a random language encoder and a CLIP tower of teacher.py."""
+    out, world = tmp_path_factory.mktemp("xdbert"), demo / "demo-s0"
+    pairs = data.demo_xtext(world, common.init_world("cpu"))
+    vocab = data.load_vocab(world / "corpus.h5")
+    torch.manual_seed(0)
+    BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=32)
+         ).save_pretrained(out / "language", vocab)
+    teacher.main(teacher.Config(**QUICK_TEACHER | dict(objective="clip", stop_on="recall"),
+                                videos=str(world / "videos.h5"), out_dir=str(out / "clip")))
+    return {"train": str(pairs), "language": str(out / "language"), "clip": str(out / "clip")}
+
+
+@pytest.fixture
+def config(parts, tmp_path):
+    """adapt_xdbert.Config for a run of a second; flags as keywords."""
+    def make(**flags):
+        return adapt_xdbert.Config(**(QUICK | parts | dict(out_dir=str(tmp_path / "run")) | flags))
+    return make
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------- teacher.py --objective clip
+
+
+def test_teacher_trains_a_text_tower_that_loads_as_clip(parts):
+    clip = CLIPText.from_pretrained(common.model_folder(parts["clip"], "--clip"))
+    assert (clip.config.positions, clip.config.hidden, clip.width) == (24, 32, 32)
+    results = json.loads((common.Path(parts["clip"]) / "results.json").read_text())
+    assert {"clip", "t2v_r10"} <= results.keys()
+    losses = [line["clip"] for line in log_of(common.Path(parts["clip"])) if "clip" in line]
+    assert losses and all(np.isfinite(losses))
+
+
+# ---------------------------------------------------------------------------- the batch
+
+
+def blocks_of(parts, **sizes):
+    return data.PairBlocks(parts["train"], **dict(block_size=24, segments=2, length=24) | sizes)
+
+
+def test_targets_are_the_words_and_tokens_that_stand_there(parts, config):
+    blocks, index = blocks_of(parts), np.arange(40)
+    batch = adapt_xdbert.prepare(blocks, config(), index, index, 0, 0, index)
+    ids = blocks.batch(index)["ids"].flatten()
+    assert torch.equal(ids[batch["mlm_index"]], batch["mlm_targets"])
+    assert not torch.isin(batch["mlm_targets"], torch.tensor(blocks.vocab.specials)).any()
+    tokens = batch["clip_ids"].flatten()[batch["clip_place"]].flatten()
+    assert torch.equal(tokens[batch["cliptc_index"]], batch["cliptc_targets"])
+    assert batch["clip_mask"].flatten()[batch["cliptc_index"]].all()
+    ends = torch.tensor([blocks.clip_vocab.start, blocks.clip_vocab.end])
+    assert len(batch["cliptc_targets"]) > 50 and not torch.isin(batch["cliptc_targets"], ends).any()
+    assert batch["match_targets"].all()
+
+
+def test_match_says_whether_the_clip_side_holds_the_same_text(parts, config):
+    blocks, index = blocks_of(parts), np.arange(400)
+    text = data.match_texts(index, len(blocks), 0, 0, index)
+    assert 0.4 < (text == index).mean() < 0.6
+    batch = adapt_xdbert.prepare(blocks, config(), index, text, 0, 0, index)
+    same = batch["match_targets"].bool().numpy()
+    assert np.array_equal(same, text == index)
+    own = blocks.clip_batch(index)
+
+    def row(side, i):
+        return side["clip_ids"].flatten()[side["clip_place"][i][side["clip_mask"][i]]].tolist()
+    for i in range(40):
+        assert (row(batch, i) == row(own, i)) == same[i]
+
+
+def test_a_mismatched_text_that_is_equal_counts_as_matched(parts, config):
+    blocks = blocks_of(parts)
+    blocks.batch = lambda index: {"ids": torch.full((len(index), 24), 7), "mask": torch.ones(len(index), 24).bool()}
+    batch = adapt_xdbert.prepare(blocks, config(), np.arange(4), np.arange(4)[::-1], 0, 0, np.arange(4))
+    assert batch["match_targets"].all()
+
+
+# ---------------------------------------------------------------------------- the model
+
+
+def adapter(parts, cfg):
+    torch.manual_seed(0)
+    language = BERT.from_pretrained(parts["language"], pooler="trained", dropout=0.0)
+    clip = None if cfg.no_clip else CLIPText.from_pretrained(common.model_folder(parts["clip"], "--clip"))
+    return adapt_xdbert.Adapter(cfg, language, clip, None).eval()
+
+
+@pytest.mark.parametrize("objective", ["mlm+match+cliptc", "mlm+match", "mlm+cliptc", "match", "cliptc", "mlm"])
+@pytest.mark.parametrize("freeze", ["", "clip,language"])
+def test_every_trainable_parameter_gets_a_gradient(parts, config, objective, freeze):
+    cfg = config(objective=objective, freeze=freeze)
+    model, index = adapter(parts, cfg), np.arange(8)
+    text = data.match_texts(index, 100, 0, 0, index)
+    batch = adapt_xdbert.prepare(blocks_of(parts), cfg, index, text, 0, 0, index)
+    sum(model(batch, dict.fromkeys(model.names, 1.0)).values()).backward()
+    assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
+    trained = {name.split(".")[1] for name, p in model.named_parameters()
+               if p.grad is not None and name.startswith("encoder.")}
+    assert trained - {"pooler"} == ({"cross"} if freeze else {"language", "clip", "cross"})
+
+
+def test_terms_equal_plain_cross_entropies(parts, config):
+    cfg, index = config(), np.arange(6)
+    model = adapter(parts, cfg)
+    batch = adapt_xdbert.prepare(blocks_of(parts), cfg, index, index[::-1], 0, 0, index)
+    terms = model(batch, {"mlm": 3.0, "match": 6.0, "cliptc": 2.0})
+    for name, count in (("mlm", 3.0), ("match", 6.0), ("cliptc", 2.0)):
+        rows = model.logits(batch)[name].double().log_softmax(1)
+        wanted = -sum(rows[i, t] for i, t in enumerate(batch[f"{name}_targets"])) / count
+        torch.testing.assert_close(terms[name].double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_frozen_parts_do_not_change_and_have_no_dropout(parts, config, tmp_path):
+    cfg = config(freeze="clip,language", dropout=0.3)
+    adapt_xdbert.main(cfg)
+    before, after = BERT.from_pretrained(parts["language"]), BERT.from_pretrained(tmp_path / "run" / "model")
+    for (name, a), b in zip(before.state_dict().items(), after.state_dict().values()):
+        assert torch.equal(a, b), name
+    model = adapter(parts, cfg).train()
+    assert not model.encoder.language.training and not model.encoder.clip.training and model.encoder.cross.training
+
+
+# ---------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("flags", [
+    dict(objective="mlm"), dict(objective="mlm+match"), dict(objective="cliptc"), dict(objective="match"),
+    dict(objective="mlm", no_clip=True), dict(cross_layers=3), dict(freeze="clip"), dict(freeze="language"),
+    dict(reduction="sum", lr=1e-5), dict(dtype="bfloat16"), dict(segments=1, segment_length=9),
+    dict(schedule_steps=40), dict(max_steps=0, epochs=0.002), dict(grad_accum=4),
+    dict(mask_split="100/0/0", cliptc_rate=0.5)], ids=str)
+def test_every_ablation_runs(config, tmp_path, flags):
+    results = adapt_xdbert.main(config(**dict(max_steps=2, eval_every=2) | flags))
+    lines = [line for line in log_of(tmp_path / "run") if "lr" in line]
+    assert {"mlm", "match", "cliptc"} & lines[0].keys() == set(results["objective"].split("+"))
+    assert all(np.isfinite(line[name]) for line in lines for name in results["objective"].split("+"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyCLIP(CLIPConfig):
+    layers: int = 1
+    hidden: int = 32
+    heads: int = 2
+    intermediate: int = 64
+    positions: int = 16
+    projection: int = 32
+
+
+def test_clip_random_takes_the_size_of_the_packed_vocabulary(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(adapt_xdbert, "CLIPConfig", TinyCLIP)
+    adapt_xdbert.main(config(clip="random", segments=3))
+    clip = XDBERT.from_pretrained(tmp_path / "run" / "model").clip
+    assert (clip.config.vocab_size, clip.config.positions) == (760, 16)
+
+
+def test_adaptation_leaves_an_ordinary_folder_of_unchanged_size(parts, config, tmp_path):
+    adapt_xdbert.main(config())
+    before, after = (load_file(common.Path(folder) / "model.safetensors")
+                     for folder in (parts["language"], tmp_path / "run" / "model"))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+    word = "embeddings.word_embeddings.weight"
+    assert not torch.equal(before[word], after[word])
+    whole = XDBERT.from_pretrained(tmp_path / "run" / "model")
+    assert torch.equal(whole.language.embeddings.word.weight, after[word]) and whole.pooler is not None
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, saved[f"encoder.{name}"]), name
+
+
+def test_losses_fall(config, tmp_path):
+    adapt_xdbert.main(config(max_steps=120, log_every=10, eval_every=120, save_every=120, batch_size=16, lr=3e-3))
+    lines = [line for line in log_of(tmp_path / "run") if "lr" in line]
+    for name in ("mlm", "cliptc"):
+        assert lines[-1][name] < 0.9 * lines[0][name]
+    val = [line for line in log_of(tmp_path / "run") if "val_mlm" in line]
+    assert {"val_mlm_accuracy_matched", "val_mlm_accuracy_mismatched", "val_match_accuracy"} <= val[-1].keys()
+
+
+def test_resume_is_bit_for_bit(config, tmp_path):
+    whole = config(out_dir=str(tmp_path / "whole"))
+    adapt_xdbert.main(whole)
+    adapt_xdbert.main(config(max_steps=4))
+    run = tmp_path / "run"
+    (run / "checkpoint.pt").unlink()  # back to step 2, as if killed before the last checkpoint
+    (run / "checkpoint.pt.prev").rename(run / "checkpoint.pt")
+    adapt_xdbert.main(config(resume=True))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "run"))
+    assert a["step"] == b["step"] == 4
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    same = [[{k: v for k, v in line.items() if k not in ("tokens_per_s", "mfu", "memory_mb")} for line in log_of(
+        tmp_path / name)] for name in ("whole", "run")]
+    assert same[0] == same[1]
+
+
+def test_eval_only_prints_the_checkpoints_scores(config, tmp_path):
+    results = adapt_xdbert.main(config())
+    scores = adapt_xdbert.main(config(eval_only=True))
+    assert scores == {name: results[name] for name in scores}
+
+
+@pytest.mark.parametrize("language, total", [("bert-base", 202_059_009), ("electra-large", 442_671_617)])
+def test_dry_run_prints_the_papers_totals(language, total, capsys):
+    cfg = common.parse_cli(adapt_xdbert.Config, adapt_xdbert.PRESETS,
+                           f"--preset paper --language {language} --clip random --dry_run".split())
+    adapt_xdbert.main(cfg)
+    assert f"{total:,}" in capsys.readouterr().out
+
+
+def test_training_flags_choose_the_preset():
+    def parse(text):
+        return common.parse_cli(adapt_xdbert.Config, adapt_xdbert.PRESETS, text.split())
+    assert parse("").block_size == 24
+    base = parse("--train x.h5")
+    assert (base.block_size, base.segments, base.lr, base.warmup, base.epochs) == (512, 9, 1e-4, 0.05, 1.0)
+    assert parse("--preset paper --train x.h5").schedule_steps == 32_000 and base.schedule_steps == 0
+    assert parse("--preset demo --train x.h5").block_size == 24
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(objective="mlm+nst"), "write some of mlm"), (dict(objective="mlm+mlm"), "--objective"),
+    (dict(no_clip=True), "--no_clip needs"), (dict(freeze="video"), "--freeze video"),
+    (dict(segments=0), "--segments"), (dict(warmup=1.0), "--warmup"), (dict(max_steps=0), "--epochs"),
+    (dict(eval_every=3, log_every=2, save_every=2), "--eval_every"), (dict(mask_split="1/2/3"), "--mask_split")])
+def test_wrong_flags_get_one_line(config, flags, words):
+    with pytest.raises((ValueError, SystemExit), match=words):
+        config(**flags)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(block_size=40), "--block_size 40: .* has 32 positions"),
+    (dict(segment_length=25), "--segment_length 25: .* 24 positions"),
+    (dict(language="nowhere"), "--language nowhere"), (dict(clip="nowhere"), "--clip nowhere"),
+    (dict(language=""), "--language is missing"), (dict(clip=""), "--clip is missing"),
+    (dict(train="nowhere.h5"), "nowhere.h5: no such file"), (dict(schedule_steps=2), "--schedule_steps 2"),
+    (dict(batch_size=9, grad_accum=2), "--batch_size 9"), (dict(resume=True), "no readable checkpoint")])
+def test_bad_input_gets_one_line_before_training(config, tmp_path, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        adapt_xdbert.main(config(**flags))
+    assert not (tmp_path / "run" / "log.jsonl").exists()
+
+
+def test_other_vocabularies_are_refused(parts, config, tmp_path):
+    other = data.Vocab([*data.SPECIALS, *(f"w{i}" for i in range(20))])
+    torch.manual_seed(0)
+    BERT(BERTConfig(other.size, layers=1, hidden=32, heads=2, intermediate=64)).save_pretrained(
+        tmp_path / "bert", other)
+    with pytest.raises(SystemExit, match="another vocabulary"):
+        adapt_xdbert.main(config(language=str(tmp_path / "bert")))
+    CLIPText(CLIPConfig(other.size, 1, 32, 2, 64, 24, 32)).save_pretrained(tmp_path / "clip", other)
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        adapt_xdbert.main(config(clip=str(tmp_path / "clip")))
+
+
+def test_text_packed_for_one_model_alone_is_refused(demo, config):
+    with pytest.raises(SystemExit, match="text, not xtext"):
+        adapt_xdbert.main(config(train=str(demo / "demo-s0" / "corpus.h5")))
