@@ -95,8 +95,12 @@ class Config:
         check_fields(self, CHOICES, POSITIVE)
         if self.no_clip and self.objective != "mlm":
             raise ValueError("--no_clip needs --objective mlm: the others read CLIP's tokens")
-        if not self.no_clip and self.segments < 1 or self.cross_layers < 1:
-            raise ValueError("--segments and --cross_layers: at least 1; --no_clip leaves CLIP out")
+        if self.no_clip and self.freeze:
+            raise ValueError("--no_clip trains the language encoder alone: leave --freeze out")
+        if self.preset in ("base", "paper") and not self.train and not self.dry_run:
+            raise ValueError(f"--preset {self.preset} needs --train, text packed by data.py xtext")
+        if min(self.segments, self.cross_layers) < 1:
+            raise ValueError("--segments and --cross_layers: at least 1 (--no_clip leaves CLIP out)")
         if unknown := set(filter(None, self.freeze.split(","))) - {"clip", "language"}:
             raise ValueError(f"--freeze {min(unknown)}: write clip, language or clip,language")
         if not 0 <= self.warmup < 1:
@@ -104,8 +108,13 @@ class Config:
         for name in ("segment_length", "max_steps", "epochs", "schedule_steps", "dropout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name):g}: must not be negative")
+        if max(self.mask_rate, self.cliptc_rate) > 1 or self.dropout >= 1:
+            raise ValueError("--mask_rate and --cliptc_rate are shares, at most 1; --dropout is below 1")
         if not self.max_steps and not self.epochs:
             raise ValueError("--max_steps 0 needs --epochs")
+        if self.max_steps and self.schedule_steps and self.max_steps > self.schedule_steps:
+            raise ValueError(f"--schedule_steps {self.schedule_steps}: the learning rate would be 0 for the "
+                             f"last of --max_steps {self.max_steps}; give as many or more")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) % self.log_every:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every "
@@ -118,9 +127,11 @@ CHOICES = {"reduction": ("mean", "sum"), "dtype": ("float32", "bfloat16", "float
 POSITIVE = ("eval_blocks", "mask_rate", "cliptc_rate", "batch_size", "grad_accum", "lr", "log_every",
             "eval_every", "save_every")
 # what a resumed run cannot change
-FIXED = ("block_size", "segments", "segment_length", "language", "clip", "cross_layers", "no_clip", "freeze",
-         "objective", "mask_rate", "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay",
-         "beta2", "schedule_steps", "seed")
+FIXED = ("block_size", "segments", "segment_length", "cross_layers", "no_clip", "freeze", "objective",
+         "mask_rate", "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
+         "schedule_steps", "seed")
+# flags that change no result: hashes tell what the models and the data are
+FREE = ("preset", "train", "val", "language", "clip", "table")
 
 # XDBERT C.1: 1e-4, warm-up 5 %, one epoch, at 512 words and 9 x 77 tokens (Appendix B). The paper planned its
 # learning rate for 40 epochs of about 800 steps of 256 and stopped early: `paper`; `base` plans the one epoch
@@ -211,7 +222,7 @@ def prepare(blocks, cfg, index, text, *keys):
     if cfg.no_clip:
         return found
     found |= blocks.clip_batch(text)
-    # by content, not by index: a text may stand in the corpus twice
+    # by its word pieces, not by index: a text may stand in the corpus twice
     found["match_targets"] = (blocks.batch(text)["ids"] == batch["ids"]).all(1).long()
     found["cliptc_index"], found["cliptc_targets"] = data.clip_targets(
         *(found[key] for key in CLIP_KEYS), blocks.clip_vocab, cfg.cliptc_rate, *keys)
@@ -226,7 +237,7 @@ def evaluate(model, blocks, cfg, world):
     model.eval()
     index = np.arange(min(len(blocks), cfg.eval_blocks))
     sides = {"matched": index}
-    if "match" in model.names:
+    if "match" in model.names and len(blocks) > 1:
         sides["mismatched"] = (index + 1 + keyed_integers(len(blocks) - 1, "val other", index)) % len(blocks)
     # (sides, terms) x (summed loss, right, items)
     total = torch.zeros(len(sides), len(model.names), 3, dtype=torch.float64)
@@ -257,6 +268,7 @@ def evaluate(model, blocks, cfg, world):
 def open_language(cfg, vocab):
     """(BERT, its MLMHead or None, hash of its weights) of --language; vocab: that of the packed words."""
     if cfg.language in LANGUAGE:
+        print0(f"--language {cfg.language}: random weights; a folder of that model brings trained ones")
         config = replace(LANGUAGE[cfg.language], vocab_size=vocab.size, dropout=cfg.dropout)
         return BERT(config, pooler=config.model_type == "bert"), None, cfg.language
     folder = model_folder(cfg.language, "--language")
@@ -277,14 +289,58 @@ def open_clip(cfg):
     return CLIPText.from_pretrained(folder), file_hash(folder), data.load_clip_vocab(folder).hash
 
 
+def open_parts(cfg):
+    """(PairBlocks to train on and to evaluate on, BERT, its MLMHead or None, CLIPText or None, hashes) that
+    the flags name; one line where they do not fit each other."""
+    clip, clip_hash, clip_vocab_hash = None, "", ""
+    if cfg.clip == "random":
+        clip_hash = cfg.clip
+    elif not cfg.no_clip:
+        clip, clip_hash, clip_vocab_hash = open_clip(cfg)
+    positions = clip.config.positions if clip else CLIPConfig.positions
+    length = cfg.segment_length or positions
+    if length > positions:
+        raise SystemExit(f"--segment_length {length}: CLIP's tower has {positions} positions; give that or "
+                         "less")
+    train, val = (data.PairBlocks(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, length)
+                  for part in ("train", "val"))
+    vocab, clip_vocab = train.vocab, train.clip_vocab
+    if (val.vocab.hash, val.clip_vocab.hash) != (vocab.hash, clip_vocab.hash):
+        raise SystemExit(f"--val {cfg.val} is packed with other vocabularies than --train {cfg.train}; pack "
+                         "it again")
+    if "match" in cfg.objective and len(train) < 2:
+        raise SystemExit(f"--train {cfg.train}: one block, but MATCH needs another text; lower --block_size "
+                         "or pack more text")
+    language, mlm, language_hash = open_language(cfg, vocab)
+    if cfg.block_size > language.config.max_positions:
+        raise SystemExit(f"--block_size {cfg.block_size}: {cfg.language} has {language.config.max_positions} "
+                         "positions; give that or less")
+    if clip and (clip_vocab_hash, clip.config.vocab_size) != (clip_vocab.hash, clip_vocab.size):
+        raise SystemExit(f"--train {cfg.train}: packed with another tokenizer ({clip_vocab.size:,} tokens) "
+                         f"than that of --clip {cfg.clip} ({clip.config.vocab_size:,}); pack it again with "
+                         "its --clip_vocab")
+    if cfg.clip == "random" and not cfg.no_clip:
+        clip = CLIPText(CLIPConfig(vocab_size=clip_vocab.size))
+    return train, val, language, mlm, clip, {
+        "corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash,
+        "language encoder": language_hash, "CLIP": clip_hash}
+
+
 def demo_parts(cfg, folder, demo, world):
     """cfg with what the demo adapts: packed pairs of texts, the text-only student, a CLIP-like tower."""
+    for flag, load in (("language", data.load_vocab), ("clip", data.load_clip_vocab)):
+        path = getattr(cfg, flag)
+        if path and path not in (*LANGUAGE, "random"):
+            own = data.OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
+            if own != data.load_vocab(demo / "corpus.h5").hash:
+                raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "
+                                 "with `python data.py xtext`")
     made = {"train": str(data.demo_xtext(demo, world))}
     if not cfg.language:
         student = distill.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
                                  block_size=cfg.block_size)
         made["language"] = str(folder.parent / f"distill-none-s{cfg.seed}")
-        distill.main(distill.text_only_run(student, made["language"]), reuse=True)
+        distill.main(distill.text_only_run(student, made["language"]), reuse=True, alone=True)
     if not cfg.clip and not cfg.no_clip:
         made["clip"] = str(folder.parent / f"teacher-clip-s{cfg.seed}")
         teacher.main(teacher.Config(objective="clip", seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
@@ -369,6 +425,7 @@ def main(cfg, reuse=False):
     dtype = getattr(torch, cfg.dtype)
     micro_size = micro_batch_size(cfg, world)
     folder = run_folder(cfg)
+    saved = load_checkpoint(folder, world) if cfg.resume or cfg.eval_only else None
 
     # data, and on the demo what is missing: world, pairs, text-only student, CLIP-like tower
     demo = None if cfg.train else data.demo_world(cfg.data_dir, cfg.seed, world)
@@ -378,42 +435,20 @@ def main(cfg, reuse=False):
         if not getattr(cfg, flag):
             raise SystemExit(f"--{flag} is missing; --help tells what it may be")
     set_seed(cfg.seed, 0)
-    fresh_clip = cfg.no_clip or cfg.clip == "random"
-    clip, clip_hash, clip_vocab_hash = (None, cfg.clip, "") if fresh_clip else open_clip(cfg)
-    positions = clip.config.positions if clip else CLIPConfig.positions
-    length = cfg.segment_length or positions
-    if length > positions:
-        raise SystemExit(f"--segment_length {length}: CLIP's tower has {positions} positions; give that or "
-                         "less")
-    train, val = (data.PairBlocks(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, length)
-                  for part in ("train", "val"))
-    vocab, clip_vocab = train.vocab, train.clip_vocab
-    if (val.vocab.hash, val.clip_vocab.hash) != (vocab.hash, clip_vocab.hash):
-        raise SystemExit(f"--val {cfg.val} is packed with other vocabularies than --train {cfg.train}; pack "
-                         "it again")
-    language, mlm, language_hash = open_language(cfg, vocab)
-    if cfg.block_size > language.config.max_positions:
-        raise SystemExit(f"--block_size {cfg.block_size}: {cfg.language} has {language.config.max_positions} "
-                         "positions; give that or less")
-    if clip and (clip_vocab_hash, clip.config.vocab_size) != (clip_vocab.hash, clip_vocab.size):
-        raise SystemExit(f"--train {cfg.train}: packed with another tokenizer ({clip_vocab.size:,} tokens) "
-                         f"than that of --clip {cfg.clip} ({clip.config.vocab_size:,}); pack it again with "
-                         "its --clip_vocab")
-    if cfg.clip == "random" and not cfg.no_clip:
-        clip = CLIPText(CLIPConfig(vocab_size=clip_vocab.size))
-    hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash,
-              "language encoder": language_hash, "CLIP": clip_hash}
+    train, val, language, mlm, clip, hashes = open_parts(cfg)
+    vocab, clip_vocab, length = train.vocab, train.clip_vocab, train.length
     if reuse:
-        if before := finished_run(folder, cfg, hashes):
+        if before := finished_run(folder, cfg, hashes, FREE):
             print0(f"reused {folder}")
             return before
-        cfg = replace(cfg, resume=unfinished_run(folder, cfg, hashes))
+        if unfinished_run(folder, cfg, hashes, FREE):
+            cfg, saved = replace(cfg, resume=True), load_checkpoint(folder, world)
     max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
     schedule_steps = cfg.schedule_steps or max_steps
     warmup_steps = round(cfg.warmup * schedule_steps)
     if max_steps > schedule_steps:
         raise SystemExit(f"--schedule_steps {schedule_steps}: the learning rate would be 0 for the last of "
-                         f"the {max_steps} steps; give as many or more")
+                         f"{max_steps} steps; give as many or more")
 
     # model and optimizer
     model = Adapter(cfg, language, clip, mlm).to(world.device)
@@ -428,7 +463,6 @@ def main(cfg, reuse=False):
     # resume
     start = 0
     if cfg.resume or cfg.eval_only:
-        saved = load_checkpoint(folder, world)
         check_resume(saved["config"], cfg, saved["hashes"], hashes, FIXED)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
@@ -458,6 +492,7 @@ def main(cfg, reuse=False):
     print0(f"adapt: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens"
            + ("" if cfg.no_clip else f" beside {cfg.segments} x {length} of CLIP's ({100 * train.used:.0f} % "
               f"of the segments in use, {train.cut:,} of CLIP's tokens cut)")
+           + f", {train.dropped:,} tokens of the tail dropped"
            + f", {max_steps:,} steps of {cfg.batch_size} ({max_steps * cfg.batch_size / len(train):.2f} "
            "epochs)")
     model.train()
@@ -533,8 +568,11 @@ def main(cfg, reuse=False):
             first, clock = step, now
 
     interrupt.release()
+    if step == start:  # resumed behind its last step
+        scores = evaluate(model, val, cfg, world)
     results = {"objective": cfg.objective, "no_clip": cfg.no_clip, "folder": str(folder), "steps": step,
-               "vocabulary": vocab.hash} | scores | {"finished": time.time()}
+               "vocabulary": vocab.hash, "clip_tokens_cut": train.cut, "segments_used": train.used,
+               "tokens_dropped": train.dropped} | scores | {"finished": time.time()}
     if world.main:
         if cfg.no_clip:
             language.save_pretrained(folder / "model", vocab, mlm)
@@ -543,7 +581,7 @@ def main(cfg, reuse=False):
         write_json(folder / "results.json", results)
     print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
     world.barrier()
-    if demo and cfg.table and not reuse:
+    if demo and cfg.table and not cfg.no_clip and not reuse:
         compare(given, folder, demo, world)
     return results
 
@@ -553,24 +591,28 @@ def val_line(step, scores):
     return f"step {step:6d}  val  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
 
 
+def baseline_of(cfg, folder):
+    """Config of the same encoder adapted on as much text alone; what only CLIP's side reads is at its
+    default, so that one such run serves all."""
+    unused = ("clip", "segments", "segment_length", "cross_layers", "freeze", "cliptc_rate")
+    cfg = replace(cfg, **{name: getattr(Config, name) for name in unused}, objective="mlm", no_clip=True,
+                  resume=False, max_minutes=0.0, out_dir="")
+    return replace(cfg, out_dir=str(folder.parent / run_folder(cfg).name))
+
+
 def compare(cfg, folder, demo, world):
     """Fine-tunes the adapted encoder and the baseline, adapted on as much text alone, on the demo's tasks."""
-    baseline = replace(cfg, objective="mlm", no_clip=True, freeze="", resume=False, max_minutes=0.0,
-                       out_dir="")
-    baseline = replace(baseline, out_dir=str(folder.parent / run_folder(baseline).name))
-    tuning = finetune.Config(data_dir=cfg.data_dir, device=cfg.device)
-    runs = {"as much text alone": main(baseline, reuse=True)["folder"], "adapted": str(folder)}
-    rows, tasks = {row: {} for row in runs}, [finetune.TASKS[name] for name in finetune.DEMO_TASKS]
+    baseline, tuning = baseline_of(cfg, folder), finetune.Config(data_dir=cfg.data_dir, device=cfg.device)
+    main(baseline, reuse=True)
+    rows, tasks = {}, [finetune.TASKS[name] for name in finetune.DEMO_TASKS]
     interrupt = Interrupt()
-    for row, run in runs.items():
-        start = finetune.open_start(run, demo=demo)
+    for row, run in (("as much text alone", baseline.out_dir), ("adapted", folder)):
+        start = finetune.open_start(str(run), demo=demo)
         one = replace(tuning, out_dir=str(folder.parent / "finetune" / start.name))
-        for task in tasks:
-            rows[row][task.name] = finetune.run_task(one, task, start, demo / "raw" / "tasks", world,
-                                                     interrupt)["runs"]
+        rows[row] = {task.name: finetune.run_task(one, task, start, demo / "raw" / "tasks", world,
+                                                  interrupt)["runs"] for task in tasks}
     interrupt.release()
-    seeds = finetune.PER_TASK[tuning.preset][3]
-    print0(f"\n{finetune.compared(rows, tasks, seeds)}\n")
+    print0(f"\n{finetune.compared(rows, tasks, finetune.PER_TASK[tuning.preset][3])}\n")
     if world.main:
         write_json(folder / "table.json", rows)
 

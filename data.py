@@ -177,7 +177,8 @@ def load_vocab(path) -> Vocab:
 def vocab_from_json(path, content):
     """Vocab from the content of a tokenizer.json; refuses what is not BERT's WordPiece."""
     content = content if isinstance(content, dict) else {}
-    model, norm, pre = (content.get(k) or {} for k in ("model", "normalizer", "pre_tokenizer"))
+    parts = [content.get(k) for k in ("model", "normalizer", "pre_tokenizer")]
+    model, norm, pre = (part if isinstance(part, dict) else {} for part in parts)
     ids = model.get("vocab")
     is_wordpiece = model.get("type", "WordPiece") == "WordPiece" and isinstance(ids, dict)
     for ok, what in ((is_wordpiece, "a WordPiece model"),
@@ -329,13 +330,17 @@ def load_clip_vocab(path):
     if not path.exists():
         raise SystemExit(f"{path}: no such vocabulary; {CLIP_SOURCE}")
     try:
-        text = path.read_bytes()
-        text = (gzip.decompress(text) if path.suffix == ".gz" else text).decode("utf-8")
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            text = f.read(1 << 26).decode("utf-8")  # CLIP's has 1 MB; a gzipped file may hold anything
         content = json.loads(text) if path.suffix == ".json" else None
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise SystemExit(f"{path}: not a vocabulary ({error}); {CLIP_SOURCE}") from None
-    if isinstance(content, dict) and isinstance((content.get("model") or {}).get("merges"), list):
-        return clip_vocab_from_json(path, content)
+    model = content.get("model") if isinstance(content, dict) else None
+    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+        try:
+            return clip_vocab_from_json(path, content)
+        except (TypeError, AttributeError, KeyError):  # lists for objects, numbers for texts
+            raise SystemExit(f"{path}: not in the form of a tokenizer.json; {CLIP_SOURCE}") from None
     if content is None and "</w>" in text:
         # as OpenAI reads it: a header, and only the first merges of the file are CLIP's
         lines = text.split("\n")[1:49152 - 256 - 2 + 1]
@@ -1130,6 +1135,8 @@ class PairBlocks(TextBlocks):
         if attributes["clip_hash"] != self.clip_vocab.hash:
             raise SystemExit(f"{path}: its CLIP side was packed with another vocabulary than that of the "
                              "other files; pack it anew")
+        if "clip_tokens" not in maps or len(maps.get("clip_counts", ())) != len(maps["tokens"]):
+            raise SystemExit(f"{path}: damaged (the CLIP side does not fit the words); pack it anew")
         counts, width = maps["clip_counts"], self.block_size - 2
         at, piece = np.zeros(len(counts) // width + 1, np.int64), 1 + (1 << 22) // width
         for a in range(0, len(at) - 1, piece):  # of blocks, so that memory stays flat

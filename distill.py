@@ -429,11 +429,11 @@ def report(student, teacher, text_only, train, val, clips, demo, cfg, world, sho
     return own
 
 
-def main(cfg, reuse=False, beside=""):
+def main(cfg, reuse=False, beside="", alone=False):
     """Trains, measures and saves the student of `cfg`; returns the results.
 
     reuse: where a finished run of the same flags and data exists, it returns that one's results. beside: a
-    teacher to measure a text-only student against, instead of the demo's own.
+    teacher to measure a text-only student against, instead of the demo's own; alone: against none.
     """
     world = init_world(cfg.device)
     dtype = getattr(torch, cfg.dtype)
@@ -452,7 +452,7 @@ def main(cfg, reuse=False, beside=""):
                          "pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
     teacher_folder, text_only = cfg.teacher or beside, None
-    if not teacher_folder and demo:
+    if not teacher_folder and demo and not alone:
         teacher_folder = str(folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
         teacher_script.main(teacher_script.Config(
             data_dir=cfg.data_dir, seed=cfg.seed, device=cfg.device, block_size=cfg.block_size,
@@ -521,7 +521,8 @@ def main(cfg, reuse=False, beside=""):
         if bank:
             bank.load_state_dict(saved["bank"])
         start = saved["step"]
-    if text_only and cfg.teacher and world.main:  # it was measured beside the demo's own teacher
+    # it was measured beside the demo's own teacher, or alone
+    if text_only and (cfg.teacher or "neighbours" not in text_only) and world.main:
         text_only |= beside_teacher(text_only["folder"], teacher, val, clips, world.device)
     if cfg.eval_only:
         return report(student, teacher, text_only, train, val, clips, demo, cfg, world, not reuse)

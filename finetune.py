@@ -117,8 +117,9 @@ class Config:
             raise ValueError("--score predictions.json and --gold dev.json go together")
         if self.predict and self.model in ("", "none"):
             raise ValueError("--predict needs --model, the folder of a fine-tuned model")
-        if self.cross and self.model:
-            raise ValueError("--cross is given in place of --model: leave one of them out")
+        if self.cross == "none" or self.cross and self.model:
+            raise ValueError("--cross, a run of adapt_xdbert.py, is given in place of --model: leave one of "
+                             "them out")
 
 
 CHOICES = {"pool": ("cls", "mean"), "dtype": ("float32", "bfloat16", "float16")}

@@ -79,8 +79,9 @@ class CLIPConfig:
 def check_shape(config, *sizes):
     """SystemExit where one of the sizes, the dropout or the number of heads cannot be."""
     for name in sizes:
-        if getattr(config, name) < 1:
-            raise SystemExit(f"--{name} {getattr(config, name)}: must be at least 1")
+        most = 1000 if name == "layers" else 2 ** 31  # or a damaged file would have us build for hours
+        if not 1 <= getattr(config, name) < most:
+            raise SystemExit(f"--{name} {getattr(config, name)}: must be at least 1 and below {most}")
     if not 0 <= config.dropout < 1:
         raise SystemExit(f"--dropout {config.dropout}: must be at least 0 and below 1")
     if config.hidden % config.heads:
@@ -943,8 +944,11 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             return load_file(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-            raise ValueError("it holds other things than tensors")
+        for name, value in tensors.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+                raise ValueError("it holds other things than tensors under their names")
+            if value.layout != torch.strided or value.is_meta or value.is_complex():
+                raise ValueError(f"{name} is no plain tensor of numbers")
         return dict(tensors)
     except Exception as error:  # whatever a damaged or hostile file makes the two libraries raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -1265,8 +1269,14 @@ class ArchiveUnpickler(Unpickler):
     """
 
     def __init__(self, archive, root):
-        super().__init__(io.BytesIO(archive.read(f"{root}data.pkl")))
-        self.archive, self.root = archive, root
+        self.archive, self.root, self.storages = archive, root, {}
+        super().__init__(io.BytesIO(self.read("data.pkl")))
+
+    def read(self, name):
+        """The bytes of a part, which PyTorch stores as they are: what is compressed could be of any size."""
+        if self.archive.getinfo(self.root + name).compress_type != zipfile.ZIP_STORED:
+            raise UnpicklingError(f"{name} is compressed")
+        return self.archive.read(self.root + name)
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__":  # the modules' classes
@@ -1283,9 +1293,10 @@ class ArchiveUnpickler(Unpickler):
 
     def persistent_load(self, pid):
         _, dtype, key, _, count = pid
-        content = bytearray(self.archive.read(f"{self.root}data/{key}"))
-        storage = torch.frombuffer(content, dtype=dtype)
-        if len(storage) != count:
+        if key not in self.storages:  # tensors may share one
+            self.storages[key] = torch.frombuffer(bytearray(self.read(f"data/{key}")), dtype=dtype)
+        storage = self.storages[key]
+        if len(storage) != count or storage.dtype != dtype:
             raise UnpicklingError(f"data/{key} holds {len(storage)} numbers in place of {count}")
         return storage
 

@@ -164,6 +164,16 @@ def test_vocab_that_is_none_ends_in_one_line(tmp_path, name, content, says):
     assert says in stop_line(data.load_vocab, path) and str(path) in stop_line(data.load_vocab, path)
 
 
+@pytest.mark.parametrize("model", ["[1]", '"x"', '{"merges": [1]}', '{"merges": [], "vocab": {}, '
+                                   '"end_of_word_suffix": "</w>"}'])
+def test_tokenizer_json_of_another_form_is_one_line(tmp_path, model):
+    path = tmp_path / "tokenizer.json"
+    for more in ("", ', "added_tokens": null', ', "added_tokens": [1]'):
+        path.write_text(f'{{"model": {model}, "normalizer": "Lowercase", "pre_tokenizer": ["ByteLevel"]{more}}}')
+        for load in (data.load_clip_vocab, data.load_vocab):
+            assert "tokenizer.json: " in stop_line(load, path)
+
+
 def test_tokenizer_json_of_others_is_refused_where_ids_would_differ(vocab, tmp_path):
     vocab.tokenizer.save(str(tmp_path / "tokenizer.json"))
     good = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -544,6 +544,35 @@ def test_hostile_files_are_not_executed(tmp_path, monkeypatch):
     assert not Path(target).exists()
 
 
+def test_archive_that_would_unfold_in_memory_is_refused_unread(tmp_path):
+    path = tmp_path / "clip.pt"
+    write_archive(path, rebuilt((4, 4), (4, 1)))
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as content:
+        content.writestr("clip/data/0", bytes(1 << 27))
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(SystemExit, match="data/0 is compressed"):
+        CLIPText.from_pretrained(path)
+
+
+@pytest.mark.parametrize("content", [
+    {1: torch.zeros(2)}, {"text_projection": torch.zeros(2, 2).to_sparse()},
+    {"text_projection": torch.zeros(2, 2, dtype=torch.complex64)},
+    {"text_projection": torch.zeros(2, 2, device="meta")}, {"text_projection": 1.0}],
+    ids=["number for a name", "sparse", "complex", "meta", "number"])
+def test_state_dict_of_other_things_is_one_clear_line(tmp_path, content):
+    torch.save(content, tmp_path / "clip.pt")
+    with pytest.raises(SystemExit, match="clip.pt: not readable") as error:
+        CLIPText.from_pretrained(tmp_path / "clip.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_config_of_more_layers_than_anybody_has_is_refused():
+    with pytest.raises(SystemExit, match="--layers 10000000"):
+        CLIPConfig(layers=10 ** 7)
+    with pytest.raises(SystemExit, match="--vocab_size"):
+        BERTConfig(vocab_size=10 ** 30)
+
+
 def test_damaged_archive_is_one_clear_line(tmp_path, archive, monkeypatch):
     path = tmp_path / "clip.pt"
 

@@ -116,7 +116,7 @@ def adapter(parts, cfg):
 @pytest.mark.parametrize("objective", ["mlm+match+cliptc", "mlm+match", "mlm+cliptc", "match", "cliptc", "mlm"])
 @pytest.mark.parametrize("freeze", ["", "clip,language"])
 def test_every_trainable_parameter_gets_a_gradient(parts, config, objective, freeze):
-    cfg = config(objective=objective, freeze=freeze)
+    cfg = config(objective=objective, freeze=freeze, cross_layers=2)
     model, index = adapter(parts, cfg), np.arange(8)
     text = data.match_texts(index, 100, 0, 0, index)
     batch = adapt_xdbert.prepare(blocks_of(parts), cfg, index, text, 0, 0, index)
@@ -221,6 +221,27 @@ def test_resume_is_bit_for_bit(config, tmp_path):
     assert same[0] == same[1]
 
 
+@pytest.mark.parametrize("lost", [[], ["results.json"]])
+def test_a_run_killed_behind_its_last_step_is_finished_by_resume(config, tmp_path, lost):
+    results = adapt_xdbert.main(config())
+    for name in lost:
+        (tmp_path / "run" / name).unlink()
+    again = adapt_xdbert.main(config(resume=True))
+    assert {k: v for k, v in again.items() if k != "finished"} == {
+        k: v for k, v in results.items() if k != "finished"}
+
+
+def test_what_is_cut_stands_in_the_results(config):
+    results = adapt_xdbert.main(config(segments=1, segment_length=9))
+    assert results["clip_tokens_cut"] > 1000 and results["segments_used"] == 1 and results["tokens_dropped"] >= 0
+
+
+def test_the_baseline_does_not_depend_on_clips_flags(config, tmp_path):
+    one, two = (adapt_xdbert.baseline_of(config(**flags), tmp_path / "run") for flags in (
+        {}, dict(cross_layers=3, segments=4, freeze="clip", cliptc_rate=0.5, objective="mlm")))
+    assert one == two and one.no_clip and one.out_dir == str(tmp_path / "xdbert-mlm-noclip-s0")
+
+
 def test_eval_only_prints_the_checkpoints_scores(config, tmp_path):
     results = adapt_xdbert.main(config())
     scores = adapt_xdbert.main(config(eval_only=True))
@@ -251,7 +272,9 @@ def test_training_flags_choose_the_preset():
 @pytest.mark.parametrize("flags, words", [
     (dict(objective="mlm+nst"), "write some of mlm"), (dict(objective="mlm+mlm"), "--objective"),
     (dict(no_clip=True), "--no_clip needs"), (dict(freeze="video"), "--freeze video"),
-    (dict(segments=0), "--segments"), (dict(warmup=1.0), "--warmup"), (dict(max_steps=0), "--epochs"),
+    (dict(segments=0), "--segments"), (dict(mask_rate=15.0), "at most 1"), (dict(dropout=1.0), "--dropout"),
+    (dict(objective="mlm", no_clip=True, freeze="language"), "--freeze"), (dict(schedule_steps=2), "--schedule_steps 2"),
+    (dict(preset="paper", train=""), "--preset paper needs --train"), (dict(warmup=1.0), "--warmup"), (dict(max_steps=0), "--epochs"),
     (dict(eval_every=3, log_every=2, save_every=2), "--eval_every"), (dict(mask_split="1/2/3"), "--mask_split")])
 def test_wrong_flags_get_one_line(config, flags, words):
     with pytest.raises((ValueError, SystemExit), match=words):
@@ -263,7 +286,8 @@ def test_wrong_flags_get_one_line(config, flags, words):
     (dict(segment_length=25), "--segment_length 25: .* 24 positions"),
     (dict(language="nowhere"), "--language nowhere"), (dict(clip="nowhere"), "--clip nowhere"),
     (dict(language=""), "--language is missing"), (dict(clip=""), "--clip is missing"),
-    (dict(train="nowhere.h5"), "nowhere.h5: no such file"), (dict(schedule_steps=2), "--schedule_steps 2"),
+    (dict(train="nowhere.h5"), "nowhere.h5: no such file"),
+    (dict(max_steps=0, epochs=1.0, schedule_steps=2), "--schedule_steps 2"),
     (dict(batch_size=9, grad_accum=2), "--batch_size 9"), (dict(resume=True), "no readable checkpoint")])
 def test_bad_input_gets_one_line_before_training(config, tmp_path, flags, words):
     with pytest.raises(SystemExit, match=words):
@@ -286,3 +310,23 @@ def test_other_vocabularies_are_refused(parts, config, tmp_path):
 def test_text_packed_for_one_model_alone_is_refused(demo, config):
     with pytest.raises(SystemExit, match="text, not xtext"):
         adapt_xdbert.main(config(train=str(demo / "demo-s0" / "corpus.h5")))
+
+
+def test_a_model_of_other_words_needs_text_to_adapt_on(parts, demo, tmp_path):
+    other = data.Vocab([*data.SPECIALS, "a"])
+    torch.manual_seed(0)
+    BERT(BERTConfig(other.size, layers=1, hidden=32, heads=2, intermediate=64)).save_pretrained(
+        tmp_path / "bert", other)
+    with pytest.raises(SystemExit, match="--train is missing: --language"):
+        adapt_xdbert.main(adapt_xdbert.Config(language=str(tmp_path / "bert"), data_dir=str(demo), device="cpu"))
+
+
+def test_match_needs_two_texts(demo, config, tmp_path):
+    text = tmp_path / "t.txt"
+    text.write_text("the man dropped the vase on the floor .\n" * 4)
+    vocab = data.load_vocab(demo / "demo-s0" / "corpus.h5")
+    data.pack_xtext([text], vocab, vocab, tmp_path / "few.h5")
+    with pytest.raises(SystemExit, match="MATCH needs another text"):
+        adapt_xdbert.main(config(train=str(tmp_path / "few.h5")))
+    assert not (tmp_path / "run").exists()
+    adapt_xdbert.main(config(train=str(tmp_path / "few.h5"), objective="mlm+cliptc"))
