@@ -5,17 +5,21 @@
     python bench.py --device cuda --preset base
 
 Let it be alone on the machine. Everything runs in one process: after a warm-up, which is thrown away, the
-variants of a section take turns, and the table has their medians and spread. Before a loss is timed, its
-value and gradients are compared with ours. The plain forms are written here, for comparison only. On a CPU,
-freed memory goes back to the system, as is the C library's way, but in our whole step, which keeps it as the
-scripts do (common.keep_freed_memory); the released structure's step is timed both ways, the second way last.
-Fine-tuning keeps it, plain and ours.
+variants of a section take turns, and the table has their medians and spread. What takes ten seconds or more
+is timed once, a released structure's step from its first run on. Before a loss is timed, its value and
+gradients are compared with ours. The plain forms are written here, for comparison only. On a CPU, freed
+memory goes back to the system, as is the C library's way, but in our whole step, which keeps it as the
+scripts do (common.keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning
+and xdbert keep it, plain and ours.
 
 nst, crd, hinge, soft and voken: forward and backward of one loss (the other losses cost next to nothing).
 mlm_head: head and loss. step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch
 is in memory. "distillation alone" is its part of the step: heads, losses and bank, forward and backward,
 without the teacher. finetune: batch, forward and backward, clipping, AdamW, on examples as long as those of
-real tasks. text: packing a corpus.
+real tasks. xdbert: forward and backward, clipping, AdamW of adapt_xdbert.py at the paper's shapes, whatever
+the flags: BERT-base and ViT-B/32's text tower on 2 texts of 512 words and 9 x 77 of CLIP's tokens, some of
+whose 9 segments are empty; the check that both losses are equal is the warm-up. It takes 11 GB. text: packing
+a corpus.
 """
 import contextlib
 import copy
@@ -36,18 +40,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import adapt_xdbert
 import data
 import finetune
 import losses
 from common import (duration, init_world, keep_freed_memory, keyed_integers, keyed_uniform, move, parse_cli,
                     peak_flops, print0, progress, set_seed, write_json)
-from model import BERT, BERTConfig, DistillHead, MLMHead, TaskModel, flops_per_token, param_groups
+from model import (BERT, LANGUAGE, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer,
+                   DistillHead, MLMHead, TaskModel, flops_per_token, param_groups)
 
 
 @dataclass(frozen=True)
 class Config:
     preset: str = "small"  # small = 6L-512H, base = 12L-768H, teacher and student alike
-    only: str = "nst,crd,mlm_head,hinge,soft,voken,step,finetune,text"  # sections to run
+    only: str = "nst,crd,mlm_head,hinge,soft,voken,step,finetune,xdbert,text"  # sections to run
     # sizes
     batch: int = 32  # B, sequences
     tokens: int = 128  # T, tokens of a sequence
@@ -59,19 +65,22 @@ class Config:
     dim: int = 128  # E of crd
     rows: int = 1_000_000  # M of crd's bank
     text: str = ""  # a text file to pack; empty = synthetic English-like text
-    megabytes: int = 8  # of that text
+    megabytes: int = 4  # of that text
     # measuring
     rounds: int = 3  # timed rounds of a loss; at most 2 where a run takes half a second or more
-    step_rounds: int = 2  # timed rounds of the steps
+    step_rounds: int = 2  # timed rounds of the steps; xdbert has one less
+    kept: bool = False  # step: the released structure with freed memory kept, too: 15 GB and half a minute
     threads: int = 0  # CPU threads; 0 = PyTorch's own choice
     device: str = "cpu"  # cpu, cuda or auto
     json: str = ""  # file for the same numbers; empty = none
 
 
 PRESETS = {"small": {}, "base": dict(layers=12, hidden=768)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MASKED = 0.15  # share of the tokens at which the masked-language loss is taken
 SAMPLES = 2  # samples on which a loop over the batch is timed; its time is scaled to the batch
 LOOP = "loop over samples (*)"
+USED = (7, 4)  # segments of CLIP's in use in xdbert: what 512 words of plain text take, and about half of it
 # Tokens of an example, [CLS] and [SEP] included: quantiles 0, 0.05 .. 1 over GLUE's train.tsv under
 # bert-base-uncased's vocabulary, cut at 128. Before them how many batches are timed
 LENGTHS = {
@@ -178,33 +187,76 @@ def voken_whole(h_s, W, b, h_t, videos):
 # ---------------------------------------------------------------------------- the step as released
 
 
+def split(joined, parts):
+    """A linear map of several at once -> each of them, on the same memory."""
+    maps = [nn.Linear(joined.in_features, joined.out_features // parts, device="meta") for _ in range(parts)]
+    for part, weight, bias in zip(maps, joined.weight.data.chunk(parts), joined.bias.data.chunk(parts)):
+        part.weight, part.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return maps
+
+
+class EagerAttention(nn.Module):
+    """Attention of model.py the eager way: three maps, a mask that is always added, F.dropout."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.heads, self.dropout, self.out = attention.heads, attention.dropout, attention.out
+        crossed = isinstance(attention, CrossAttention)
+        self.maps = nn.ModuleList([attention.query, *split(attention.key_value, 2)] if crossed else
+                                  split(attention.qkv, 3))
+
+    def forward(self, x, other, mask=None):
+        """x (B, T, C), other (B, S, C'), mask bool, to broadcast to (B, H, T, S), None = all -> (B, T, C)."""
+        q, k, v = (part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part, y in zip(self.maps, (x, other, other)))
+        unseen = x.new_zeros(1, other.shape[1]) if mask is None else -10_000 * (1 - mask.to(x.dtype))
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + unseen
+        y = F.dropout(scores.softmax(-1), self.dropout, self.training) @ v
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
 class EagerLayer(nn.Module):
-    """A layer of model.BERT the eager way: three maps, mask always added, F.dropout; the layer's weights."""
+    """model.Layer or model.CLIPLayer the eager way."""
 
     def __init__(self, layer):
         super().__init__()
-        self.layer, qkv = layer, layer.attention.qkv
-        self.maps = nn.ModuleList(nn.Linear(qkv.in_features, qkv.in_features) for _ in range(3))
-        for part, weight, bias in zip(self.maps, qkv.weight.chunk(3), qkv.bias.chunk(3)):
-            part.weight.data.copy_(weight)
-            part.bias.data.copy_(bias)
-        layer.attention.qkv = None
+        self.attention, self.pre_norm = EagerAttention(layer.attention), isinstance(layer, CLIPLayer)
+        self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
+        self.expand, self.contract = layer.expand, layer.contract
 
     def forward(self, x, mask=None):
-        layer, (B, T, C) = self.layer, x.shape
-        q, k, v = (part(x).view(B, T, layer.attention.heads, -1).transpose(1, 2) for part in self.maps)
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + x.new_zeros(B, 1, 1, T)
-        y = F.dropout(scores.softmax(-1), layer.dropout, self.training) @ v
-        y = layer.attention.out(y.transpose(1, 2).reshape(B, T, C))
-        x = layer.attention_norm(x + F.dropout(y, layer.dropout, self.training))
-        y = layer.contract(F.gelu(layer.expand(x)))
-        return layer.output_norm(x + F.dropout(y, layer.dropout, self.training))
+        if self.pre_norm:
+            y = self.attention_norm(x)
+            x = x + self.attention(y, y, mask)
+            y = self.expand(self.output_norm(x))
+            return x + self.contract(y * torch.sigmoid(1.702 * y))
+        y = F.dropout(self.attention(x, x, mask), self.attention.dropout, self.training)
+        x = self.attention_norm(x + y)
+        y = F.dropout(self.contract(F.gelu(self.expand(x))), self.attention.dropout, self.training)
+        return self.output_norm(x + y)
 
 
-def eager(bert):
-    """bert, its layers replaced by eager ones of the same weights."""
-    bert.layers = nn.ModuleList(EagerLayer(layer) for layer in bert.layers)
-    return bert
+class EagerCrossLayer(nn.Module):
+    """model.CrossLayer the eager way."""
+
+    def __init__(self, half):
+        super().__init__()
+        self.cross, self.cross_norm = EagerAttention(half.cross), half.cross_norm
+        self.layer = EagerLayer(half.layer)
+
+    def forward(self, x, other, mask=None, other_mask=None):
+        y = F.dropout(self.cross(x, other, other_mask), self.cross.dropout, self.training)
+        return self.layer(self.cross_norm(x + y), mask)
+
+
+def eager(encoder):
+    """A twin of a BERT, CLIPText or CrossEncoder whose layers run the eager way; its weights are the same."""
+    twin = copy.copy(encoder)
+    twin._modules = {
+        name: nn.ModuleList((EagerCrossLayer if isinstance(layer, CrossLayer) else EagerLayer)(layer)
+                            for layer in part) if isinstance(part, nn.ModuleList) else part
+        for name, part in encoder._modules.items()}
+    return twin
 
 
 def contrast_at(z_s, z_t, temperature=0.5):
@@ -225,7 +277,7 @@ class Released(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.bert = eager(BERT(config))
-        self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
+        self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
         self.nst, self.crd_s, self.crd_t = (DistillHead(config.hidden, config.hidden) for _ in range(3))
 
     def forward(self, ids, labels, teacher):
@@ -238,6 +290,30 @@ class Released(nn.Module):
         return mlm + nst + sum(contrast_at(z_s[:, i], z_t[:, i]) for i in range(T)) / T
 
 
+class ReleasedXDBERT(nn.Module):
+    """The model of XDBERT's released code (ddd08e2), its structure on the weights of an adapt_xdbert.Adapter.
+
+    All segments of CLIP's are run, whether they are empty or not, and all their positions go through the
+    cross-modal encoder; masks are added; logits of words and of CLIP's tokens at all positions.
+    """
+
+    def __init__(self, ours):
+        super().__init__()
+        encoder = ours.encoder
+        self.language, self.clip, self.cross = map(eager, (encoder.language, encoder.clip, encoder.cross))
+        self.pooler, self.mlm, self.match, self.cliptc = encoder.pooler, ours.mlm, ours.match, ours.cliptc
+
+    def forward(self, batch):
+        """ids, labels (B, T), clip_ids (B S, L), clip_mask and clip_labels (B, S L), matched (B,) -> loss."""
+        h = self.language(batch["ids"])                                         # (B, T, C)
+        c = self.clip(batch["clip_ids"]).view(*batch["clip_mask"].shape, -1)    # (B, S L, P)
+        h, c = self.cross(h, c, None, batch["clip_mask"])
+        matched = self.match(torch.tanh(self.pooler(h[:, 0])))
+        return (F.cross_entropy(self.mlm(h).flatten(0, 1), batch["labels"].flatten())
+                + F.cross_entropy(self.cliptc(c).flatten(0, 1), batch["clip_labels"].flatten())
+                + F.cross_entropy(matched, batch["matched"]))
+
+
 # ---------------------------------------------------------------------------- our step
 
 
@@ -247,7 +323,7 @@ class Ours(nn.Module):
     def __init__(self, config, bank):
         super().__init__()
         self.bert, self.bank = BERT(config), bank
-        self.mlm = MLMHead(config, self.bert.embeddings.word.weight)
+        self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
         self.nst, self.crd = (DistillHead(config.hidden, config.hidden) for _ in range(2))
         self.f1, self.f2 = (nn.Linear(config.hidden, bank.z_s.shape[1]) for _ in range(2))
 
@@ -328,25 +404,28 @@ def seconds(run, device, repeats=1):
     return (time.perf_counter() - start) / repeats
 
 
-def measure(section, variants, device, rounds):
+def measure(section, variants, device, rounds, warm=()):
     """{name: (run, scale)} -> {name: {ms, low, high, peak_mb}}; the variants take turns in each round.
 
     scale: whole time of a loop over that of the part which `run` does. The first run is the warm-up and gives
     the memory; short ones get a second, and are repeated to 50 ms a round, or as often as a variant's third
-    entry tells. Runs of half a second or more have two rounds at most.
+    entry tells. Runs of half a second or more have two rounds at most, of ten seconds or more one. warm:
+    names of what was warmed up before, so that its first run is the first round, too.
     """
     results, took, repeats, times = {}, {}, {}, {name: [] for name in variants}
-    order = [(-1, name) for name in variants] + [(i, name) for i in range(rounds) for name in variants]
-    for i, name in progress(order, len(order), "run", section):
+    order = [(first, name) for first in (True, *[False] * rounds) for name in variants]
+    for first, name in progress(order, len(order), "run", section):
         run, scale, *fixed = variants[name]
-        if i < 0:
-            start = time.perf_counter()
-            results[name] = {"peak_mb": peak_mb(run, device)}
-            took[name] = time.perf_counter() - start
-            if took[name] < 1:
+        if first:
+            spent = []
+            results[name] = {"peak_mb": peak_mb(lambda: spent.append(seconds(run, device)), device)}
+            took[name], = spent
+            if name in warm:
+                times[name].append(1e3 * scale * took[name])
+            elif took[name] < 1:
                 took[name] = seconds(run, device)
             repeats[name] = sum(fixed) or max(1, round(0.05 / took[name]))
-        elif i < 2 or took[name] < 0.5:
+        elif len(times[name]) < (rounds if took[name] < 0.5 else min(rounds, 2 if took[name] < 10 else 1)):
             times[name].append(1e3 * scale * seconds(run, device, repeats[name]))
     return {name: results[name] | {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
             for name, ms in times.items()}
@@ -378,6 +457,10 @@ def training_step(module, loss, **options):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return run
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def show(title, rows, checks, out, count=0, unit="tokens"):
@@ -507,7 +590,7 @@ def bench_mlm_head(cfg, device, out):
     """Masked-word head and loss at all positions against the masked ones."""
     config, batch = bert_config(cfg), make_batch(cfg, device)
     h = torch.randn(cfg.batch, cfg.tokens, cfg.hidden, device=device, requires_grad=True)
-    head = MLMHead(config, nn.Parameter(0.02 * torch.randn(cfg.vocab, cfg.hidden))).to(device)
+    head = MLMHead(cfg.hidden, nn.Parameter(0.02 * torch.randn(cfg.vocab, cfg.hidden))).to(device)
     inputs = [h, *head.parameters()]
 
     def everywhere():
@@ -584,7 +667,7 @@ def bench_step(cfg, device, out):
     B, T, C, N, E = cfg.batch, cfg.tokens, cfg.hidden, cfg.negatives, cfg.dim
     teachers = {"fp32": BERT(config).to(device).eval().requires_grad_(False)}
     teachers["bf16"] = copy.deepcopy(teachers["fp32"]).to(torch.bfloat16)
-    teachers["eager"] = eager(copy.deepcopy(teachers["fp32"])).eval()
+    teachers["eager"] = eager(teachers["fp32"]).eval()
     h_t, h_eager = teachers["fp32"](batch["ids"]), teachers["eager"](batch["ids"])
     worst = ((h_t - h_eager).norm() / h_t.norm()).item()
     if not worst < 1e-3:
@@ -606,7 +689,7 @@ def bench_step(cfg, device, out):
                 bank.set_z(*student.project(h_t, h_t, batch), batch["slots"], bank.draw(0))
 
         def cast(run):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            with autocast(device, dtype):
                 return run()
         with torch.no_grad():
             h, states = cast(lambda: student.bert(batch["ids"])), teacher(batch["ids"])
@@ -615,18 +698,19 @@ def bench_step(cfg, device, out):
         run = training_step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"]))), fused=True)
         return (kept(run), 1), (alone, 1)
 
-    released, variants = Released(config).to(device).train(), {}
-    run = training_step(
+    released = Released(config).to(device).train()
+    step = training_step(
         released, lambda: released(batch["ids"], batch["labels"], teachers["eager"]), foreach=False)
-    variants["released structure, fp32"] = run, 1
-    for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    name = "released structure, fp32"
+    variants = {name: (step, 1)}
+    for key, dtype in DTYPES.items():
         variants[f"ours, {key}"], variants[f"distillation alone, {key}"] = ours(teachers[key], dtype)
-    rows = measure("step", variants, device, cfg.step_rounds)
-    if device.type == "cpu":  # last: what it leaves in the process would speed up the others
-        last = {"the released, freed memory kept": (kept(run), 1)}
-        rows |= measure("step", last, device, 1)  # one round, for time
-    for name in (name for name in rows if not name.startswith("distillation")):
-        rows[name]["ratio"] = rows["released structure, fp32"]["ms"] / rows[name]["ms"]
+    # half a minute, whose first 0.1 s goes into AdamW's moments; the teacher above was its warm-up
+    rows = measure("step", variants, device, cfg.step_rounds, warm=[name])
+    if cfg.kept:  # last: what it leaves in the process would speed up the others
+        rows |= measure("step", {"the released, freed memory kept": (kept(step), 1)}, device, 1)
+    for key in (key for key in rows if not key.startswith("distillation")):
+        rows[key]["ratio"] = rows[name]["ms"] / rows[key]["ms"]
     show(f"step: {cfg.layers}L-{C}H, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio = speed-up over released",
          rows, [f"eager hidden states {worst:.0e}"], out, B * T)
     print0("  the released code runs NT-Xent over positions in CRD's place: another loss, not compared")
@@ -638,7 +722,7 @@ def bench_step(cfg, device, out):
              "heads": 12 * C * C + (12 * C * C + 12 * C * E) / T, "NST": 10 * C * C, "CRD": 8 * N * E / T}
     parts["all"] = flops = sum(parts.values())
     print0("  MFLOP a token: " + ", ".join(f"{name} {value / 1e6:.1f}" for name, value in parts.items()))
-    for key, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    for key, dtype in DTYPES.items():
         row, peak, rate = rows[f"ours, {key}"], peak_flops(device, dtype), matmul_flops(device, dtype)
         share = rows[f"distillation alone, {key}"]["ms"] / row["ms"]
         out |= {f"step.ratio_{key}": row["ratio"], f"step.kd_share_{key}": share}
@@ -687,7 +771,7 @@ def bench_finetune(cfg, device, out):
         return {name: x if name == "labels" else F.pad(x, (0, T - x.shape[1])) for name, x in batch.items()}
 
     def loss(batch, dtype=torch.float32):
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with autocast(device, dtype):
             return sum(objective(move(batch, device), B).values())
 
     batches, lengths, checks, n = {}, [], [], B * pool
@@ -707,20 +791,20 @@ def bench_finetune(cfg, device, out):
 
     # one model and optimizer for all, so that no variant's state grows into memory that another one keeps
     step = training_step(model.train(), lambda make, dtype: loss(make(), dtype), fused=True)
-    variants, dtypes = {}, {"fp32": torch.float32, "bf16": torch.bfloat16}
+    variants = {}
 
     def steps(makers, dtype):
         """A variant of measure: finetune.py's training step on the batches that `makers` return, in turn."""
         turn = itertools.cycle(makers)
         return lambda: step(next(turn), dtype), 1, len(makers)
-    for key, dtype in dtypes.items():
+    for key, dtype in DTYPES.items():
         # when padded to T, a batch costs the same whatever its task
         variants[f"all padded to {T}, {key}"] = steps([lambda: padded(batches["rte"][0]())], dtype)
         variants |= {f"ours, {name}, {key}": steps(makers, dtype) for name, makers in batches.items()}
     keep_freed_memory(device.type == "cpu")  # for all of them, as the script does
     rows = measure("finetune", variants, device, cfg.step_rounds)
     keep_freed_memory(False)
-    for key in dtypes:
+    for key in DTYPES:
         for name in batches:
             row, plain = rows[f"ours, {name}, {key}"], rows[f"all padded to {T}, {key}"]
             out[f"finetune.ratio_{key}.{name}"] = row["ratio"] = plain["ms"] / row["ms"]
@@ -731,6 +815,80 @@ def bench_finetune(cfg, device, out):
         out[f"finetune.bf16.{name}"] = rows[f"ours, {name}, fp32"]["ms"] / rows[f"ours, {name}, bf16"]["ms"]
     print0("  bf16 over fp32, both ours: "
            + ", ".join(f"{name} {out[f'finetune.bf16.{name}']:.2f}x" for name in batches))
+
+
+def made_pairs(language, clip, T, S, used, device):
+    """Two texts as (batch of ReleasedXDBERT, the same as a batch of adapt_xdbert.Adapter).
+
+    T words; `used` of CLIP's S segments are full, the others empty; 15 % of words and tokens are targets.
+    """
+    B, L, R = 2, clip.positions, used * clip.positions
+    words = torch.from_numpy(keyed_integers(language.vocab_size, "bench ids", np.arange(B * T)))
+    tokens = torch.from_numpy(keyed_integers(clip.vocab_size, "bench tokens", np.arange(B * R)))
+    target, clip_target = (torch.from_numpy(keyed_uniform(key, np.arange(n)) < MASKED)
+                           for key, n in (("bench targets", B * T), ("bench clip targets", B * R)))
+    place = torch.arange(B * R)
+    clip_target &= (place % L > 0) & (place % L < L - 1)  # never start or end
+    ours = {"inputs": words.view(B, T), "mlm_index": target.nonzero()[:, 0], "mlm_targets": words[target],
+            "match_targets": torch.arange(B) % 2, "clip_ids": tokens.view(-1, L),
+            "clip_place": place.view(B, R), "clip_mask": torch.ones(B, R, dtype=torch.bool),
+            "cliptc_index": clip_target.nonzero()[:, 0], "cliptc_targets": tokens[clip_target]}
+    clip_labels, empty = tokens.where(clip_target, torch.tensor(-100)).view(B, R), (0, S * L - R)
+    released = {"ids": ours["inputs"], "labels": words.where(target, torch.tensor(-100)).view(B, T),
+                "clip_ids": F.pad(tokens.view(B, R), empty).view(-1, L),
+                "clip_mask": F.pad(ours["clip_mask"], empty),
+                "clip_labels": F.pad(clip_labels, empty, value=-100), "matched": ours["match_targets"]}
+    return move(released, device), move(ours, device)
+
+
+def bench_xdbert(cfg, device, out, language=LANGUAGE["bert-base"], clip=CLIPConfig(), T=512, S=9):
+    """A step of adapt_xdbert.py at the paper's shapes, two texts: the released structure against ours."""
+    model = adapt_xdbert.Adapter(adapt_xdbert.Config(), BERT(language, pooler=True), CLIPText(clip), None)
+    plain = ReleasedXDBERT(model.to(device))  # where the weights lie: it shares their memory
+    pairs = {used: made_pairs(language, clip, T, S, used, device) for used in USED}
+
+    def released(batch, dtype=torch.float32):
+        with autocast(device, dtype):
+            return plain(batch)
+
+    def ours(batch, dtype=torch.float32):
+        with autocast(device, dtype):
+            return sum(model(batch, {name: len(batch[f"{name}_targets"]) for name in model.names}).values())
+    keep_freed_memory(device.type == "cpu")  # for all of them, as the script does
+    plain.eval(), model.eval()
+    both, checks = set(plain.parameters()), []  # all but the maps that one has joined
+    inputs = [p for p in model.parameters() if p in both and p.requires_grad]
+    with losses.no_tf32():
+        for used, (theirs, batch) in pairs.items():
+            checks.append(same(f"{used} of {S}", lambda: released(theirs), lambda: ours(batch), inputs))
+            inputs = list(model.match.parameters())  # all gradients once are enough: they take a whole step
+    plain.train(), model.train()
+
+    # the check was fp32's warm-up, but for AdamW's moments; one optimizer serves both dtypes
+    step, our_step = training_step(plain, released, foreach=False), training_step(model, ours, fused=True)
+    for run, batch in zip((step, our_step), made_pairs(language, clip, T // 8, 1, 1, device)):
+        run(batch)
+    variants = {}
+    for key, dtype in DTYPES.items():
+        # it runs the empty segments, too: their number changes nothing
+        variants[f"released structure, {key}"] = partial(step, pairs[USED[0]][0], dtype), 1
+        for used in USED:
+            variants[f"ours, {used} of {S} segments, {key}"] = partial(our_step, pairs[used][1], dtype), 1
+    fp32 = [name for name in variants if name.endswith("fp32")]
+    rows = measure("xdbert", variants, device, max(1, cfg.step_rounds - 1), warm=fp32)
+    keep_freed_memory(False)
+    for row in rows.values():
+        row["ratio"] = rows["released structure, fp32"]["ms"] / row["ms"]
+    show(f"xdbert: {language.layers}L-{language.hidden}H, CLIP {clip.layers}L-{clip.hidden}H, B 2, T {T} and "
+         f"{S} x {clip.positions}; ratio = speed-up over released, fp32", rows, checks, out, 2 * T)
+    for used in USED:
+        fp32, bf16 = (rows[f"ours, {used} of {S} segments, {key}"] for key in DTYPES)
+        found = {"empty": 1 - used / S, "ratio_fp32": fp32["ratio"], "ratio_bf16": bf16["ratio"],
+                 "ratio_bf16_equal": rows["released structure, bf16"]["ms"] / bf16["ms"]}
+        out |= {f"xdbert.{name}.{used}": value for name, value in found.items()}
+        print0(f"  {used} of {S} segments in use, {100 * found['empty']:.0f} % empty: "
+               f"{found['ratio_fp32']:.2f}x in fp32, {found['ratio_bf16_equal']:.2f}x in bf16, "
+               f"{found['ratio_bf16']:.2f}x ours bf16 over released fp32")
 
 
 def write_text(path, size):
@@ -782,7 +940,7 @@ def bench_text(cfg, device, out):
 
 SECTIONS = {"nst": bench_nst, "crd": bench_crd, "mlm_head": bench_mlm_head, "hinge": bench_hinge,
             "soft": bench_soft, "voken": bench_voken, "step": bench_step, "finetune": bench_finetune,
-            "text": bench_text}
+            "xdbert": bench_xdbert, "text": bench_text}
 
 
 def machine(device):
@@ -824,7 +982,7 @@ def main(cfg):
     out = {"machine": machine(device), "table": {}}
     for name in chosen:
         # losses.py computes without TF32, so its plain forms do; the steps as the scripts run them
-        with contextlib.nullcontext() if name in ("step", "finetune") else losses.no_tf32():
+        with contextlib.nullcontext() if name in ("step", "finetune", "xdbert") else losses.no_tf32():
             SECTIONS[name](cfg, device, out)
     print0(f"\n{duration(time.monotonic() - start)}")
     if cfg.json:

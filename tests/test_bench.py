@@ -7,17 +7,19 @@ import copy
 import json
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import adapt_xdbert
 import bench
 import data
 import finetune
 import losses
-from model import BERT
+from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
 
 CPU = torch.device("cpu")
 SMALL = bench.Config(batch=4, tokens=8, layers=1, hidden=64, vocab=300, anchors=3, negatives=16, dim=8,
@@ -26,10 +28,16 @@ NUMBERS = {"nst": ("nst.ratio_loop", "nst.ratio_bmm", "nst.peak_mb"),
            "crd": ("crd.ratio_gather", "crd.update_ms.4", "crd.update_ms.120"),
            "mlm_head": ("mlm_head.ratio_all",), "hinge": (), "soft": (), "voken": (),
            "step": ("step.ratio_fp32", "step.ratio_bf16", "step.kd_share"),
-           "finetune": ("finetune.ratio_fp32.rte", "finetune.ratio_bf16.cola", "finetune.bf16.sst2")}
+           "finetune": ("finetune.ratio_fp32.rte", "finetune.ratio_bf16.cola", "finetune.bf16.sst2"),
+           "xdbert": tuple(f"xdbert.{name}.{used}" for used in (7, 4)
+                           for name in ("ratio_fp32", "ratio_bf16", "ratio_bf16_equal", "empty"))}
+LANGUAGE = BERTConfig(vocab_size=100, layers=2, hidden=48, heads=3, intermediate=64, max_positions=80)
+CLIP = CLIPConfig(vocab_size=90, layers=2, hidden=32, heads=2, intermediate=64, positions=6, projection=24)
+XDBERT = partial(bench.bench_xdbert, language=LANGUAGE, clip=CLIP, T=80)
 
 
-def test_every_section_runs_and_writes_its_numbers(tmp_path, capsys):
+def test_every_section_runs_and_writes_its_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(bench.SECTIONS, "xdbert", XDBERT)
     path = tmp_path / "bench.json"
     out = bench.main(replace(SMALL, only=",".join(NUMBERS), json=str(path)))
     written = json.loads(path.read_text())
@@ -97,6 +105,76 @@ def test_eager_bert_equals_ours_and_trains_its_own_weights():
     assert sum(p.numel() for p in eager.parameters()) == sum(p.numel() for p in ours.parameters())
 
 
+def pair_models():
+    """(ReleasedXDBERT, adapt_xdbert.Adapter), on the same weights, without dropout."""
+    torch.manual_seed(0)
+    ours = adapt_xdbert.Adapter(adapt_xdbert.Config(), BERT(replace(LANGUAGE, dropout=0.0), pooler=True),
+                                CLIPText(CLIP), None)
+    return bench.ReleasedXDBERT(ours), ours
+
+
+def loss_of(ours, batch):
+    return sum(ours(batch, {name: len(batch[f"{name}_targets"]) for name in ours.names}).values())
+
+
+@pytest.mark.parametrize("used", [4, 7, 9])
+def test_released_xdbert_has_our_loss_and_our_gradient(used):
+    """Also the gradient of the maps that we join and it has apart."""
+    released, ours = pair_models()
+    theirs, batch = bench.made_pairs(LANGUAGE, CLIP, 12, 9, used, CPU)
+    wanted = loss_of(ours, batch)
+    wanted.backward()
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.requires_grad}
+    ours.zero_grad()
+    loss = released(theirs)
+    loss.backward()
+    assert loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
+    for name, wanted in gradients.items():
+        if name not in found:  # a joined map: its parts are in the released model's twin of its module
+            *path, kind = name.removeprefix("encoder.").split(".")
+            twin = released.get_submodule(".".join(path[:-1]))
+            maps = twin.maps[1:] if path[-1] == "key_value" else twin.maps
+            found[name] = torch.cat([getattr(part, kind).grad for part in maps])
+        torch.testing.assert_close(found[name], wanted, rtol=1e-3, atol=1e-6, msg=lambda m: f"{name}: {m}")
+    assert len(gradients) > 100
+
+
+def test_released_xdbert_shares_our_memory_and_leaves_our_layers():
+    released, ours = pair_models()
+    before = {name: value.clone() for name, value in ours.state_dict().items()}
+    step = bench.training_step(released, lambda: released(bench.made_pairs(LANGUAGE, CLIP, 12, 9, 4, CPU)[0]))
+    step()
+    still = [name for name, value in ours.state_dict().items() if torch.equal(value, before[name])]
+    assert sorted(still) == ["encoder.clip.logit_scale", "encoder.language.pooler.bias",
+                             "encoder.language.pooler.weight"]  # what no term reads
+    assert not [m for m in ours.modules() if isinstance(m, bench.EagerLayer)]
+
+
+def test_made_pairs_are_two_forms_of_the_same_texts():
+    theirs, ours = bench.made_pairs(LANGUAGE, CLIP, 12, 9, 7, CPU)
+    assert theirs["clip_ids"].shape == (18, 6) and ours["clip_ids"].shape == (14, 6)
+    assert theirs["clip_mask"].sum(1).tolist() == [42, 42] == ours["clip_mask"].sum(1).tolist()
+    assert torch.equal(theirs["clip_ids"].view(2, 54)[theirs["clip_mask"]], ours["clip_ids"].flatten())
+    for labels, name in (("labels", "mlm"), ("clip_labels", "cliptc")):
+        place = (theirs[labels] != -100).flatten().nonzero()[:, 0]
+        assert torch.equal(theirs[labels].flatten()[place], ours[f"{name}_targets"])
+        index = ours[f"{name}_index"]
+        assert len(index) and torch.equal(place, index if name == "mlm" else index // 42 * 54 + index % 42)
+        ids = ours["inputs" if name == "mlm" else "clip_ids"].flatten()
+        assert torch.equal(ids[index], ours[f"{name}_targets"])
+    assert not {0, 5} & set((ours["cliptc_index"] % 6).tolist())  # start and end
+    assert theirs["matched"].tolist() == [0, 1]
+
+
+def test_padding_that_the_released_structure_sees_gets_no_ratio(monkeypatch):
+    forward = CrossEncoder.forward
+    monkeypatch.setattr(CrossEncoder, "forward", lambda self, h, c, mask, clip_mask, *wanted:
+                        forward(self, h, c, mask, None, *wanted))
+    with pytest.raises(SystemExit, match="7 of 9: plain form and ours differ"):
+        XDBERT(SMALL, CPU, {"table": {}})
+
+
 def test_released_nst_has_the_polynomial_gradient():
     s, t = torch.randn(3, 6, 4, requires_grad=True), torch.randn(3, 6, 4)
     released = bench.nst_loop(s, t, bench.poly_broadcast, teacher_term=False)
@@ -135,12 +213,17 @@ def test_lengths_are_those_of_the_real_training_sets(real_data):
 
 
 def test_slow_runs_have_two_rounds_and_a_number_of_repeats_is_kept(monkeypatch):
-    calls, taken = [], {"slow": 0.6, "often": 0.6, "short": 0.02}
+    calls, taken = [], {"slow": 0.6, "often": 0.6, "short": 0.02, "endless": 10}
     monkeypatch.setattr(bench, "seconds", lambda run, device, repeats=1: calls.append((run(), repeats))
                         or taken[run()])
-    bench.measure("x", {"slow": (lambda: "slow", 1), "often": (lambda: "often", 1, 5),
-                        "short": (lambda: "short", 1)}, CPU, 3)
-    assert [calls.count(call) for call in (("slow", 1), ("often", 5), ("short", 2))] == [3, 2, 3]
+    variants = {"slow": (lambda: "slow", 1), "often": (lambda: "often", 1, 5), "short": (lambda: "short", 1),
+                "endless": (lambda: "endless", 1)}
+    wanted = (("slow", 1), ("often", 5), ("short", 2), ("endless", 1))
+    bench.measure("x", variants, CPU, 3)
+    assert [calls.count(call) for call in wanted] == [4, 2, 3, 2]  # the warm-up's runs among them
+    calls.clear()
+    bench.measure("x", variants, CPU, 3, warm=["slow", "short", "endless"])
+    assert [calls.count(call) for call in wanted] == [2, 2, 2, 1]
 
 
 def test_peak_memory_is_exact():

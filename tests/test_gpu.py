@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_ddp import flat, log_lines
+from test_ddp import QUICK_ADAPTATION, flat, log_lines, pairs_and_tower, seen
 from test_scripts import EVERY, saved, stop_at
 
+import adapt_xdbert
 import distill
 import finetune
 import losses
 import teacher
-from model import BERT, BERTConfig
+from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -32,7 +33,7 @@ def assert_close_runs(one, two):
         assert a.keys() == b.keys()
         for key in a:
             if torch.is_tensor(a[key]):
-                torch.testing.assert_close(a[key], b[key], rtol=1e-2, atol=1e-4,
+                torch.testing.assert_close(seen(key, a[key]), seen(key, b[key]), rtol=1e-2, atol=1e-4,
                                            msg=lambda m: f"{part}{key}: {m}")
             else:
                 assert a[key] == pytest.approx(b[key]), part + key
@@ -86,6 +87,68 @@ def test_gpu_run_equals_cpu_run_without_dropout(distill_config, tmp_path):
     for a, b in zip(one, two):
         assert [a[k] for k in ("mlm", "nst", "crd", "grad_norm")] == \
             pytest.approx([b[k] for k in ("mlm", "nst", "crd", "grad_norm")], rel=2e-2)
+
+
+# ---------------------------------------------------------------------------- XDBERT
+
+
+@pytest.fixture
+def adapt_config(demo, teacher_run, tmp_path):
+    """adapt_xdbert.Config for a run of a second on the GPU; flags as keywords."""
+    train, clip = pairs_and_tower(demo / "demo-s0", tmp_path)
+    paths = dict(train=train, clip=clip, language=str(teacher_run), out_dir=str(tmp_path / "run"))
+
+    def config(**flags):
+        return adapt_xdbert.Config(**(QUICK_ADAPTATION | dict(device="cuda") | paths | flags))
+    return config
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adaptation_learns_on_the_gpu(adapt_config, dtype):
+    cfg = adapt_config(dtype=dtype, max_steps=60, eval_every=60, save_every=60, grad_accum=2)
+    results = adapt_xdbert.main(cfg)
+    lines = [line for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    for term in adapt_xdbert.OBJECTIVES:
+        values = [line[term] for line in lines]
+        assert len(values) == 60 and all(map(math.isfinite, values))
+        # whether two texts are the same takes more than 60 steps
+        assert term == "match" or np.mean(values[-5:]) < np.mean(values[:5]), term
+    assert results["mlm_accuracy_matched"] > 0
+
+
+def test_adaptation_on_the_gpu_equals_the_cpus_without_dropout(adapt_config, tmp_path):
+    for device in ("cpu", "cuda"):
+        adapt_xdbert.main(adapt_config(dropout=0.0, device=device, out_dir=str(tmp_path / device)))
+    one, two = ([line for line in log_lines(tmp_path / device) if "grad_norm" in line]
+                for device in ("cpu", "cuda"))
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two):
+        for key in (*adapt_xdbert.OBJECTIVES, "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-2), (a["step"], key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_resumed_adaptation_equals_an_uninterrupted_one_on_the_gpu(adapt_config, tmp_path, monkeypatch,
+                                                                  dtype):
+    flags = dict(dtype=dtype, max_steps=6, save_every=2, eval_every=2, log_every=2)
+    whole, parts = (adapt_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    adapt_xdbert.main(whole)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(SystemExit):
+            adapt_xdbert.main(parts)
+    adapt_xdbert.main(replace(parts, resume=True))
+    assert_close_runs(saved(whole.out_dir), saved(parts.out_dir))
+    assert bool(saved(parts.out_dir)["scaler"]) == (dtype == "float16")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip_tower_learns_on_the_gpu(teacher_config, dtype):
+    cfg = teacher_config(objective="clip", device="cuda", dtype=dtype, max_steps=40, eval_every=40,
+                         save_every=40)
+    teacher.main(cfg)
+    values = [line["clip"] for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    assert all(map(math.isfinite, values)) and np.mean(values[-5:]) < np.mean(values[:5])
 
 
 # ---------------------------------------------------------------------------- fine-tuning
@@ -206,6 +269,42 @@ def test_fused_attention_equals_plain_matmuls(padded):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
+@losses.no_tf32()
+def test_clip_text_on_the_gpu_equals_the_cpus():
+    """Causal, by an additional mask: values at every position, and gradients."""
+    torch.manual_seed(0)
+    clip = CLIPText(CLIPConfig(V, layers=2, hidden=32, heads=2, intermediate=64, positions=T, projection=24))
+    ids, found = (torch.arange(B * T) * 7 % V).view(B, T), []
+    for device in ("cpu", "cuda"):
+        clip.to(device).zero_grad()
+        h = clip(ids.to(device))
+        h.square().mean().backward()
+        found.append([h.detach().cpu(), clip.pool(h, MASK.to(device)).detach().cpu(),
+                      *(clip.get_parameter(name).grad.cpu() for name in (
+                          "embeddings.word.weight", "embeddings.position.weight",
+                          "layers.0.attention.qkv.weight", "project.weight"))])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@losses.no_tf32()
+def test_cross_modal_encoder_on_the_gpu_equals_the_cpus():
+    """Both streams masked: values at real tokens, and gradients of both inputs."""
+    torch.manual_seed(0)
+    text = BERTConfig(V, layers=1, hidden=32, heads=2, intermediate=64, dropout=0.0, init_std=0.2)
+    cross = CrossEncoder(text, CLIPConfig(V, hidden=24, heads=3, projection=24))
+    clip_mask, found = MASK.flip(0)[:, :7], []
+    for device in ("cpu", "cuda"):
+        cross.to(device)
+        h, c = (x.to(device).requires_grad_() for x in (normal(B, T, 32), normal(B, 7, 24, seed=1)))
+        masks = MASK.to(device), clip_mask.to(device)
+        seen_h, seen_c = (x[mask] for x, mask in zip(cross(h, c, *masks), masks))
+        (seen_h.square().mean() + seen_c.square().mean()).backward()
+        found.append([x.detach().cpu() for x in (seen_h, seen_c, h.grad, c.grad)])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------- speed
 
 
@@ -234,6 +333,16 @@ def test_optimizer_step_never_waits_for_the_device(distill_config, monkeypatch, 
     try:
         distill.main(distill_config(objective=EVERY, device="cuda", dtype=dtype, max_steps=5, eval_every=5,
                                     save_every=5, grad_every=5, log_every=5))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(steps) == 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adaptation_step_never_waits_for_the_device(adapt_config, monkeypatch, dtype):
+    steps = strict_steps(monkeypatch, adapt_xdbert.Adapter)
+    try:
+        adapt_xdbert.main(adapt_config(dtype=dtype, max_steps=5, eval_every=5, save_every=5, log_every=5))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(steps) == 5
