@@ -118,8 +118,7 @@ class Config:
         if self.predict and self.model in ("", "none"):
             raise ValueError("--predict needs --model, the folder of a fine-tuned model")
         if self.cross == "none" or self.cross and self.model:
-            raise ValueError("--cross, a run of adapt_xdbert.py, is given in place of --model: leave one of "
-                             "them out")
+            raise ValueError("--cross is given in place of --model: the folder of a run of adapt_xdbert.py")
 
 
 CHOICES = {"pool": ("cls", "mean"), "dtype": ("float32", "bfloat16", "float16")}
