@@ -952,6 +952,8 @@ def read_tensors(path):
         return dict(tensors)
     except Exception as error:  # whatever a damaged or hostile file makes the two libraries raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnpicklingError):  # PyTorch's text advises to load it without this protection
+            reason = "damaged, or it holds more than tensors"
         raise SystemExit(f"{path}: not readable ({reason}); fetch or save the model again") from None
 
 
