@@ -282,7 +282,7 @@ def open_language(cfg, vocab):
 
 
 def open_clip(cfg):
-    """(CLIPText, hash of its weights, hash of its vocabulary or "" where none is known) of --clip."""
+    """(CLIPText, hash of its weights, hash of its vocabulary) of --clip."""
     if Path(cfg.clip).is_file():  # OpenAI's comes without its tokenizer
         return CLIPText.from_pretrained(cfg.clip), file_hash(cfg.clip), data.OPENAI_CLIP
     folder = model_folder(cfg.clip, "--clip")
