@@ -27,13 +27,18 @@ import distill
 import finetune
 import losses
 import teacher
-from analyze import aligned
-from common import (Interrupt, Log, check_fields, check_finite, check_resume, check_weights, duration,
-                    file_hash, finished_run, init_world, keyed_integers, load_checkpoint, lr_at,
-                    micro_batch_size, model_folder, move, open_run, peak_flops, peak_memory_mb, print0,
-                    restore_rng, run_script, save_checkpoint, set_seed, step_line, unfinished_run, write_json)
-from model import (BERT, LANGUAGE, XDBERT, CLIPConfig, CLIPText, MLMHead, flops_per_token,
-                   init_weights, load_mlm_head, memory_report, param_groups)
+from common import aligned, check_fields, duration, keyed_integers, print0, write_json
+from data import open_vocab
+from model import (BERT, LANGUAGE, XDBERT, CLIPConfig, CLIPText, MLMHead, flops_per_token, init_weights,
+                   memory_report, param_groups)
+from parts.tasks import DEMO_TASKS, TASKS
+from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
+from parts.weights import load_bert, load_clip, load_mlm_head, save_bert, save_xdbert
+from prepare.world import demo_world, demo_xtext
+from run import (Interrupt, Log, check_finite, check_resume, check_weights, file_hash, finished_run,
+                 init_world, load_checkpoint, lr_at, micro_batch_size, model_folder, move, open_run,
+                 peak_flops, peak_memory_mb, restore_rng, run_script, save_checkpoint, set_seed, step_line,
+                 unfinished_run)
 
 
 @dataclass(frozen=True)
@@ -272,21 +277,21 @@ def open_language(cfg, vocab):
         config = replace(LANGUAGE[cfg.language], vocab_size=vocab.size, dropout=cfg.dropout)
         return BERT(config, pooler=config.model_type == "bert"), None, cfg.language
     folder = model_folder(cfg.language, "--language")
-    own = data.load_vocab(folder)
+    own = load_vocab(folder)
     if own.hash != vocab.hash:
         raise SystemExit(f"--train {cfg.train}: packed with another vocabulary ({vocab.size:,} tokens) than "
                          f"that of --language {cfg.language} ({own.size:,}); pack it again with --vocab "
                          f"{folder}")
-    language = BERT.from_pretrained(folder, pooler="trained", dropout=cfg.dropout)
+    language = load_bert(folder, pooler="trained", dropout=cfg.dropout)
     return language, load_mlm_head(folder, language), file_hash(folder)
 
 
 def open_clip(cfg):
     """(CLIPText, hash of its weights, hash of its vocabulary) of --clip."""
     if Path(cfg.clip).is_file():  # OpenAI's comes without its tokenizer
-        return CLIPText.from_pretrained(cfg.clip), file_hash(cfg.clip), data.OPENAI_CLIP
+        return load_clip(cfg.clip), file_hash(cfg.clip), OPENAI_CLIP
     folder = model_folder(cfg.clip, "--clip")
-    return CLIPText.from_pretrained(folder), file_hash(folder), data.load_clip_vocab(folder).hash
+    return load_clip(folder), file_hash(folder), load_clip_vocab(folder).hash
 
 
 def open_parts(cfg):
@@ -328,14 +333,14 @@ def open_parts(cfg):
 
 def demo_parts(cfg, folder, demo, world):
     """cfg with what the demo adapts: packed pairs of texts, the text-only student, a CLIP-like tower."""
-    for flag, load in (("language", data.load_vocab), ("clip", data.load_clip_vocab)):
+    for flag, load in (("language", load_vocab), ("clip", load_clip_vocab)):
         path = getattr(cfg, flag)
         if path and path not in (*LANGUAGE, "random"):
-            own = data.OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
-            if own != data.load_vocab(demo / "corpus.h5").hash:
+            own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
+            if own != open_vocab(demo / "corpus.h5").hash:
                 raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "
                                  "with `python data.py xtext`")
-    made = {"train": str(data.demo_xtext(demo, world))}
+    made = {"train": str(demo_xtext(demo, world))}
     if not cfg.language:
         student = distill.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
                                  block_size=cfg.block_size)
@@ -428,7 +433,7 @@ def main(cfg, reuse=False):
     saved = load_checkpoint(folder, world) if cfg.resume or cfg.eval_only else None
 
     # data, and on the demo what is missing: world, pairs, text-only student, CLIP-like tower
-    demo = None if cfg.train else data.demo_world(cfg.data_dir, cfg.seed, world)
+    demo = None if cfg.train else demo_world(cfg.data_dir, cfg.seed, world)
     if demo:
         cfg = demo_parts(cfg, folder, demo, world)
     for flag in ("language", "clip")[:1 if cfg.no_clip else 2]:
@@ -575,9 +580,9 @@ def main(cfg, reuse=False):
                "tokens_dropped": train.dropped} | scores | {"finished": time.time()}
     if world.main:
         if cfg.no_clip:
-            language.save_pretrained(folder / "model", vocab, mlm)
+            save_bert(language, folder / "model", vocab, mlm)
         else:
-            model.encoder.save_pretrained(folder / "model", vocab, clip_vocab, mlm)
+            save_xdbert(model.encoder, folder / "model", vocab, clip_vocab, mlm)
         write_json(folder / "results.json", results)
     print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
     world.barrier()
@@ -604,7 +609,7 @@ def compare(cfg, folder, demo, world):
     """Fine-tunes the adapted encoder and the baseline, adapted on as much text alone, on the demo's tasks."""
     baseline, tuning = baseline_of(cfg, folder), finetune.Config(data_dir=cfg.data_dir, device=cfg.device)
     main(baseline, reuse=True)
-    rows, tasks = {}, [finetune.TASKS[name] for name in finetune.DEMO_TASKS]
+    rows, tasks = {}, [TASKS[name] for name in DEMO_TASKS]
     interrupt = Interrupt()
     for row, run in (("as much text alone", baseline.out_dir), ("adapted", folder)):
         start = finetune.open_start(str(run), demo=demo)

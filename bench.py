@@ -9,7 +9,7 @@ variants of a section take turns, and the table has their medians and spread. Wh
 is timed once, a released structure's step from its first run on. Before a loss is timed, its value and
 gradients are compared with ours. The plain forms are written here, for comparison only. On a CPU, freed
 memory goes back to the system, as is the C library's way, but in our whole step, which keeps it as the
-scripts do (common.keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning
+scripts do (keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning
 and xdbert keep it, plain and ours.
 
 nst, crd, hinge, soft and voken: forward and backward of one loss (the other losses cost next to nothing).
@@ -41,13 +41,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import adapt_xdbert
-import data
 import finetune
 import losses
-from common import (duration, init_world, keep_freed_memory, keyed_integers, keyed_uniform, move, parse_cli,
-                    peak_flops, print0, progress, set_seed, write_json)
+from common import duration, keyed_integers, keyed_uniform, parse_cli, print0, progress, write_json
 from model import (BERT, LANGUAGE, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer,
                    DistillHead, MLMHead, TaskModel, flops_per_token, param_groups)
+from parts.examples import POOL, Order, tokenized
+from parts.tasks import TASKS, Rows
+from parts.vocab import SPECIALS, Vocab
+from prepare.packing import pack_text, train_vocab
+from run import init_world, keep_freed_memory, move, peak_flops, set_seed
 
 
 @dataclass(frozen=True)
@@ -744,16 +747,16 @@ def matmul_flops(device, dtype):
 
 def made_examples(task, lengths, cfg):
     """finetune.Examples of random words, `lengths` (n,) tokens each; a pair's second text has a quarter."""
-    vocab = data.Vocab([*data.SPECIALS, *(f"w{i}" for i in range(len(data.SPECIALS), cfg.vocab))])
+    vocab = Vocab([*SPECIALS, *(f"w{i}" for i in range(len(SPECIALS), cfg.vocab))])
     n, pair = len(lengths), len(task.text) == 2
     words = iter(keyed_integers(cfg.vocab, "bench words", np.arange(lengths.sum())).tolist())
     second = (lengths - 3) // 4 * pair
 
     def texts(sizes):
         return [" ".join(f"w{i}" for i in itertools.islice(words, size)) for size in sizes]
-    rows = finetune.Rows(texts(lengths - 2 - pair - second), texts(second) if pair else None,
+    rows = Rows(texts(lengths - 2 - pair - second), texts(second) if pair else None,
                          keyed_integers(2, "bench labels", np.arange(n)), [""] * n)
-    return finetune.tokenized(task, rows, vocab, cfg.tokens)
+    return tokenized(task, rows, vocab, cfg.tokens)
 
 
 def bench_finetune(cfg, device, out):
@@ -761,7 +764,7 @@ def bench_finetune(cfg, device, out):
     if cfg.tokens < 5 or cfg.vocab < 10:
         raise SystemExit(f"--tokens {cfg.tokens} --vocab {cfg.vocab}: finetune needs at least 5 tokens and a "
                          "vocabulary of 10; raise them or leave it out of --only")
-    B, T, pool = cfg.batch, cfg.tokens, finetune.POOL
+    B, T, pool = cfg.batch, cfg.tokens, POOL
     config = bert_config(replace(cfg, hidden=64 * max(1, 3 * cfg.hidden // 256)))  # 6L-384H: MiniLM's
     model = TaskModel(BERT(config, pooler=True), "classify", 2).to(device).eval()
     objective, parameters = finetune.Objective(model), list(model.parameters())
@@ -777,8 +780,8 @@ def bench_finetune(cfg, device, out):
     batches, lengths, checks, n = {}, [], [], B * pool
     for name, (count, quantiles) in LENGTHS.items():
         tokens = np.interp((np.arange(n) + 0.5) / n, np.linspace(0, 1, len(quantiles)), quantiles)
-        examples = made_examples(finetune.TASKS[name], tokens.round().astype(np.int64), cfg)
-        order = finetune.Order(examples.lengths, B, pool, 0)
+        examples = made_examples(TASKS[name], tokens.round().astype(np.int64), cfg)
+        order = Order(examples.lengths, B, pool, 0)
         every = [order(i) for i in range(pool)]
         longest = np.array([examples.lengths[index].max() for index in every])
         # the longest first; in each of `count` equal parts the middle one: about the mean length of all
@@ -925,12 +928,12 @@ def bench_text(cfg, device, out):
             write_text(source, cfg.megabytes * 10 ** 6)
         size = source.stat().st_size
         print0(f"\ntext: {cfg.text or 'synthetic English'}, {size / 1e6:.1f} MB")
-        vocab = data.train_vocab([source], Path(folder) / "vocab.txt", cfg.vocab)
+        vocab = train_vocab([source], Path(folder) / "vocab.txt", cfg.vocab)
         lines, start = source.read_text().splitlines(), time.perf_counter()
         for i in progress(range(0, len(lines), 1000), None, "batch", "encode_batch"):
             vocab.encode(lines[i:i + 1000])
         plain = size / 1e6 / (time.perf_counter() - start)
-        packed = data.pack_text([source], vocab, Path(folder) / "text.h5")["mb_per_s"]
+        packed = pack_text([source], vocab, Path(folder) / "text.h5")["mb_per_s"]
     print0(f"  encode_batch {plain:.1f} MB/s; data.py text {packed:.1f} MB/s = {packed / plain:.1f}x")
     out |= {"text.mb_per_s": packed, "text.encode_batch_mb_per_s": plain}
 

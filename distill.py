@@ -24,14 +24,18 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 import teacher as teacher_script
-from analyze import (clip_states, closing_table, describe, fill_in, mean_state, probes, retrieval,
-                     shared_neighbours)
-from common import (Interrupt, Log, check_fields, check_finite, check_resume, check_weights, duration,
-                    file_hash, finished_run, init_world, load_checkpoint, lr_at, micro_batch_size,
-                    model_folder, move, open_run, peak_flops, peak_memory_mb, print0, restore_rng, run_script,
-                    save_checkpoint, set_seed, step_line, unfinished_run, write_json)
-from model import (BERT, SHAPES, DistillHead, MLMHead, flops_per_token, load_mlm_head, load_video_encoder,
-                   memory_report, model_config, param_groups)
+from analyze import clip_states, closing_table, describe, fill_in
+from common import check_fields, duration, print0, write_json
+from model import (BERT, SHAPES, DistillHead, MLMHead, flops_per_token, memory_report, model_config,
+                   param_groups)
+from parts.metrics import mean_state, probes, retrieval, shared_neighbours
+from parts.vocab import load_vocab
+from parts.weights import load_bert, load_mlm_head, load_video_encoder, save_bert
+from prepare.world import demo_world
+from run import (Interrupt, Log, check_finite, check_resume, check_weights, file_hash, finished_run,
+                 init_world, load_checkpoint, lr_at, micro_batch_size, model_folder, move, open_run,
+                 peak_flops, peak_memory_mb, restore_rng, run_script, save_checkpoint, set_seed, step_line,
+                 unfinished_run)
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,11 @@ class FrozenTeacher:
 
     def __init__(self, folder, vocab, cfg, device, dtype):
         self.folder = model_folder(folder, "--teacher")
-        theirs = data.load_vocab(self.folder)
+        theirs = load_vocab(self.folder)
         if theirs.hash != vocab.hash:
             raise SystemExit(f"--teacher {folder} reads another vocabulary ({theirs.size:,} tokens) than the "
                              f"corpus ({vocab.size:,}); pack it again with --vocab {self.folder}/vocab.txt")
-        self.bert = BERT.from_pretrained(self.folder)
+        self.bert = load_bert(self.folder)
         self.head = load_mlm_head(self.folder, self.bert)
         self.width = self.bert.config.hidden
         if "soft" in cfg.objective and self.head is None:
@@ -357,7 +361,7 @@ def open_clips(path, teacher, vocab):
 
 def beside_teacher(folder, teacher, val, clips, device):
     """What a report measures against the teacher, for the text-only student of `folder`."""
-    bert = BERT.from_pretrained(model_folder(folder, "text-only")).to(device)
+    bert = load_bert(model_folder(folder, "text-only")).to(device)
     out = {"neighbours": shared_neighbours(bert, teacher.bert, val, device)}
     if clips:
         out["retrieval"] = retrieval(bert, teacher.video, *clips, device)
@@ -443,7 +447,7 @@ def main(cfg, reuse=False, beside="", alone=False):
     weights = {name: getattr(cfg, "w_" + name) for name in names}
 
     # data, and on the demo what is missing: world, teacher, text-only student
-    demo = None if cfg.train else data.demo_world(cfg.data_dir, cfg.seed, world)
+    demo = None if cfg.train else demo_world(cfg.data_dir, cfg.seed, world)
     train, val = (data.TextBlocks(cfg.train or demo / "corpus.h5", cfg.block_size, part, cfg.val)
                   for part in ("train", "val"))
     vocab = train.vocab
@@ -493,8 +497,8 @@ def main(cfg, reuse=False, beside="", alone=False):
     student = Distiller(cfg, config, teacher, bank)
     if cfg.init_from:
         source = model_folder(cfg.init_from, "--init_from")
-        start_from = BERT.from_pretrained(source)
-        if data.load_vocab(source).hash != vocab.hash:
+        start_from = load_bert(source)
+        if load_vocab(source).hash != vocab.hash:
             raise SystemExit(f"--init_from {cfg.init_from} reads another vocabulary than the corpus; pack it "
                              f"again with --vocab {source}/vocab.txt")
         if replace(start_from.config, dropout=config.dropout, init_std=config.init_std) != config:
@@ -647,7 +651,7 @@ def main(cfg, reuse=False, beside="", alone=False):
     interrupt.release()
     results = {"objective": cfg.objective, "folder": str(folder), "steps": step, "vocabulary": vocab.hash}
     if world.main:
-        student.bert.save_pretrained(folder / "model", vocab, student.mlm)
+        save_bert(student.bert, folder / "model", vocab, student.mlm)
     results |= report(student, teacher, text_only, train, val, clips, demo, cfg, world, not reuse)
     results["finished"] = time.time()
     if world.main:

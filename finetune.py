@@ -19,20 +19,15 @@ every task but SQuAD.
 Tasks: sst2 qnli qqp mnli (with mm and GLUE's diagnostics) squad1 squad2 swag, rte mrpc stsb cola wnli, piqa
 tracie tracie_iid read; the demo's: mishap entailment two_choices four_endings before_after.
 """
-import csv
 import hashlib
-import io
 import json
 import math
-import os
 import re
 import sys
 import time
-import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +39,20 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import distill
 import teacher
-from analyze import METRICS, aligned, collapse, diagnostic_scores, median_run, score, squad_score
-from common import (Interrupt, Log, check_fields, check_finite, check_weights, duration, file_hash,
-                    finished_run, hash64, init_world, keyed_uniform, load_checkpoint, lr_at,
-                    micro_batch_size, model_folder, move, open_run, peak_memory_mb, print0, progress,
-                    restore_rng, return_freed_memory, run_script, save_checkpoint, set_seed, unfinished_run,
-                    write_json)
-from model import (BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel, load_clip_config, load_config,
-                   memory_report, model_config, model_type, param_groups)
+from common import aligned, check_fields, duration, print0, progress, write_json
+from data import open_vocab
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, memory_report, model_config, param_groups
+from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
+from parts.metrics import median_run, score
+from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files, find_file, measure,
+                         read_lines, test_files, write_predictions)
+from parts.vocab import Vocab, load_clip_vocab, load_vocab
+from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
+                           model_type, save_task_model)
+from prepare.world import demo_world
+from run import (Interrupt, Log, check_finite, check_weights, file_hash, finished_run, init_world,
+                 load_checkpoint, lr_at, micro_batch_size, model_folder, move, open_run, peak_memory_mb,
+                 restore_rng, return_freed_memory, run_script, save_checkpoint, set_seed, unfinished_run)
 
 
 @dataclass(frozen=True)
@@ -135,770 +136,7 @@ PRESETS = {"demo": {},
            "xdbert-base": AS_XDBERT, "xdbert-large": AS_XDBERT}
 UNKNOWN = 0.3  # share of unknown tokens from which a vocabulary cannot be the texts'
 
-# ---------------------------------------------------------------------------- what a task is
-
-
-@dataclass(frozen=True)
-class Task:
-    """One downstream task: where its files lie, how they are read, what is predicted and how it is scored."""
-    name: str  # of --tasks
-    title: str  # in tables
-    kind: str  # classify or regress one text or a pair, choice among candidates, span of a context
-    folder: str  # of its files, inside --data_dir
-    text: tuple  # columns or keys of the texts; for choice the context, then the candidates
-    read: object  # function (task, path, labelled) -> Rows
-    source: str  # where the official files come from
-    labels: tuple = ()  # words of the classes, in the order of their ids; files hold the words or the ids
-    label: str = "label"  # column of the label
-    unsure: str = ""  # label of rows on which the annotators did not agree: they are left out
-    metrics: tuple = ("accuracy",)  # names in analyze.METRICS, the first is the one that tables show
-    train: str = "train.tsv"
-    evals: dict = field(default_factory=lambda: {"": "dev.tsv"})  # the first is required, others if there
-    tests: dict = field(default_factory=dict)  # unlabelled sets, if there
-    outputs: dict = field(default_factory=lambda: {"": "predictions.txt"})  # a submission's file, by set
-    form: tuple = ("", "{label}")  # of a submission: its first line, and the line of an example
-    header: tuple = ()  # columns of a file that does not name them
-    stem: str = ""  # column that every candidate continues
-    extra: tuple = ()  # further columns to keep where the file has them
-    bounds: tuple = (-math.inf, math.inf)  # lowest and highest score
-    dev_share: float = 0.0  # of the rows, drawn by their ids, for a task whose dev set is not a file
-    unanswerable: bool = False  # span: some questions have no answer
-    lr: float = 0.0  # the task's own defaults; 0 = those of the preset
-    steps: int = 0
-    max_length: int = 0
-
-    @property
-    def words(self):
-        """Names of the classes or of the candidates, () for regress and span."""
-        return self.labels or tuple(map(str, range(len(self.text) - 1) if self.kind == "choice" else ()))
-
-    @cached_property
-    def numbers(self):
-        """{a label as a file may write it: class id}."""
-        return {word: i for i, word in enumerate(self.words)} | {str(i): i for i in range(len(self.words))}
-
-    def label_of(self, text, path, line):
-        """Class id or score of a label in a file; one line where the task has no such label."""
-        text = text.strip()
-        if self.kind != "regress":
-            if text in self.numbers:
-                return self.numbers[text]
-            allowed = ", ".join(self.words) + (f" (or 0 to {len(self.words) - 1})" if self.labels else "")
-        else:
-            with suppress(ValueError):
-                if self.bounds[0] <= float(text) <= self.bounds[1] and math.isfinite(float(text)):
-                    return float(text)
-            low, high = self.bounds
-            allowed = f"numbers from {low:g} to {high:g}" if high < math.inf else "numbers"
-        raise SystemExit(f"{path}, line {line}: label {text!r}; those of {self.title} are {allowed}")
-
-
-@dataclass
-class Rows:
-    """What a file holds. second: None for single texts, for choice a list of candidates each.
-
-    labels: class ids or scores, for span (first character, the one behind the last), None where unlabelled.
-    skipped: rows that were left out because their annotators did not agree.
-    """
-    first: list
-    second: list
-    labels: list
-    ids: list
-    extra: dict = field(default_factory=dict)
-    skipped: int = 0
-
-
-# ---------------------------------------------------------------------------- readers
-
-
-def read_text(path):
-    """Text of a UTF-8 file without its byte-order mark; one line where it is empty or not UTF-8."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise SystemExit(f"{path}, line {line}: not UTF-8; convert the file first, for instance with `iconv "
-                         "-f latin1 -t utf-8`") from None
-    if not text.strip():
-        raise SystemExit(f"{path}: is empty; fetch it anew")
-    return text
-
-
-def read_lines_of(path):
-    """[(line number, line)] of the lines that are not blank."""
-    # splitlines would also cut at the separators that stand inside of texts, such as U+2028
-    return [(n, line.rstrip("\r")) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
-
-
-def read_fields(path):
-    """[(line number, fields)] of a .csv file, or of a .tsv file, in which quotes mean nothing."""
-    if path.suffix != ".csv":
-        return [(n, line.split("\t")) for n, line in read_lines_of(path)]
-    rows, line = [], 1
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    try:
-        for fields in reader:
-            if fields:
-                rows.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise SystemExit(f"{path}, line {line}: {error}; mend the quotes of that row") from None
-    return rows
-
-
-DIAGNOSTIC = ("Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge")
-
-
-def read_table(task, path, labelled):
-    """Rows of a .tsv or .csv file whose columns are found by name (GLUE, SWAG, READ).
-
-    The id is the column "index" or "id", else the row's number from 0. GLUE's diagnostics have names of their
-    own for MNLI's columns; a two-way label not_entailment counts as neutral there, and extra["Label"] keeps
-    the words.
-    """
-    rows, header, text, label = read_fields(path), task.header, task.text, task.label
-    if not header or set(text) <= set(rows[0][1]):  # CoLA: only the test set has a first line of names
-        (_, header), *rows = rows
-    diagnostic = "Premise" in header
-    if diagnostic:
-        text, label = ("Premise", "Hypothesis"), "Label"
-    needed = [*text, *[task.stem] * bool(task.stem), *[label] * labelled]
-    missing = [name for name in needed if name not in header]
-    if missing == [label]:
-        raise unlabelled(task, path, f"has no column {label}")
-    if missing:
-        raise SystemExit(f"{path}: has no column {', '.join(missing)}, its first line is "
-                         f"{' '.join(header)[:80]!r}; give the official file of {task.title}")
-    wrong = [(line, len(fields)) for line, fields in rows if len(fields) != len(header)]
-    if wrong:  # QQP's official files have some
-        raise SystemExit(f"{path}, line {wrong[0][0]}: {wrong[0][1]} fields where the header has "
-                         f"{len(header)}, and {len(wrong) - 1} more such lines; mend or delete them (for a "
-                         f".tsv file `awk -F'\\t' 'NF == {len(header)}'` prints the others)")
-    at = {name: i for i, name in enumerate(header)}
-    key, columns = next((at[name] for name in ("index", "id") if name in at), None), [at[t] for t in text]
-    found = Rows([], None if len(text) == 1 else [], [] if labelled else None, [],
-                 {name: [] for name in task.extra if name in at})
-    for number, (line, fields) in enumerate(rows):
-        if labelled:
-            word = fields[at[label]]
-            if task.unsure and word == task.unsure:
-                found.skipped += 1
-                continue
-            two_way = diagnostic and word == "not_entailment"
-            found.labels.append(task.label_of("neutral" if two_way else word, path, line))
-        found.ids.append(str(number) if key is None else fields[key])
-        first, *others = [fields[i] for i in columns]
-        found.first.append(first)
-        if task.kind == "choice":
-            stem = f"{fields[at[task.stem]]} " if task.stem else ""
-            found.second.append([stem + other for other in others])
-        elif others:
-            found.second.append(others[0])
-        for name, values in found.extra.items():
-            values.append(fields[at[name]])
-    if not found.first:
-        raise SystemExit(f"{path}: holds no row" + (" with a gold label" if found.skipped else ""))
-    return found
-
-
-def unlabelled(task, path, why):
-    """The error for a file without labels where some are needed."""
-    return SystemExit(f"{path}: {why}, so it is an unlabelled test split; train and evaluate {task.title} on "
-                      "files with labels")
-
-
-def string(value):
-    """A str from a JSON file; TypeError where it is none."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def read_piqa(task, path, labelled):
-    """Rows of PIQA: a JSON object a line, and the labels beside X.jsonl in X-labels.lst, a line each."""
-    lines = read_lines_of(path)
-    found = Rows([], [], None, [str(i) for i in range(len(lines))])
-    for number, line in lines:
-        try:
-            content = json.loads(line)
-            first, *others = [string(content[key]) for key in task.text]
-        except (ValueError, KeyError, TypeError):
-            raise SystemExit(f"{path}, line {number}: not a JSON object with the texts "
-                             f"{', '.join(task.text)}") from None
-        found.first.append(first)
-        found.second.append(others)
-    if labelled:
-        answers = path.with_name(f"{path.stem}-labels.lst")
-        if not answers.exists():
-            raise unlabelled(task, path, f"has no {answers.name} beside it")
-        found.labels = [task.label_of(word, answers, number) for number, word in read_lines_of(answers)]
-        if len(found.labels) != len(lines):
-            raise SystemExit(f"{answers}: {len(found.labels)} labels for the {len(lines)} lines of "
-                             f"{path.name}; fetch both anew")
-    return found
-
-
-def read_tracie(task, path, labelled):
-    """Rows of TRACIE: `event: .. story: ..`, tab, `answer: ..`; extra["comparator"] is starts or ends."""
-    found = Rows([], [], [] if labelled else None, [], {"comparator": []})
-    for number, line in read_lines_of(path):
-        match = re.fullmatch(r"event: (.*?) story: (.*?)(?:\tanswer: (.*))?", line)
-        if not match:
-            raise SystemExit(f"{path}, line {number}: not of the form `event: .. story: ..`, tab, "
-                             "`answer: ..`")
-        if labelled and match[3] is None:
-            raise unlabelled(task, path, f"has no answer in line {number}")
-        found.first.append(match[1])
-        found.second.append(match[2])
-        found.ids.append(str(len(found.ids)))
-        found.extra["comparator"].append("starts" if re.search("starts (before|after)", match[1]) else "ends")
-        if labelled:
-            found.labels.append(task.label_of(match[3], path, number))
-    return found
-
-
-def read_squad(task, path, labelled):
-    """Rows of SQuAD's json, one a question; its label is the first answer, as in BERT's own code.
-
-    extra["answer"] says of each question: "exact", "moved" (not at its answer_start, but found elsewhere in
-    the context: the nearest place counts), "missing" (nowhere in the context) or "none" (2.0's unanswerable).
-    """
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}, line {error.lineno}: broken JSON ({error.msg}); fetch it anew") from None
-    found = Rows([], [], [] if labelled else None, [], {"answer": []} if labelled else {})
-    where = "the first question"
-    try:
-        for paragraph in chain.from_iterable(article["paragraphs"] for article in content["data"]):
-            for question in paragraph["qas"]:
-                where = f"question {question['id']}"
-                found.ids.append(string(question["id"]))
-                found.first.append(string(question["question"]))
-                found.second.append(string(paragraph["context"]))
-                if not labelled:
-                    continue
-                if "answers" not in question:
-                    raise unlabelled(task, path, f"has no answers ({where})")
-                answers = [] if question.get("is_impossible") else question["answers"]
-                if not answers and not task.unanswerable:
-                    raise SystemExit(f"{path}: {where} has no answer, as in SQuAD 2.0; use --tasks squad2")
-                span, state = (-1, -1), "none"
-                if answers:
-                    text, start = string(answers[0]["text"]), answers[0]["answer_start"]
-                    span, state = find_answer(paragraph["context"], text, start)
-                found.labels.append(span)
-                found.extra["answer"].append(state)
-    except (KeyError, TypeError) as error:
-        raise SystemExit(f"{path}: not in SQuAD's form at {where} ({error!r}); fetch it anew") from None
-    if not found.first:
-        raise SystemExit(f"{path}: holds no question; fetch it anew")
-    return found
-
-
-def find_answer(context, text, start):
-    """((first character, the one behind the last), "exact", "moved" or "missing"); see read_squad."""
-    if not text.strip():
-        return (-1, -1), "missing"
-    if start >= 0 and context.startswith(text, start):
-        return (start, start + len(text)), "exact"
-    places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
-    if not places:
-        return (-1, -1), "missing"
-    nearest = min(places, key=lambda place: abs(place - start))
-    return (nearest, nearest + len(text)), "moved"
-
-
-# ---------------------------------------------------------------------------- the table of tasks
-
-ENTAILMENT = ("entailment", "not_entailment")
-NUMBERS, WORDS = ("index\tprediction", "{id}\t{label}"), ("index\tprediction", "{id}\t{word}")
-
-
-def glue(name, title, text, labels, kind="classify", **fields):
-    """A task of GLUE: a folder with train, dev and test.tsv; `form` says how its server wants labels."""
-    fields = dict(tests={"": "test.tsv"}, outputs={"": f"{title}.tsv"}, form=NUMBERS) | fields
-    return Task(name, title, kind, title, text, read_table, "https://gluebenchmark.com/tasks", labels,
-                **fields)
-
-
-def squad(name, version, **fields):
-    """SQuAD 1.1 or 2.0."""
-    return Task(name, f"SQuAD {version}", "span", "squad", ("question", "context"), read_squad,
-                "https://rajpurkar.github.io/SQuAD-explorer/", metrics=("exact", "f1"),
-                train=f"train-v{version}.json", evals={"": f"dev-v{version}.json"},
-                outputs={"": "predictions.json"}, **fields)
-
-
-def tracie(name, title, folder, train, test, **fields):
-    """A task in TRACIE's lines, in whose form its evaluator reads answers, too."""
-    fields = dict(source="https://github.com/allenai/tracie (data/)") | fields
-    return Task(name, title, "classify", folder, ("event", "story"), read_tracie,
-                labels=("negative", "positive"), train=train, evals=test, form=("", "answer: {word}"),
-                **fields)
-
-
-# the demo world's tasks: dev sets of nouns that the training set does not have, and of nouns that it has
-DEMO = dict(source="`python data.py demo`", lr=1e-3, max_length=48)
-SEEN = {"": "dev.tsv", "seen": "dev_seen.tsv"}
-
-TASKS = {task.name: task for task in (
-    glue("sst2", "SST-2", ("sentence",), ("negative", "positive")),
-    glue("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, form=WORDS),
-    glue("qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), label="is_duplicate",
-         metrics=("accuracy", "f1")),
-    glue("mnli", "MNLI", ("sentence1", "sentence2"), ("entailment", "neutral", "contradiction"), form=WORDS,
-         label="gold_label", unsure="-", extra=(*DIAGNOSTIC, "Label"),
-         evals={"": "dev_matched.tsv", "mm": "dev_mismatched.tsv",
-                "diagnostic": "../diagnostic/diagnostic-full.tsv"},
-         tests={"": "test_matched.tsv", "mm": "test_mismatched.tsv",
-                "diagnostic": "../diagnostic/diagnostic.tsv"},
-         outputs={"": "MNLI-m.tsv", "mm": "MNLI-mm.tsv", "diagnostic": "AX.tsv"}),
-    squad("squad1", "1.1"),
-    squad("squad2", "2.0", unanswerable=True),
-    Task("swag", "SWAG", "choice", "swag", ("sent1", *[f"ending{i}" for i in range(4)]), read_table,
-         "https://github.com/rowanz/swagaf (data/)", stem="sent2", train="train.csv", evals={"": "val.csv"},
-         tests={"": "test.csv"}, outputs={"": "predictions.csv"}, form=("pred", "{label}")),
-    glue("rte", "RTE", ("sentence1", "sentence2"), ENTAILMENT, form=WORDS),
-    glue("mrpc", "MRPC", ("#1 String", "#2 String"), ("not_equivalent", "equivalent"), label="Quality",
-         metrics=("accuracy", "f1")),
-    glue("stsb", "STS-B", ("sentence1", "sentence2"), (), "regress", label="score", bounds=(0, 5),
-         metrics=("pearson", "spearman"), form=("index\tprediction", "{id}\t{score:.3f}")),
-    glue("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews",),
-         header=("source", "label", "mark", "sentence")),
-    glue("wnli", "WNLI", ("sentence1", "sentence2"), ENTAILMENT[::-1]),
-    Task("piqa", "PIQA", "choice", "piqa", ("goal", "sol1", "sol2"), read_piqa,
-         "https://yonatanbisk.com/piqa/data/", train="train.jsonl", evals={"": "valid.jsonl"},
-         tests={"": "tests.jsonl"}, outputs={"": "predictions.lst"}),
-    tracie("tracie", "TRACIE", "tracie/uniform-prior", "tracie_train_uniform_prior.txt",
-           {"": "tracie_test.txt"}),
-    tracie("tracie_iid", "TRACIE iid", "tracie/iid", "tracie_train.txt",  # the two share one test set
-           {"": "../uniform-prior/tracie_test.txt"}),
-    Task("read", "READ", "regress", "read", ("excerpt",), read_table,
-         "https://www.kaggle.com/c/commonlitreadabilityprize/data", label="target",
-         metrics=("rmse", "pearson"), train="train.csv", evals={"": "train.csv"}, dev_share=0.1,
-         tests={"": "test.csv"}, outputs={"": "submission.csv"}, form=("id,target", "{id},{score:.6f}")),
-    Task("mishap", "mishap", "classify", "mishap", ("sentence",), read_table, labels=("harmless", "mishap"),
-         evals=SEEN, steps=300, **DEMO),
-    Task("entailment", "entailment", "classify", "entailment", ("sentence1", "sentence2"), read_table,
-         labels=ENTAILMENT, evals=SEEN, steps=500, **DEMO),
-    Task("two_choices", "two choices", "choice", "two_choices", ("goal", "sol1", "sol2"), read_piqa,
-         train="train.jsonl", evals={"": "valid.jsonl", "seen": "valid_seen.jsonl"}, steps=250, **DEMO),
-    Task("four_endings", "four endings", "choice", "four_endings",
-         ("sent1", *[f"ending{i}" for i in range(4)]), read_table, stem="sent2", train="train.csv",
-         evals={"": "val.csv", "seen": "val_seen.csv"}, steps=250, **DEMO),
-    tracie("before_after", "before/after", "before_after", "tracie_train.txt",
-           {"": "tracie_test.txt", "seen": "tracie_test_seen.txt"}, steps=250, **DEMO),
-)}
-
-
-DEMO_TASKS = tuple(name for name, task in TASKS.items() if task.source == DEMO["source"])
-
-
-def find_file(task, data_dir, name, required=True):
-    """Path of one of a task's files: in its folder in data_dir, glue/ or glue_data/, or in data_dir itself
-    where that is the task's folder.
-
-    Where it is in none of them: None, or if required one line that says where to get it.
-    """
-    folders = [Path(data_dir, above, task.folder) for above in ("", "glue", "glue_data")]
-    folders += [Path(data_dir)] if Path(data_dir).resolve().name == Path(task.folder).name else []
-    paths = [Path(os.path.normpath(folder / name)) for folder in folders]
-    path = next((path for path in paths if path.is_file()), None)
-    if path is None and required:
-        raise SystemExit(f"{paths[0]}: no such file; get {task.title} from {task.source} and give the folder "
-                         f"that holds {task.folder}/ as --data_dir")
-    return path
-
-
-def evaluation_files(task, data_dir):
-    """{set: path} of the labelled sets to evaluate on; the first must be there."""
-    paths = {which: find_file(task, data_dir, name, required=not which) for which, name in task.evals.items()}
-    return {which: path for which, path in paths.items() if path}
-
-
-def test_files(task, data_dir):
-    """{set: path} of the unlabelled sets that are there."""
-    paths = {which: find_file(task, data_dir, name, required=False) for which, name in task.tests.items()}
-    return {which: path for which, path in paths.items() if path}
-
-
-# ---------------------------------------------------------------------------- tokens
-
-FORMAT = 1  # of the cached tokens
-
-
-def tokenize(texts, vocab, cache="", source="input", spans=False):
-    """List of str -> {"ids": int32, "bounds": int64 (n + 1,)}: text i has ids bounds[i] to bounds[i + 1].
-
-    spans: also "starts" and "ends", int32, of each token in the characters of its text. cache: a folder that
-    keeps the arrays under the hash of the texts and the vocabulary, or "". source is named in errors.
-    """
-    try:
-        content = "".join(texts).encode()
-    except UnicodeEncodeError as error:
-        raise SystemExit(f"{source}: holds half of a surrogate pair behind "
-                         f"{error.object[max(0, error.start - 30):error.start]!r}; remove it") from None
-    head = f"{FORMAT} {vocab.hash} {spans} {[len(text) for text in texts]}"
-    path = Path(cache) / f"{hashlib.sha256(head.encode() + content).hexdigest()}.npz"
-    if cache and path.is_file():
-        with suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: it is made anew
-            return {name: file[name] for name in ("ids", "bounds", "starts", "ends")[:4 if spans else 2]}
-    parts = {"ids": [], "bounds": [[0]], "starts": [], "ends": []}
-    with progress(None, len(texts), " texts", "tokenize") as bar:
-        for i in range(0, len(texts), 20000):
-            some = texts[i:i + 20000]
-            if spans:
-                found = vocab.tokenizer.encode_batch(some, add_special_tokens=False)
-                offsets = flat(chain.from_iterable(e.offsets) for e in found).reshape(-1, 2)
-                parts["starts"].append(offsets[:, 0])
-                parts["ends"].append(offsets[:, 1])
-            ids = [e.ids for e in found] if spans else vocab.encode(some)
-            parts["ids"].append(flat(ids))
-            parts["bounds"].append([len(x) for x in ids])
-            bar.update(len(ids))
-    tokens = {name: np.concatenate(part) for name, part in parts.items() if part}
-    tokens["bounds"] = np.cumsum(tokens["bounds"], dtype=np.int64)
-    if cache:
-        keep_tokens(path, tokens)
-    return tokens
-
-
-def flat(lists):
-    """Iterable of lists of int -> one int32 array."""
-    return np.fromiter(chain.from_iterable(lists), np.int32)
-
-
-def keep_tokens(path, tokens):
-    """Writes a cache file whole or not at all; a run does without where the disk is full or read-only."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at once
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **tokens)
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        print0(f"{path.parent}: tokens cannot be kept there ({error.strerror or error}); the run goes on")
-
-
-def truncate(first, second, room):
-    """Lengths of pairs after their longer text, of equal ones the second, has lost tokens until both fit."""
-    second = np.minimum(second, np.maximum(room // 2, room - first))
-    return np.minimum(first, room - second), second
-
-
-# ---------------------------------------------------------------------------- examples and batches
-
-
-class Examples:
-    """Tokenised rows; an example is [CLS] first [SEP], or [CLS] first [SEP] second [SEP] with segments 0, 1.
-
-    keep: numbers of the rows to take (default all). For choice an example has K candidates. labels: int64 or
-    float32 (n,), None without. lengths: tokens of each example with [CLS] and [SEP], int64 (n,), of choice
-    the longest candidate's. truncated: examples that were cut; unknown: share of [UNK] among all tokens.
-    beside: (CLIPConfig, vocabulary) of the tower that reads the texts, too, if there is one: `lay_out_clip`.
-    """
-    clip, clip_truncated = None, 0
-
-    def __init__(self, task, rows, vocab, max_length, cache="", keep=None, source="input", beside=()):
-        n, choice = len(rows.first), task.kind == "choice"
-        keep = np.arange(n) if keep is None else keep
-        second = list(chain.from_iterable(rows.second)) if choice else rows.second or []
-        texts = [*rows.first, *second]
-        tokens = tokenize(texts, vocab, cache, source)
-        begin, count = tokens["bounds"][:-1], np.diff(tokens["bounds"])
-        if choice:  # the candidates of all rows stand behind all contexts
-            first = keep[:, None].repeat(len(second) // n, axis=1)  # (n, K) numbers of texts
-            other = n + first * first.shape[1] + np.arange(first.shape[1])
-        else:
-            first, other = keep, n + keep  # (n,)
-        if second:
-            special, whole = 3, (count[first], count[other])
-            sizes = truncate(*whole, max_length - special)
-        else:
-            special, other, whole = 2, first, (count[first], np.zeros_like(first))
-            sizes = np.minimum(whole[0], max_length - special), whole[1]
-        self.lay_out(tokens["ids"], vocab, (begin[first], begin[other]), sizes, special)
-        cut = sum(sizes) < sum(whole)
-        self.truncated = int((cut.any(1) if choice else cut).sum())
-        if beside:
-            sentences = np.stack([first, other] if second else [first], -1)
-            self.lay_out_clip(tokenize(texts, beside[1], cache, source), sentences, *beside)
-        self.labels = None if rows.labels is None else np.array(
-            rows.labels, np.float32 if task.kind == "regress" else np.int64)[keep]
-        self.ids = [rows.ids[i] for i in keep]
-        self.extra = {name: [values[i] for i in keep] for name, values in rows.extra.items()}
-        self.skipped, self.source = rows.skipped, source
-
-    def lay_out(self, ids, vocab, begin, sizes, special):
-        """begin, sizes: (first, second) places in the flat ids and lengths, (n,) or (n, K) each."""
-        self.tokens, self.vocab = np.append(ids, vocab.pad), vocab  # one more, so that it is never empty
-        self.begin, self.sizes, self.length = begin, sizes, sizes[0] + sizes[1] + special
-        self.lengths = self.length if self.length.ndim == 1 else self.length.max(1)
-        self.unknown = float((ids == vocab.unk).mean()) if len(ids) else 0.0
-
-    def lay_out_clip(self, tokens, sentences, config, vocab):
-        """CLIP's input: two segments for each sentence, of as many tokens as the tower has positions, start
-        and end included (XDBERT Appendix B): (n, 2 or 4, 77), of choice (n, K, 4, 77).
-
-        sentences: numbers of texts (n, 1 or 2), of choice (n, K, 2). What does not fit in a sentence's first
-        segment goes on in the second, and the rest is cut, in `clip_truncated` examples. The first is in use
-        also where the sentence is empty; a second one without a token (-1 of them) is not run.
-        """
-        room = config.positions - 2
-        whole = np.diff(tokens["bounds"])[sentences][..., None]
-        left = whole - [0, room]  # (n, .., sentences, 2)
-        count = np.where(left > 0, np.minimum(left, room), [0, -1])
-        begin = tokens["bounds"][sentences][..., None] + [0, room]
-        shape = *sentences.shape[:-1], -1
-        self.clip = tokens["ids"], begin.reshape(shape), count.reshape(shape), vocab, config.positions
-        self.clip_truncated = int((whole > 2 * room).reshape(len(sentences), -1).any(1).sum())
-
-    def __len__(self):
-        return len(self.length)
-
-    def batch(self, index):
-        """{"ids", "mask" (True = real), "segments"}: (b, T), of choice (b, K, T); and "labels" if there are.
-
-        T is the length of the longest in this batch. For a tower beside, what data.segment_batch gives for
-        the sequences, one after the other, is among them.
-        """
-        index = np.asarray(index)
-        shape = self.length[index].shape
-        (begin, begin_second), (size, _) = ([x[index].reshape(-1, 1) for x in pair]
-                                            for pair in (self.begin, self.sizes))  # (b K, 1) each
-        length = self.length[index].reshape(-1, 1)
-        t = np.arange(length.max())
-        mask, second = t < length, t > size + 1
-        ids = self.tokens.take(np.where(second, begin_second - size - 2, begin - 1) + t, mode="clip")
-        ids[:, 0] = self.vocab.cls
-        np.put_along_axis(ids, np.hstack([size + 1, length - 1]), self.vocab.sep, 1)
-        ids[~mask] = self.vocab.pad
-        batch = {"ids": ids.astype(np.int64), "mask": mask, "segments": (second & mask).astype(np.int64)}
-        batch = {name: torch.from_numpy(x.reshape(*shape, -1)) for name, x in batch.items()}
-        if self.clip:
-            tokens, begin, count, *tower = self.clip
-            begin, count = (x[index].reshape(-1, x.shape[-1]) for x in (begin, count))
-            batch |= data.segment_batch(tokens, begin, count, *tower)
-        return batch if self.labels is None else batch | {"labels": torch.from_numpy(self.labels[index])}
-
-
-def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0, beside=()):
-    """A file -> Examples (SquadExamples for span). split: train, dev or test, which needs no labels.
-
-    cache: folder for tokens, or "". limit: that many examples, drawn by (seed, row), 0 = all; of SQuAD that
-    many questions. beside: as for Examples.
-    """
-    rows = task.read(task, Path(path), split != "test")
-    keep = np.arange(len(rows.first))
-    if task.dev_share and split != "test":
-        # by id: the same rows are held out however the file is sorted
-        drawn = np.array([keyed_uniform("dev", row) for row in rows.ids])
-        keep = keep[(drawn < task.dev_share) == (split == "dev")]
-    if split == "train" and "answer" in rows.extra:
-        keep = keep[np.array(rows.extra["answer"]) != "missing"]
-    if limit:
-        order = np.argsort(keyed_uniform("limit", seed, keep), kind="stable")
-        keep = np.sort(keep[order[:limit]])
-    if not len(keep):
-        raise SystemExit(f"{path}: has no example that could be used for {split}; give a longer file")
-    return tokenized(task, rows, vocab, max_length, cache, keep, path, beside)
-
-
-def tokenized(task, rows, vocab, max_length, cache="", keep=None, source="standard input", beside=()):
-    """Rows -> Examples, or SquadExamples for span."""
-    if max_length < 5:
-        raise SystemExit(f"--max_length {max_length}: must be at least 5, [CLS] and two [SEP] included")
-    if task.kind == "span":
-        return SquadExamples(task, rows, vocab, max_length, cache, keep, source)
-    return Examples(task, rows, vocab, max_length, cache, keep, source, beside)
-
-
-# ---------------------------------------------------------------------------- SQuAD
-
-QUESTION_TOKENS, WINDOW_STRIDE, ANSWER_TOKENS = 64, 64, 30
-
-
-class SquadExamples(Examples):
-    """Questions whose contexts are cut in overlapping windows; an example is a window (Devlin et al. 2019).
-
-    A question keeps 64 tokens; windows start every min(64, room) tokens of the context. labels: (windows, 2)
-    first and last position of the answer, (0, 0) = [CLS] where the window does not hold it whole. ids: the
-    question's, for each window; questions: each id once. truncated: questions that were cut; moved, missing:
-    questions of the file whose first answer is not at its answer_start, or nowhere in the context.
-    """
-
-    def __init__(self, task, rows, vocab, max_length, cache="", keep=None, source="input"):
-        n, contexts = len(rows.first), {}  # a context is tokenised once for all of its questions
-        keep = np.arange(n) if keep is None else keep
-        context = n + np.array([contexts.setdefault(text, len(contexts)) for text in rows.second])[keep]
-        texts = [*rows.first, *contexts]
-        tokens = tokenize(texts, vocab, cache, source, spans=True)
-        begin, count = tokens["bounds"][:-1], np.diff(tokens["bounds"])
-        size, total = np.minimum(count[keep], QUESTION_TOKENS), count[context]  # (questions,)
-        room = max_length - 3 - size
-        if room.min() < 1:
-            raise SystemExit(f"--max_length {max_length}: leaves no room for the context behind a question "
-                             f"of {size.max()} tokens; give at least {size.max() + 4}, better 384")
-        stride = np.minimum(WINDOW_STRIDE, room)
-        windows = 1 + np.maximum(0, -(-(total - room) // stride))
-        self.first_window = np.cumsum(windows) - windows  # (questions,)
-        self.question = of = np.repeat(np.arange(len(keep)), windows)  # (windows,)
-        self.offset = (np.arange(len(of)) - self.first_window[of]) * stride[of]  # in the context's tokens
-        self.lay_out(tokens["ids"], vocab, (begin[keep][of], begin[context][of] + self.offset),
-                     (size[of], np.minimum(room[of], total[of] - self.offset)), 3)
-        self.truncated = int((count[keep] > QUESTION_TOKENS).sum())
-        self.questions, self.contexts = ([values[i] for i in keep] for values in (rows.ids, rows.second))
-        self.ids = [self.questions[i] for i in of]
-        self.total, self.starts, self.ends = total, tokens["starts"], tokens["ends"]
-        self.unanswerable, self.source = task.unanswerable, source
-        self.extra, self.skipped, self.labels = {}, 0, None
-        states = rows.extra.get("answer", [])
-        self.moved, self.missing = states.count("moved"), states.count("missing")
-        if rows.labels is not None:
-            characters = np.array([len(text) for text in texts])
-            characters = np.cumsum(characters) - characters  # of all texts behind one another
-            shift = np.repeat(characters, count)
-            first, behind = (np.array(rows.labels)[keep] + characters[context][:, None]).T
-            # the first token that ends behind the answer's start, the last one that starts before its end
-            first = np.searchsorted(self.ends + shift, first, "right") - begin[context]
-            last = np.searchsorted(self.starts + shift, behind, "left") - 1 - begin[context]
-            place = np.stack([first, last], 1)[of] - self.offset[:, None]  # (windows, 2)
-            # no answer, (-1, -1), ends in front of every window
-            inside = (0 <= place[:, 0]) & (place[:, 0] <= place[:, 1]) & (place[:, 1] < self.sizes[1])
-            self.labels = np.where(inside[:, None], place + size[of][:, None] + 2, 0)
-
-    def answers(self, start, end, null_threshold=0.0):
-        """Logits (windows, T), padded with -inf -> ({question id: text}, {question id: null score}).
-
-        The answer is the span of at most 30 tokens in one window with the highest sum of start and end logit,
-        among those whose first token has its most context in that window. The null score is the lowest sum of
-        [CLS]'s logits over the question's windows less the best span's sum; in SQuAD 2.0 the answer is ""
-        where it is above null_threshold. A text is cut out of the context as it stands there.
-        """
-        start, end = np.asarray(start, np.float32), np.asarray(end, np.float32)
-        null = np.minimum.reduceat(start[:, 0] + end[:, 0], self.first_window)
-        inside, most = self.context_masks(start.shape[1])
-        start, end = np.where(most, start, -np.inf), np.where(inside, end, -np.inf)
-        window = np.arange(len(start))
-        best = np.full(len(start), -np.inf, np.float32)
-        first, last = np.zeros_like(window), np.zeros_like(window)
-        for more in range(min(ANSWER_TOKENS, start.shape[1])):  # tokens behind the first
-            both = start[:, :start.shape[1] - more] + end[:, more:]
-            at = both.argmax(1)
-            score = both[window, at]
-            better = score > best
-            best[better], first[better], last[better] = score[better], at[better], at[better] + more
-        window = np.lexsort((-best, self.question))[self.first_window]  # the best of each question
-        best, texts, scores = best[window], {}, {}
-        behind = self.begin[1][window] - self.sizes[0][window] - 2  # what a position lacks to its token
-        first, last = first[window] + behind, last[window] + behind
-        for i, (name, context) in enumerate(zip(self.questions, self.contexts)):
-            # a context without a token has no span: no infinity, which JSON cannot hold
-            scores[name] = float(null[i] - max(best[i], np.finfo(np.float32).min))
-            if best[i] == -np.inf or self.unanswerable and scores[name] > null_threshold:
-                texts[name] = ""
-                continue
-            a, b = self.starts[first[i]], self.ends[last[i]]
-            while b < len(context) and unicodedata.category(context[b]) == "Mn":
-                b += 1  # an accent that follows its letter has no token, but belongs to it
-            texts[name] = context[a:b]
-        return texts, scores
-
-    def context_masks(self, T):
-        """Two (windows, T) bool: a token of the context; and one that has its most context in this window.
-
-        Most is the highest min(tokens to the left, to the right) of all windows that hold the token; of equal
-        ones the first counts. (BERT's own code adds 0.01 x the window's size, which changes no order: sizes
-        differ by less than the stride of 64, and it is the last window that may be smaller.)
-        """
-        place = np.arange(T) - self.sizes[0][:, None] - 2  # in the window's part of the context
-        inside = (place >= 0) & (place < self.sizes[1][:, None])
-        window, t = inside.nonzero()
-        place = place[window, t]
-        score = np.minimum(place, self.sizes[1][window] - 1 - place)
-        score = score * len(inside) - window  # so that no two are equal and the first is the highest
-        token = (np.cumsum(self.total) - self.total)[self.question[window]] + self.offset[window] + place
-        highest = np.full(self.total.sum(), np.iinfo(np.int64).min)
-        np.maximum.at(highest, token, score)
-        most = inside.copy()
-        most[window, t] = score == highest[token]
-        return inside, most
-
-
-# ---------------------------------------------------------------------------- input and output
-
-
-def read_lines(task, lines, number=1):
-    """Rows of lines of standard input: the task's texts separated by tabs; choice: a context and candidates.
-
-    The number of candidates is free, but alike in all lines.
-    """
-    found = [line.rstrip("\r\n").split("\t") for line in lines]
-    choice = task.kind == "choice"
-    width = max(3, len(found[0])) if choice else len(task.text)
-    form = "context TAB candidate TAB candidate .." if choice else " TAB ".join(task.text)
-    for line, fields in enumerate(found, number):
-        if len(fields) != width or not all(text.strip() for text in fields):
-            empty = " or an empty one" if len(fields) == width else ""
-            raise SystemExit(f"standard input, line {line}: {len(fields)} fields{empty} where {width} are "
-                             f"wanted: {form}")
-    first, *others = map(list, zip(*found))
-    second = list(map(list, zip(*others))) if choice else others[0] if others else None
-    return Rows(first, second, None, [str(number) for number in range(1, len(found) + 1)])
-
-
-def write_submission(task, examples, predictions, path):
-    """Writes predictions in the benchmark's own form: task.form, a line an example, or SQuAD's json.
-
-    predictions: class or candidate ids (n,), scores (n,), or {question id: text} for span.
-    """
-    if task.kind == "span":
-        return write_json(path, predictions)
-    header, line = task.form
-    lines = [header] if header else []
-    for name, value in zip(examples.ids, np.asarray(predictions).tolist()):
-        value = min(max(value, task.bounds[0]), task.bounds[1])
-        word = task.words[value] if task.words else ""
-        lines.append(line.format(id=name, label=value, word=word, score=value))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 # ---------------------------------------------------------------------------- order, loss and evaluation
-
-POOL = 50  # training batches whose examples are sorted by length together
-EVAL_TOKENS = 1 << 14  # of an evaluation batch, padding included
-
-
-class Order:
-    """The examples of each step's global batch: a pure function of (seed, step), alike on all ranks.
-
-    Each epoch visits every example once, in an order of its own. It is cut in equal pools of up to POOL
-    batches, in which examples are sorted by length, so that a batch needs little padding; then the batches
-    of a pool are shuffled. A batch across two epochs belongs to both.
-    """
-
-    def __init__(self, lengths, batch_size, max_steps, seed):
-        self.lengths, self.batch_size, self.max_steps, self.seed = lengths, batch_size, max_steps, seed
-        epoch = len(lengths) / batch_size  # in batches
-        self.size = max(1, round(epoch / math.ceil(epoch / POOL)))  # of a pool: equal parts of an epoch
-        self.pool, self.batches = -1, None
-
-    def __call__(self, step):
-        pool = step // self.size
-        if pool != self.pool:
-            first, size = pool * self.size, min(self.size, self.max_steps - pool * self.size)
-            stream = np.arange(first * self.batch_size, (first + size) * self.batch_size)
-            index = data.permuted(stream, len(self.lengths), self.seed)
-            order = np.lexsort((self.lengths[index], stream // len(self.lengths)))  # epochs stay apart
-            self.batches = index[order].reshape(size, self.batch_size)
-            self.batches = self.batches[np.argsort(hash64("batches", self.seed, pool, np.arange(size)))]
-            self.pool = pool
-        return self.batches[step - pool * self.size]
 
 
 class Objective(nn.Module):
@@ -924,16 +162,6 @@ class Objective(nn.Module):
 def inputs(batch):
     """What of a batch the model reads."""
     return {name: x for name, x in batch.items() if name != "labels"}
-
-
-def batches_by_length(examples):
-    """Index arrays of one pass, longest examples first, up to EVAL_TOKENS tokens each."""
-    order, start = np.argsort(-examples.lengths, kind="stable"), 0
-    candidates = examples.length[0].size  # sequences of an example
-    while start < len(order):
-        size = max(1, EVAL_TOKENS // (candidates * int(examples.lengths[order[start]])))
-        yield order[start:start + size]
-        start += size
 
 
 @torch.no_grad()
@@ -963,58 +191,6 @@ def evaluate(model, examples, dtype, world):
     return world.sum(logits)
 
 
-def decide(task, examples, logits):
-    """Predictions from the logits: classes or candidates, scores, or {question id: text} of spans.
-
-    For span (texts, null scores), the texts as if every question had an answer; see `with_threshold`.
-    """
-    if task.kind == "span":
-        return examples.answers(logits[..., 0], logits[..., 1], math.inf)
-    return logits.numpy() if task.kind == "regress" else logits.argmax(1).numpy()
-
-
-def with_threshold(task, texts, null):
-    """SQuAD 2.0's answers: "" where the null score is above 0, that is where [CLS] beats the best span."""
-    return {key: "" if task.unanswerable and null[key] > 0 else text for key, text in texts.items()}
-
-
-def measure(task, examples, predictions):
-    """({metric: percent, but rmse in the label's unit}, why the run counts as collapsed, or "")."""
-    if task.kind == "span":
-        texts, null = predictions
-        threshold = dict(no_answer=null, threshold=0.0) if task.unanswerable else {}
-        scores = squad_score(json.loads(read_text(examples.source)), texts, **threshold)
-        return scores, collapse(list(with_threshold(task, texts, null).values()), None, "span")
-    labels = examples.labels
-    if "Label" in examples.extra:  # GLUE's diagnostics
-        found = diagnostic_scores([task.labels[i] for i in predictions], examples.extra["Label"],
-                                  {name: examples.extra[name] for name in DIAGNOSTIC})
-        return {f"{category}, {metric}": 100 * values[metric] for category, values in found.items()
-                for metric in ("accuracy", "r3")}, ""
-    scores = {name: (1 if name == "rmse" else 100) * METRICS[name](predictions, labels)
-              for name in task.metrics}
-    for word in sorted(set(examples.extra.get("comparator", []))):  # TRACIE
-        of = np.array(examples.extra["comparator"]) == word
-        scores[f"accuracy of {word}"] = 100 * METRICS["accuracy"](predictions[of], labels[of])
-    return scores, collapse(predictions, labels, task.kind)
-
-
-def write_predictions(task, examples, predictions, path):
-    """Predictions of an evaluation or test set in its benchmark's form.
-
-    Beside SQuAD 2.0's lie null_odds.json and answers.json, the texts before the threshold: what the official
-    script wants for its search of the best one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if task.kind == "span":
-        texts, null = predictions
-        if task.unanswerable:
-            write_json(path.with_name("null_odds.json"), null)
-            write_json(path.with_name("answers.json"), texts)
-        predictions = with_threshold(task, texts, null)
-    write_submission(task, examples, predictions, path)
-
-
 # ---------------------------------------------------------------------------- what a run starts from
 
 
@@ -1024,7 +200,7 @@ class Start:
     name: str  # below out/finetune
     folder: Path  # or None
     config: BERTConfig  # or CLIPConfig, for CLIP's text tower alone
-    vocab: data.Vocab  # or data.CLIPVocab
+    vocab: Vocab  # or CLIPVocab
     hash: str  # of shapes and weights, or of shape and vocabulary
     beside: tuple = ()  # X-BERT: (CLIPConfig, vocabulary) of the tower beside the language encoder
 
@@ -1032,11 +208,11 @@ class Start:
         """The encoder with the flags' dropout; what is not loaded is drawn from torch's generator."""
         dropout = self.config.dropout if cfg.dropout < 0 else cfg.dropout
         if self.beside:
-            return XDBERT.from_pretrained(self.folder, dropout)
+            return load_xdbert(self.folder, dropout)
         if isinstance(self.config, CLIPConfig):
-            return CLIPText.from_pretrained(self.folder, dropout)
+            return load_clip(self.folder, dropout)
         if self.folder:
-            return BERT.from_pretrained(self.folder, pooler, dropout)
+            return load_bert(self.folder, pooler, dropout)
         return BERT(replace(self.config, dropout=dropout), pooler)
 
     def check(self, tasks):
@@ -1050,7 +226,7 @@ class Start:
 def open_start(model, like="", demo=None, flag="--model"):
     """Start of --model, or of --cross where `flag` says so; demo: the demo world's folder, whose vocabulary a
     model for its tasks must have."""
-    vocab = data.load_vocab(demo / "corpus.h5") if demo else None
+    vocab = open_vocab(demo / "corpus.h5") if demo else None
     if model != "none":
         folder = model_folder(median_run_of(model), flag)
         config, own = config_and_vocab(folder)
@@ -1070,7 +246,7 @@ def open_start(model, like="", demo=None, flag="--model"):
         return Start(name, folder, config, own, weights, beside)
     if like:
         folder = model_folder(like, "--like")
-        return fresh_start(run_name(folder), load_config(folder), data.load_vocab(folder))
+        return fresh_start(run_name(folder), load_config(folder), load_vocab(folder))
     if demo:
         return fresh_start(demo.name, model_config("demo", vocab.size), vocab)
     raise SystemExit("--model none needs --like FOLDER, whose config.json and vocab.txt are taken")
@@ -1079,9 +255,9 @@ def open_start(model, like="", demo=None, flag="--model"):
 def config_and_vocab(folder):
     """Of a Hugging Face folder: of BERT or ELECTRA, or of CLIP's text tower."""
     if model_type(folder) == "clip":
-        config, vocab = load_clip_config(folder), data.load_clip_vocab(folder)
+        config, vocab = load_clip_config(folder), load_clip_vocab(folder)
     else:
-        config, vocab = load_config(folder), data.load_vocab(folder)
+        config, vocab = load_config(folder), load_vocab(folder)
     if vocab.size != config.vocab_size:
         raise SystemExit(f"{folder}: {vocab.size:,} tokens in its vocabulary, {config.vocab_size:,} in its "
                          "config.json; fetch or save the model again")
@@ -1130,7 +306,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
 
     A finished run is kept; where the evaluation sets have changed, or with --eval_only, its model is
     evaluated again. cfg: of own_settings; train: Examples; evals: {set: Examples}; hashes: of the weights
-    and of each file; interrupt: the command's common.Interrupt.
+    and of each file; interrupt: the command's Interrupt.
     """
     micro_size, dtype = micro_batch_size(cfg, world), getattr(torch, cfg.dtype)
     trained_on = {what: hashes[what] for what in ("weights", "vocabulary", "train")}
@@ -1142,7 +318,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
         print0(f"reused {folder}")
         return before | {"folder": str(folder)}
     if world.any(world.main and bool(keep and has_model)):
-        model, _ = TaskModel.from_pretrained(folder / "model")
+        model, _ = load_task_model(folder / "model")
         results = before | assess(model.to(world.device), task, evals, dtype, world, folder)
         results |= {"hashes": hashes, "folder": str(folder)}
         if world.main:
@@ -1242,7 +418,7 @@ def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
     results |= assess(model, task, evals, dtype, world, folder) | {"finished": time.time()}
     if world.main:
         if cfg.save_models:
-            model.save_pretrained(folder / "model", start.vocab, {
+            save_task_model(model, folder / "model", start.vocab, {
                 "task": task.name, "labels": list(task.labels), "max_length": cfg.max_length},
                 *start.beside[1:])
         write_json(folder / "results.json", results)
@@ -1337,22 +513,13 @@ def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
     if left and not (best / "model").exists():
         print0(f"{best}: no model to label the test set with; leave --save_models on for that")
     elif left:
-        model = TaskModel.from_pretrained(best / "model")[0].to(world.device)
+        model = load_task_model(best / "model")[0].to(world.device)
         for out, path in left.items():
             examples = load(path, "test")
             predictions = decide(task, examples, evaluate(model, examples, getattr(torch, cfg.dtype), world))
             if world.main:
                 write_predictions(task, examples, predictions, out)
     return summary
-
-
-def content_hash(path):
-    """SHA-256 of a task's file, and of the file of its labels where that is another (PIQA)."""
-    digest = hashlib.sha256(path.read_bytes())
-    labels = path.with_name(f"{path.stem}-labels.lst")
-    if labels.exists():
-        digest.update(labels.read_bytes())
-    return digest.hexdigest()
 
 
 def middle(metric, values):
@@ -1446,7 +613,7 @@ def newest_student(cfg, vocab):
 def demo_start(row, newest, cfg, seed, demo):
     """Start of a row of the demo's table in the world of `seed`; a missing student is made."""
     if row == "no pre-training":
-        vocab = data.load_vocab(demo / "corpus.h5")
+        vocab = open_vocab(demo / "corpus.h5")
         return fresh_start(demo.name, model_config(newest.model, vocab.size, newest.layers, newest.hidden,
                                                    newest.heads, newest.intermediate, newest.dropout), vocab)
     own = newest.out_dir if seed == newest.seed else ""
@@ -1470,11 +637,11 @@ def demo_table(cfg, tasks, world, interrupt):
     """
     rows = {"no pre-training": {}, "text-only": {}, "distilled": {}, "distilled from images": {}}
     seeds = range(cfg.seed, cfg.seed + (cfg.seeds or PER_TASK[cfg.preset][3]))
-    first = data.demo_world(cfg.data_dir, cfg.seed, world)
-    newest = newest_student(cfg, data.load_vocab(first / "corpus.h5"))
+    first = demo_world(cfg.data_dir, cfg.seed, world)
+    newest = newest_student(cfg, open_vocab(first / "corpus.h5"))
     for row, runs in rows.items():
         for seed in seeds:
-            demo = data.demo_world(cfg.data_dir, seed, world)
+            demo = demo_world(cfg.data_dir, seed, world)
             start = demo_start(row, newest, cfg, seed, demo)
             one = replace(cfg, out_dir=str(Path(cfg.out_dir or "out/finetune", start.name)))
             for task in tasks:
@@ -1514,7 +681,7 @@ def label_lines(cfg, world):
     if world.size > 1:
         raise SystemExit("--predict reads one standard input: start it without torchrun")
     folder = model_folder(median_run_of(cfg.model), "--model")
-    model, settings = TaskModel.from_pretrained(folder)
+    model, settings = load_task_model(folder)
     model.to(world.device)
     config, vocab = config_and_vocab(folder)
     beside = config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
@@ -1566,7 +733,7 @@ def main(cfg):
     try:
         if not given:
             return demo_table(cfg, tasks, world, interrupt)
-        demo = data.demo_world(cfg.data_dir, cfg.seed, world) if chosen & set(DEMO_TASKS) else None
+        demo = demo_world(cfg.data_dir, cfg.seed, world) if chosen & set(DEMO_TASKS) else None
         start = open_start(given, cfg.like, demo, "--cross" if cfg.cross else "--model")
         start.check(tasks)
         summaries = []

@@ -23,13 +23,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import losses
-from analyze import mean_state, recall, vectors
-from common import (Interrupt, Log, check_fields, check_finite, check_resume, check_weights, duration,
-                    finished_run, init_world, load_checkpoint, lr_at, micro_batch_size, move, open_run,
-                    peak_flops, peak_memory_mb, print0, restore_rng, run_script, save_checkpoint, set_seed,
-                    step_line, unfinished_run, write_json)
+from common import check_fields, duration, print0, write_json
+
 from model import (BERT, SHAPES, CLIPConfig, CLIPText, MLMHead, VideoEncoder, flops_per_token, memory_report,
-                   model_config, param_groups, save_video_encoder)
+                   model_config, param_groups)
+from parts.metrics import mean_state, recall, vectors
+from parts.weights import save_bert, save_clip, save_video_encoder
+from prepare.world import demo_world
+from run import (Interrupt, Log, check_finite, check_resume, check_weights, finished_run, init_world,
+                 load_checkpoint, lr_at, micro_batch_size, move, open_run, peak_flops, peak_memory_mb,
+                 restore_rng, run_script, save_checkpoint, set_seed, step_line, unfinished_run)
 
 
 @dataclass(frozen=True)
@@ -243,7 +246,7 @@ def main(cfg, reuse=False):
     folder = Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
 
     # data
-    videos = cfg.videos or data.demo_world(cfg.data_dir, cfg.seed, world) / "videos.h5"
+    videos = cfg.videos or demo_world(cfg.data_dir, cfg.seed, world) / "videos.h5"
     train, val = (data.VideoClips(videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
                                   cfg.feat_norm) for part in ("train", "val"))
     hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
@@ -403,9 +406,9 @@ def main(cfg, reuse=False):
 def export(model, clips, folder, cfg, world):
     """The model's folder: Hugging Face's files, the video encoder, its way of cutting clips, and vokens."""
     if cfg.objective == "clip":
-        model.clip.save_pretrained(folder, clips.vocab)
+        save_clip(model.clip, folder, clips.vocab)
     else:
-        model.bert.save_pretrained(folder, clips.vocab, getattr(model, "mlm", None))
+        save_bert(model.bert, folder, clips.vocab, getattr(model, "mlm", None))
     if cfg.objective == "mlm":
         return
     save_video_encoder(folder, model.video)

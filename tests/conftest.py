@@ -39,16 +39,16 @@ def real_data():
 @pytest.fixture(scope="session")
 def bert_vocab(real_data):
     """BERT's own vocabulary, from the real data."""
-    import data
-    return data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
+    from parts.vocab import load_vocab
+    return load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
 
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """The demo world of seed 0, built once for the whole suite; returns the folder that holds demo-s0."""
-    import data
+    from prepare.world import make_demo
     folder = tmp_path_factory.mktemp("data")
-    data.make_demo(folder / "demo-s0", seed=0)
+    make_demo(folder / "demo-s0", seed=0)
     return folder
 
 
@@ -104,39 +104,41 @@ TINY_WORDS = (*NOUNS, *VERBS, *NUMBERS, *FILLERS, "good", "bad", "red", "blue", 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """A random BERT that knows the words of tiny_tasks; returns its folder."""
-    import data
     from model import BERT, BERTConfig
-    vocab = data.Vocab([*data.SPECIALS, *TINY_WORDS])
+    from parts.vocab import SPECIALS, Vocab
+    from parts.weights import save_bert
+    vocab = Vocab([*SPECIALS, *TINY_WORDS])
     torch.manual_seed(0)
     bert = BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=64,
                            init_std=0.1))
     folder = tmp_path_factory.mktemp("bert") / "tiny"
-    bert.save_pretrained(folder, vocab)
+    save_bert(bert, folder, vocab)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_electra(tiny_bert, tmp_path_factory):
     """The same as an ELECTRA whose embeddings are narrower than its states; returns its folder."""
-    import data
     from model import BERT, BERTConfig
-    vocab = data.load_vocab(tiny_bert)
+    from parts.vocab import load_vocab
+    from parts.weights import save_bert
+    vocab = load_vocab(tiny_bert)
     torch.manual_seed(0)
     bert = BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=64,
                            init_std=0.1, embedding=24, model_type="electra"))
     folder = tmp_path_factory.mktemp("electra") / "tiny_electra"
-    bert.save_pretrained(folder, vocab)
+    save_bert(bert, folder, vocab)
     return folder
 
 
 def tiny_clip_vocab():
     """CLIP's kind of vocabulary whose merges make whole words of TINY_WORDS."""
-    import data
+    from parts.vocab import CLIPVocab
     merges = {}
     for word in TINY_WORDS:
         for i in range(1, len(word)):
             merges[f"{word[:i]} {word[i]}{'</w>' * (i == len(word) - 1)}"] = None
-    return data.CLIPVocab(list(merges))
+    return CLIPVocab(list(merges))
 
 
 def tiny_tower(positions):
@@ -152,8 +154,9 @@ def tiny_tower(positions):
 def tiny_clip(tmp_path_factory):
     """The folder of a CLIP text tower of 40 positions."""
     folder = tmp_path_factory.mktemp("clip") / "tiny_clip"
+    from parts.weights import save_clip
     clip, vocab = tiny_tower(40)
-    clip.save_pretrained(folder, vocab)
+    save_clip(clip, folder, vocab)
     return folder
 
 
@@ -161,12 +164,13 @@ def tiny_clip(tmp_path_factory):
 def tiny_cross(tiny_bert, tmp_path_factory):
     """A run as adapt_xdbert.py leaves it: tiny_bert with a tower of 9 positions, which most sentences of
     tiny_tasks fill, and two cross-modal layers; no pooler was trained."""
-    import data
-    from model import BERT, XDBERT
+    from model import XDBERT
+    from parts.vocab import load_vocab
+    from parts.weights import load_bert, save_xdbert
     folder = tmp_path_factory.mktemp("cross") / "tiny"
     clip, vocab = tiny_tower(9)
-    model = XDBERT(BERT.from_pretrained(tiny_bert), clip, layers=2)
-    model.save_pretrained(folder / "model", data.load_vocab(tiny_bert), vocab)
+    model = XDBERT(load_bert(tiny_bert), clip, layers=2)
+    save_xdbert(model, folder / "model", load_vocab(tiny_bert), vocab)
     return folder
 
 

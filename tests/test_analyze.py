@@ -11,20 +11,21 @@ import pytest
 import torch
 
 import analyze
+from parts.metrics import linear_probe, neighbour_probe, noun_vectors, recall, ridge, shared_neighbours
 
 
 def test_recall_counts_ranks_and_ties_against_the_query():
     target = torch.eye(4)
     query = torch.tensor([[1.0, 0, 0, 0], [1, 0.9, 0, 0], [1, 0.9, 0.8, 0], [1, 1, 1, 1]])  # the last: all tie
-    found = analyze.recall(query, target, ks=(1, 2, 3, 4), chunk=3)  # ranks 0, 1, 2, 3
+    found = recall(query, target, ks=(1, 2, 3, 4), chunk=3)  # ranks 0, 1, 2, 3
     assert found == {"1": 0.25, "2": 0.5, "3": 0.75, "4": 1.0}
 
 
 def test_recall_of_nan_and_of_constants_is_no_better_than_nothing():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    assert analyze.recall(torch.full_like(x, float("nan")), x)["10"] == 0
-    assert analyze.recall(x, torch.ones_like(x))["10"] == 0
-    assert analyze.recall(x, x)["1"] == 1
+    assert recall(torch.full_like(x, float("nan")), x)["10"] == 0
+    assert recall(x, torch.ones_like(x))["10"] == 0
+    assert recall(x, x)["1"] == 1
 
 
 def test_ridge_approaches_least_squares_and_shrinks():
@@ -33,15 +34,15 @@ def test_ridge_approaches_least_squares_and_shrinks():
     y = x @ torch.randn(5, 3, generator=g, dtype=torch.float64) + 2 + 0.1 * torch.randn(200, 3, generator=g)
     ones = torch.cat([x, torch.ones(200, 1)], 1)
     exact = ones @ torch.linalg.lstsq(ones, y).solution
-    torch.testing.assert_close(analyze.ridge(x, y, 1e-10)(x), exact, rtol=1e-6, atol=1e-6)
-    strong = analyze.ridge(x, y, 1e6)(x)
+    torch.testing.assert_close(ridge(x, y, 1e-10)(x), exact, rtol=1e-6, atol=1e-6)
+    strong = ridge(x, y, 1e6)(x)
     torch.testing.assert_close(strong, y.mean(0).expand_as(y), rtol=0, atol=1e-3)
 
 
 def test_ridge_does_not_depend_on_the_scale_of_a_model():
     g = torch.Generator().manual_seed(2)
     x, y = torch.randn(50, 6, generator=g), torch.randn(50, 2, generator=g)
-    torch.testing.assert_close(analyze.ridge(x, y)(x), analyze.ridge(100 * x, y)(100 * x))
+    torch.testing.assert_close(ridge(x, y)(x), ridge(100 * x, y)(100 * x))
 
 
 def test_probes_find_what_is_there_and_chance_where_nothing_is():
@@ -52,14 +53,14 @@ def test_probes_find_what_is_there_and_chance_where_nothing_is():
     split = slice(0, 40), slice(40, 60)
     for x, low, high in ((known, 0.95, 1.0), (unknown, 0.0, 0.6)):
         parts = x[split[0]], labels[split[0]], x[split[1]], labels[split[1]]
-        near, chance = analyze.neighbour_probe(*parts)
+        near, chance = neighbour_probe(*parts)
         assert low <= near <= high and chance == pytest.approx(1 / 3, abs=0.02)
-        assert low <= analyze.linear_probe(*parts) <= high
+        assert low <= linear_probe(*parts) <= high
 
 
 def test_neighbour_probe_by_hand():
     x_train = torch.tensor([[1.0, 0], [0.9, 0.1], [-1, 0], [-0.9, -0.1]])
-    near, chance = analyze.neighbour_probe(x_train, torch.tensor([0, 1, 1, 1]), torch.tensor([[1.0, 0]]),
+    near, chance = neighbour_probe(x_train, torch.tensor([0, 1, 1, 1]), torch.tensor([[1.0, 0]]),
                                            torch.tensor([0]), k=2)
     assert near == 0.5 and chance == 0.25
 
@@ -80,19 +81,19 @@ def test_noun_vectors_average_occurrences_and_pieces():
     def encode(ids):
         place = torch.arange(ids.shape[1]).expand_as(ids)
         return torch.stack([ids, place], -1).double()  # (b, T, 2): the id and its place
-    found = analyze.noun_vectors(encode, Blocks(), Blocks.vocab, ["mug", "goblet"])
+    found = noun_vectors(encode, Blocks(), Blocks.vocab, ["mug", "goblet"])
     assert found.tolist() == [[5, 2.5], [7.5, (3.5 + 1.5) / 2]]
     with pytest.raises(KeyError):
-        analyze.noun_vectors(encode, Blocks(), Blocks.vocab, ["vase"])
+        noun_vectors(encode, Blocks(), Blocks.vocab, ["vase"])
 
 
 def test_shared_neighbours_is_one_with_itself_and_none_without_enough():
     class Many(Blocks):
         ids = torch.randint(5, 50, (60, 6), generator=torch.Generator().manual_seed(4))
     one, other = (torch.nn.Embedding(50, width) for width in (8, 4))
-    assert analyze.shared_neighbours(one, one, Many(), "cpu") == pytest.approx(1)
-    assert analyze.shared_neighbours(one, other, Many(), "cpu") < 0.6
-    assert analyze.shared_neighbours(one, one, Blocks(), "cpu") is None
+    assert shared_neighbours(one, one, Many(), "cpu") == pytest.approx(1)
+    assert shared_neighbours(one, other, Many(), "cpu") < 0.6
+    assert shared_neighbours(one, one, Blocks(), "cpu") is None
 
 
 def results(scale):

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 
 import adapt_xdbert
 import bench
-import data
-import finetune
 import losses
 from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
+from parts.examples import load_examples
+from parts.tasks import TASKS, find_file
+from parts.vocab import load_vocab
 
 CPU = torch.device("cpu")
 SMALL = bench.Config(batch=4, tokens=8, layers=1, hidden=64, vocab=300, anchors=3, negatives=16, dim=8,
@@ -199,16 +200,16 @@ def test_padding_that_changes_the_loss_gets_no_ratio(monkeypatch):
 def test_made_examples_are_as_long_as_told():
     lengths = np.array([5, 7, 12, 40])
     for name in ("rte", "sst2"):
-        examples = bench.made_examples(finetune.TASKS[name], lengths, replace(SMALL, tokens=20))
+        examples = bench.made_examples(TASKS[name], lengths, replace(SMALL, tokens=20))
         assert examples.lengths.tolist() == [5, 7, 12, 20] and examples.unknown < 0.1
         assert examples.batch([2])["segments"].sum() == (3 if name == "rte" else 0)  # 9 words: 7 + 2, [SEP]
 
 
 def test_lengths_are_those_of_the_real_training_sets(real_data):
-    vocab = data.load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
+    vocab = load_vocab(real_data / "vocab" / "bert-base-uncased-vocab.txt")
     for name in ("rte", "cola"):  # SST-2 was measured alike; its 67,349 would take seconds
-        path = finetune.find_file(finetune.TASKS[name], real_data, "train.tsv")
-        lengths = finetune.load_examples(finetune.TASKS[name], path, vocab, 128, "", "train").lengths
+        path = find_file(TASKS[name], real_data, "train.tsv")
+        lengths = load_examples(TASKS[name], path, vocab, 128, "", "train").lengths
         assert np.quantile(lengths, np.linspace(0, 1, 21)).round().tolist() == list(bench.LENGTHS[name][1])
 
 

@@ -16,7 +16,10 @@ import pytest
 import torch
 
 import common
-from common import World, parse_cli
+from common import parse_cli
+from run import (PEAK_TFLOPS, Interrupt, Log, World, check_finite, check_resume, finished_run,
+                 keep_freed_memory, load_checkpoint, lr_at, model_folder, open_run, peak_flops,
+                 return_freed_memory, save_checkpoint)
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -104,16 +107,16 @@ def test_keyed_draws_are_uniform_and_uncorrelated():
 
 
 def test_lr_rises_to_the_peak_and_falls_to_zero():
-    lr = [common.lr_at(step, 2.0, 10, 100) for step in range(101)]
+    lr = [lr_at(step, 2.0, 10, 100) for step in range(101)]
     assert lr[0] == pytest.approx(0.2) and lr[9] == pytest.approx(2.0) == lr[10]
     assert lr[55] == pytest.approx(1.0) and lr[100] == 0
     assert all(np.diff(lr[:10]) > 0) and all(np.diff(lr[10:]) < 0)
 
 
 def test_peak_table_finds_the_longer_name_first():
-    for i, (name, *_) in enumerate(common.PEAK_TFLOPS):
-        assert not any(earlier in name for earlier, *_ in common.PEAK_TFLOPS[:i]), name
-    assert common.peak_flops(torch.device("cpu"), torch.float32) > 1e8
+    for i, (name, *_) in enumerate(PEAK_TFLOPS):
+        assert not any(earlier in name for earlier, *_ in PEAK_TFLOPS[:i]), name
+    assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
 
 
 # ---------------------------------------------------------------------------- checkpoints
@@ -121,8 +124,8 @@ def test_peak_table_finds_the_longer_name_first():
 
 def test_checkpoint_keeps_the_one_before_and_loads_safely(tmp_path):
     for step in (1, 2):
-        common.save_checkpoint(tmp_path, {"step": step, "w": torch.full((3,), float(step))}, ALONE)
-    assert common.load_checkpoint(tmp_path, ALONE)["step"] == 2
+        save_checkpoint(tmp_path, {"step": step, "w": torch.full((3,), float(step))}, ALONE)
+    assert load_checkpoint(tmp_path, ALONE)["step"] == 2
     assert torch.load(tmp_path / "checkpoint.pt.prev", weights_only=True)["step"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.prev"]
 
@@ -130,7 +133,7 @@ def test_checkpoint_keeps_the_one_before_and_loads_safely(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty", "missing"])
 def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
     for step in (1, 2):
-        common.save_checkpoint(tmp_path, {"step": step, "w": torch.arange(5000.)}, ALONE)
+        save_checkpoint(tmp_path, {"step": step, "w": torch.arange(5000.)}, ALONE)
     path = tmp_path / "checkpoint.pt"
     content = bytearray(path.read_bytes())
     if damage == "cut":
@@ -140,11 +143,11 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damag
     elif damage == "empty":
         content = b""
     path.unlink() if damage == "missing" else path.write_bytes(bytes(content))
-    assert common.load_checkpoint(tmp_path, ALONE)["step"] == 1
+    assert load_checkpoint(tmp_path, ALONE)["step"] == 1
     assert ("damaged" in capsys.readouterr().out) == (damage != "missing")
     (tmp_path / "checkpoint.pt.prev").unlink()
     with pytest.raises(SystemExit, match="no readable checkpoint"):
-        common.load_checkpoint(tmp_path, ALONE)
+        load_checkpoint(tmp_path, ALONE)
 
 
 def test_hostile_checkpoint_is_not_executed(tmp_path):
@@ -153,30 +156,31 @@ def test_hostile_checkpoint_is_not_executed(tmp_path):
             return os.system, (f"touch {tmp_path}/owned",)
     torch.save({"step": Hostile()}, tmp_path / "checkpoint.pt")
     with pytest.raises(SystemExit, match="no readable checkpoint"):
-        common.load_checkpoint(tmp_path, ALONE)
+        load_checkpoint(tmp_path, ALONE)
     assert not (tmp_path / "owned").exists()
 
 
 def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    common.save_checkpoint(tmp_path, {"step": 1}, ALONE)
+    save_checkpoint(tmp_path, {"step": 1}, ALONE)
 
     def full(state, f):
         f.write(b"half")
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(SystemExit, match="No space left.*--resume"):
-        common.save_checkpoint(tmp_path, {"step": 2}, ALONE)
+        save_checkpoint(tmp_path, {"step": 2}, ALONE)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert common.load_checkpoint(tmp_path, ALONE)["step"] == 1
+    assert load_checkpoint(tmp_path, ALONE)["step"] == 1
 
 
 def test_kill_while_saving_leaves_a_readable_checkpoint(tmp_path):
-    script = ("import sys, torch; sys.path.insert(0, sys.argv[1]); import common\n"
-              "world, step = common.World(0, 1, torch.device('cpu')), 0\n"
+    script = ("import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+              "from run import World, save_checkpoint\n"
+              "world, step = World(0, 1, torch.device('cpu')), 0\n"
               "while True:\n"
               "    step += 1\n"
               "    state = {'step': step, 'w': torch.full((400_000,), float(step))}\n"
-              "    common.save_checkpoint(sys.argv[2], state, world)\n"
+              "    save_checkpoint(sys.argv[2], state, world)\n"
               "    print(step, flush=True)\n")
     command = [sys.executable, "-c", script, str(Path(common.__file__).parent), str(tmp_path)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -186,23 +190,23 @@ def test_kill_while_saving_leaves_a_readable_checkpoint(tmp_path):
     process.send_signal(signal.SIGKILL)
     done = max([done, *map(int, process.stdout.read().split())])
     process.wait()
-    saved = common.load_checkpoint(tmp_path, ALONE)
+    saved = load_checkpoint(tmp_path, ALONE)
     assert saved["step"] in (done, done + 1) and (saved["w"] == saved["step"]).all()
 
 
 def test_resume_refuses_what_cannot_change_and_prints_what_did(capsys):
     before = dataclasses.asdict(Config(lr=1.0, max_steps=5))
-    common.check_resume(before, Config(lr=2.0, max_steps=5), {"corpus": "a"}, {"corpus": "a"}, ("max_steps",))
+    check_resume(before, Config(lr=2.0, max_steps=5), {"corpus": "a"}, {"corpus": "a"}, ("max_steps",))
     assert "--lr was 1.0, is 2.0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--max_steps was 5"):
-        common.check_resume(before, Config(lr=1.0, max_steps=6), {}, {}, ("max_steps",))
+        check_resume(before, Config(lr=1.0, max_steps=6), {}, {}, ("max_steps",))
     with pytest.raises(SystemExit, match="corpus is not what"):
-        common.check_resume(before, Config(lr=1.0, max_steps=5), {"corpus": "a"}, {"corpus": "b"}, ())
+        check_resume(before, Config(lr=1.0, max_steps=5), {"corpus": "a"}, {"corpus": "b"}, ())
 
 
 def test_second_run_moves_the_first_aside(tmp_path):
     for n in range(3):
-        common.open_run(tmp_path / "run", Config(max_steps=n + 1), ALONE, {})
+        open_run(tmp_path / "run", Config(max_steps=n + 1), ALONE, {})
     steps = {folder.name: json.loads((folder / "config.json").read_text())["config"]["max_steps"]
              for folder in tmp_path.iterdir()}
     assert steps == {"run": 3, "run.1": 1, "run.2": 2}
@@ -210,45 +214,45 @@ def test_second_run_moves_the_first_aside(tmp_path):
 
 def test_finished_run_is_found_only_when_all_is_equal(tmp_path):
     cfg, hashes = Config(), {"corpus": "a"}
-    folder = common.open_run(tmp_path / "run", cfg, ALONE, hashes)
-    assert common.finished_run(folder, cfg, hashes) is None
+    folder = open_run(tmp_path / "run", cfg, ALONE, hashes)
+    assert finished_run(folder, cfg, hashes) is None
     common.write_json(folder / "results.json", {"score": 1, "finished": 2.0})
-    assert common.finished_run(folder, cfg, hashes)["score"] == 1
-    assert common.finished_run(folder, Config(resume=True), hashes)["score"] == 1
-    assert common.finished_run(folder, Config(lr=2.0), hashes) is None
-    assert common.finished_run(folder, cfg, {"corpus": "b"}) is None
+    assert finished_run(folder, cfg, hashes)["score"] == 1
+    assert finished_run(folder, Config(resume=True), hashes)["score"] == 1
+    assert finished_run(folder, Config(lr=2.0), hashes) is None
+    assert finished_run(folder, cfg, {"corpus": "b"}) is None
 
 
 def test_log_cuts_what_came_after_the_checkpoint(tmp_path):
-    log = common.Log(tmp_path, ALONE)
+    log = Log(tmp_path, ALONE)
     for step in (10, 20, 30):
         log.write(step=step)
     with log.path.open("a") as f:
         f.write('{"step": 4')  # a kill in the middle of a line
-    common.Log(tmp_path, ALONE, 2).write(step=25)
+    Log(tmp_path, ALONE, 2).write(step=25)
     assert [json.loads(line)["step"] for line in log.path.read_text().splitlines()] == [10, 20, 25]
-    common.Log(tmp_path, ALONE)
+    Log(tmp_path, ALONE)
     assert log.path.read_text() == ""
 
 
 def test_nan_names_the_term_the_step_and_the_checkpoint(tmp_path):
     values = torch.zeros(20, 2)
-    common.check_finite(values, 40, ["mlm", "crd"], tmp_path)
+    check_finite(values, 40, ["mlm", "crd"], tmp_path)
     values[7, 1] = float("nan")
     with pytest.raises(SystemExit, match="crd loss is nan at step 47; start anew"):
-        common.check_finite(values, 40, ["mlm", "crd"], tmp_path)
+        check_finite(values, 40, ["mlm", "crd"], tmp_path)
     (tmp_path / "checkpoint.pt").write_bytes(b"x")
     with pytest.raises(SystemExit, match="at step 47; the last good checkpoint is .*checkpoint.pt"):
-        common.check_finite(values, 45, ["mlm", "crd"], tmp_path)
+        check_finite(values, 45, ["mlm", "crd"], tmp_path)
 
 
 def test_interrupt_is_due_after_a_signal_and_after_the_time():
-    interrupt = common.Interrupt()
+    interrupt = Interrupt()
     assert not interrupt.due(ALONE)
     os.kill(os.getpid(), signal.SIGTERM)
     assert interrupt.due(ALONE) and interrupt.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == interrupt.before[signal.SIGTERM]
-    late = common.Interrupt(max_minutes=1e-9)
+    late = Interrupt(max_minutes=1e-9)
     time.sleep(0.01)
     assert late.due(ALONE) and late.reason == "--max_minutes"
     late.release()
@@ -259,22 +263,22 @@ def test_model_folder_takes_either_level(tmp_path):
     (tmp_path / "run" / "model" / "config.json").write_text("{}")
     (tmp_path / "run" / "config.json").write_text("{}")
     (tmp_path / "run" / "log.jsonl").write_text("")
-    assert common.model_folder(tmp_path / "run", "--teacher") == tmp_path / "run" / "model"
-    assert common.model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
+    assert model_folder(tmp_path / "run", "--teacher") == tmp_path / "run" / "model"
+    assert model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
     with pytest.raises(SystemExit, match="--teacher"):
-        common.model_folder(tmp_path, "--teacher")
+        model_folder(tmp_path, "--teacher")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_freed_memory_returns_to_the_system_when_asked():
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    common.keep_freed_memory()
+    keep_freed_memory()
     try:
         tensors = [torch.ones(5_000_000) for _ in range(20)]  # 400 MB
         del tensors[::2]  # holes in the heap, as batches of different lengths leave them
         before = resident()
-        common.return_freed_memory()
+        return_freed_memory()
         assert resident() < before - 150
     finally:
-        common.keep_freed_memory(False)
+        keep_freed_memory(False)

@@ -11,6 +11,7 @@ import html
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -24,6 +25,11 @@ import pytest
 import torch
 
 import data
+from parts.vocab import OPENAI_CLIP, SPECIALS, CLIPVocab, Vocab, load_clip_vocab, load_vocab
+from prepare import packing, world
+from prepare.commands import main
+from prepare.packing import cached_words, pack_text, pack_videos, pack_xtext, read_captions, train_vocab
+from prepare.world import ACTIONS, EFFECTS, MISHAPS, PROPERTIES, TASK_SIZES, demo_xtext, make_demo
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "the a cat dog sat on mat ran far and near , . ! [ ] ' e m".split()
@@ -71,7 +77,7 @@ HARD_IDS = [[int(i) for i in line.split()] for line in """\
 
 @pytest.fixture
 def vocab():
-    return data.Vocab(list(data.SPECIALS) + WORDS + ["##s", "##at"])
+    return Vocab(list(SPECIALS) + WORDS + ["##s", "##at"])
 
 
 def stop_line(function, *args, **kw):
@@ -121,27 +127,27 @@ def test_ids_equal_tokenizers_berts_cased_and_uncased(real_data, bert_vocab):
         theirs = BertWordPieceTokenizer(
             str(real_data / "vocab" / "bert-base-uncased-vocab.txt"), lowercase=lower
         )
-        ours = data.Vocab(bert_vocab.tokens, lower, lower)
+        ours = Vocab(bert_vocab.tokens, lower, lower)
         assert ours.encode(text) == [e.ids for e in theirs.encode_batch(text, add_special_tokens=False)]
 
 
 def test_vocab_survives_every_file_it_is_kept_in(vocab, tmp_path):
-    cased = data.Vocab(vocab.tokens + ["The"], lower=False, strip_accents=False)
+    cased = Vocab(vocab.tokens + ["The"], lower=False, strip_accents=False)
     for v in (vocab, cased):
         v.save(tmp_path / v.hash)
         (tmp_path / v.hash[:9]).mkdir()
         v.tokenizer.save(str(tmp_path / v.hash[:9] / "tokenizer.json"))
         (tmp_path / f"{v.hash}.txt").write_text("the cat")
-        data.pack_text([tmp_path / f"{v.hash}.txt"], v, tmp_path / f"{v.hash}.h5")
+        pack_text([tmp_path / f"{v.hash}.txt"], v, tmp_path / f"{v.hash}.h5")
         for place in (v.hash, f"{v.hash}/vocab.txt", v.hash[:9], f"{v.hash}.h5"):
-            again = data.load_vocab(tmp_path / place)
+            again = data.open_vocab(tmp_path / place)
             assert (again.tokens, again.lower, again.strip_accents, again.hash) == (
                 v.tokens,
                 v.lower,
                 v.strip_accents,
                 v.hash,
             )
-    assert vocab.hash != data.Vocab(vocab.tokens, lower=False).hash != data.Vocab(vocab.tokens[::-1]).hash
+    assert vocab.hash != Vocab(vocab.tokens, lower=False).hash != Vocab(vocab.tokens[::-1]).hash
     assert vocab.decode(vocab.encode(["the cats , sat"])[0]) == "the cats, sat"
 
 
@@ -161,7 +167,7 @@ def test_vocab_survives_every_file_it_is_kept_in(vocab, tmp_path):
 def test_vocab_that_is_none_ends_in_one_line(tmp_path, name, content, says):
     path = tmp_path / name
     path.mkdir() if name.endswith("/") else path.write_bytes(content)
-    assert says in stop_line(data.load_vocab, path) and str(path) in stop_line(data.load_vocab, path)
+    assert says in stop_line(data.open_vocab, path) and str(path) in stop_line(data.open_vocab, path)
 
 
 @pytest.mark.parametrize("model", ["[1]", '"x"', '{"merges": [1]}', '{"merges": [], "vocab": {}, '
@@ -170,7 +176,7 @@ def test_tokenizer_json_of_another_form_is_one_line(tmp_path, model):
     path = tmp_path / "tokenizer.json"
     for more in ("", ', "added_tokens": null', ', "added_tokens": [1]'):
         path.write_text(f'{{"model": {model}, "normalizer": "Lowercase", "pre_tokenizer": ["ByteLevel"]{more}}}')
-        for load in (data.load_clip_vocab, data.load_vocab):
+        for load in (load_clip_vocab, load_vocab):
             assert "tokenizer.json: " in stop_line(load, path)
 
 
@@ -184,7 +190,7 @@ def test_tokenizer_json_of_others_is_refused_where_ids_would_differ(vocab, tmp_p
         (("added_tokens", [{"id": 99, "content": "<new>"}]), "<new>"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | dict([change])))
-        assert says in stop_line(data.load_vocab, tmp_path)
+        assert says in stop_line(load_vocab, tmp_path)
 
 
 def test_trained_vocabulary_is_deterministic_and_complete(tmp_path):
@@ -194,7 +200,7 @@ def test_trained_vocabulary_is_deterministic_and_complete(tmp_path):
     (tmp_path / "a.txt").write_text(text)
     (tmp_path / "c.json").write_text(json.dumps({"v": {"start": [0], "end": [1], "text": ["Größe jazz"]}}))
     sources = [tmp_path / "a.txt", tmp_path / "c.json"]
-    first = data.train_vocab(sources, tmp_path / "v1.txt", 90)
+    first = train_vocab(sources, tmp_path / "v1.txt", 90)
     # another process has another hash seed, which is what makes the trainer's own order change
     subprocess.run(
         [sys.executable, ROOT / "data.py", "vocab", *sources, "--size", "90", "--out", tmp_path / "v2.txt"],
@@ -202,10 +208,10 @@ def test_trained_vocabulary_is_deterministic_and_complete(tmp_path):
         capture_output=True,
     )
     assert (tmp_path / "v1.txt").read_bytes() == (tmp_path / "v2.txt").read_bytes()
-    assert first.hash == data.load_vocab(tmp_path / "v1.txt").hash and first.size == 90
+    assert first.hash == load_vocab(tmp_path / "v1.txt").hash and first.size == 90
     assert first.unk not in sum(first.encode(text.split("\n") + ["grosse jazz"]), [])
-    assert "--size 20" in stop_line(data.train_vocab, sources, tmp_path / "v3.txt", 20)
-    assert "exists" in stop_line(data.train_vocab, sources, tmp_path / "v1.txt", 90)
+    assert "--size 20" in stop_line(train_vocab, sources, tmp_path / "v3.txt", 20)
+    assert "exists" in stop_line(train_vocab, sources, tmp_path / "v1.txt", 90)
 
 
 # ---------------------------------------------------------------------------- CLIP's vocabulary
@@ -241,13 +247,13 @@ MERGES = ["t h", "th e</w>", "c a", "ca t</w>", "s a", "sa t</w>", "o n</w>", "d
 
 @pytest.fixture
 def clip():
-    return data.CLIPVocab(MERGES)
+    return CLIPVocab(MERGES)
 
 
 @pytest.fixture(scope="module")
 def openai(real_data):
     """OpenAI's own vocabulary, from the real data."""
-    return data.load_clip_vocab(real_data / "vocab" / "bpe_simple_vocab_16e6.txt.gz")
+    return load_clip_vocab(real_data / "vocab" / "bpe_simple_vocab_16e6.txt.gz")
 
 
 def plain_clip(vocab):
@@ -295,7 +301,7 @@ def plain_clip(vocab):
 def test_clip_ids_equal_openais(openai):
     assert openai.encode(list(CLIP_IDS)) == list(CLIP_IDS.values())
     assert openai.encode(list(CLIP_IDS) * 9) == list(CLIP_IDS.values()) * 9  # the threaded path
-    assert openai.hash == data.OPENAI_CLIP and openai.size == 49408 and openai.dtype == np.uint16
+    assert openai.hash == OPENAI_CLIP and openai.size == 49408 and openai.dtype == np.uint16
     assert [openai.start, openai.end, openai.cls, openai.sep] == [49406, 49407] * 2
     assert openai.specials == [49406, 49407] and (openai.pad, openai.unk) == (0, -1)
     assert openai.tokens[0] == "!" and openai.tokens[49406:] == ["<|startoftext|>", "<|endoftext|>"]
@@ -331,13 +337,13 @@ def test_clip_vocab_survives_every_file_it_is_kept_in(clip, vocab, tmp_path):
     (tmp_path / "older.json").write_text(json.dumps(saved))
     for name in ("plain.txt", "dos.txt", "m.txt.gz", "theirs", "slow", "saved", "saved/tokenizer.json",
                  "older.json"):
-        again = data.load_clip_vocab(tmp_path / name)
-        assert (again.hash, again.tokens) == (clip.hash, clip.tokens) and again.hash != data.OPENAI_CLIP
+        again = load_clip_vocab(tmp_path / name)
+        assert (again.hash, again.tokens) == (clip.hash, clip.tokens) and again.hash != OPENAI_CLIP
         assert again.encode(["the cat's Dog"]) == clip.encode(["the cat's Dog"])
     assert clip.size == 514 + len(MERGES) and clip.decode(clip.encode(["The  cat"])[0]) == "the cat"
     vocab.save(tmp_path / "words")
     for name in ("words", "words/vocab.txt"):
-        assert data.load_clip_vocab(tmp_path / name).hash == vocab.hash
+        assert load_clip_vocab(tmp_path / name).hash == vocab.hash
     assert (vocab.start, vocab.end) == (vocab.cls, vocab.sep)
 
 
@@ -370,7 +376,7 @@ def test_clip_vocab_that_is_none_ends_in_one_line(clip, tmp_path, name, change, 
         content = json.loads(path.read_text())
         content["model"] |= change
         path.write_text(json.dumps(content))
-    line = stop_line(data.load_clip_vocab, path)
+    line = stop_line(load_clip_vocab, path)
     assert says in line and str(path) in line
 
 
@@ -381,7 +387,7 @@ def test_clip_vocab_opens_in_transformers(openai, real_data, tmp_path):
     text = (real_data / "text" / "wiki.valid.raw").read_text(encoding="utf-8").split("\n")[:400]
     assert theirs(text)["input_ids"] == [[49406, *ids, 49407] for ids in openai.encode(text)]
     theirs.save_pretrained(tmp_path / "theirs")
-    assert data.load_clip_vocab(tmp_path / "theirs").hash == openai.hash
+    assert load_clip_vocab(tmp_path / "theirs").hash == openai.hash
 
 
 # ---------------------------------------------------------------------------- packed text
@@ -394,7 +400,7 @@ def test_packed_text_equals_encoding_line_by_line(bert_vocab, tmp_path):
         for _ in range(300)
     )
     (tmp_path / "t.txt").write_bytes(("\n\n" + text).encode())
-    counts = data.pack_text([tmp_path / "t.txt"], bert_vocab, tmp_path / "t.h5")
+    counts = pack_text([tmp_path / "t.txt"], bert_vocab, tmp_path / "t.h5")
     plain = by_line(bert_vocab, text)
     attributes, vocab, maps = data.open_packed(tmp_path / "t.h5", "text")
     assert (
@@ -411,9 +417,9 @@ def test_packed_text_equals_encoding_line_by_line(bert_vocab, tmp_path):
 def test_packed_real_text_equals_encode_batch(real_data, bert_vocab, tmp_path, monkeypatch):
     source = real_data / "text" / "wiki.valid.raw"
     monkeypatch.setattr(
-        data.cached_words, "__defaults__", (8, 2000)
+        cached_words, "__defaults__", (8, 2000)
     )  # a full cache, and words it does not keep
-    data.pack_text([source], bert_vocab, tmp_path / "t.h5")
+    pack_text([source], bert_vocab, tmp_path / "t.h5")
     lines = source.read_text(encoding="utf-8").split("\n")
     plain, inside = [], False
     for line, ids in zip(lines, bert_vocab.encode(lines)):
@@ -428,7 +434,7 @@ def test_packed_real_text_equals_encode_batch(real_data, bert_vocab, tmp_path, m
 def test_long_lines_and_pieces_do_not_change_ids(vocab, tmp_path):
     line = "the cat sat " * 200_000  # 2.4 MB without a line end
     (tmp_path / "t.txt").write_text(line + "\n\n" + line)
-    data.pack_text([tmp_path / "t.txt"], vocab, tmp_path / "t.h5")
+    pack_text([tmp_path / "t.txt"], vocab, tmp_path / "t.h5")
     one = vocab.encode(["the cat sat"])[0] * 200_000 + [vocab.sep]
     assert data.open_packed(tmp_path / "t.h5")[2]["tokens"].tolist() == one + one
 
@@ -439,16 +445,16 @@ def test_captions_pack_as_text_one_document_a_video(vocab, tmp_path):
         "a": {"start": [], "end": [], "text": []},
     }
     (tmp_path / "c.json").write_text(json.dumps(rows))
-    data.pack_text([tmp_path / "c.json"], vocab, tmp_path / "c.h5")
+    pack_text([tmp_path / "c.json"], vocab, tmp_path / "c.h5")
     assert data.open_packed(tmp_path / "c.h5")[2]["tokens"].tolist() == vocab.encode(["the dog cat ran"])[
         0
     ] + [vocab.sep]
 
 
 def test_large_vocabularies_pack_as_uint32(vocab, tmp_path):
-    large = data.Vocab(vocab.tokens + [f"w{i}" for i in range(70_000)])
+    large = Vocab(vocab.tokens + [f"w{i}" for i in range(70_000)])
     (tmp_path / "t.txt").write_text("the w69999 w3")
-    data.pack_text([tmp_path / "t.txt"], large, tmp_path / "t.h5")
+    pack_text([tmp_path / "t.txt"], large, tmp_path / "t.h5")
     tokens = data.open_packed(tmp_path / "t.h5")[2]["tokens"]
     assert tokens.dtype == np.uint32 and large.decode(tokens) == "the w69999 w3 [SEP]"
 
@@ -458,25 +464,25 @@ def test_text_mistakes_end_in_one_line_and_leave_nothing(vocab, tmp_path, monkey
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "good.txt").write_text("the cat")
     out = tmp_path / "out.h5"
-    assert "not UTF-8 near byte 75" in stop_line(data.pack_text, [tmp_path / "latin.txt"], vocab, out)
-    assert "no text" in stop_line(data.pack_text, [tmp_path / "empty.txt"], vocab, out)
+    assert "not UTF-8 near byte 75" in stop_line(pack_text, [tmp_path / "latin.txt"], vocab, out)
+    assert "no text" in stop_line(pack_text, [tmp_path / "empty.txt"], vocab, out)
     gone = stop_line(
-        data.pack_text, [tmp_path / "x.txt", tmp_path / "good.txt", tmp_path / "y.txt"], vocab, out
+        pack_text, [tmp_path / "x.txt", tmp_path / "good.txt", tmp_path / "y.txt"], vocab, out
     )
     assert "x.txt" in gone and "y.txt" in gone and "good.txt" not in gone
     assert "no folder" in stop_line(
-        data.pack_text, [tmp_path / "good.txt"], vocab, tmp_path / "no" / "out.h5"
+        pack_text, [tmp_path / "good.txt"], vocab, tmp_path / "no" / "out.h5"
     )
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: data.shutil._ntuple_diskusage(9, 9, 0))
-    assert "GB are free" in stop_line(data.pack_text, [tmp_path / "good.txt"], vocab, out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    assert "GB are free" in stop_line(pack_text, [tmp_path / "good.txt"], vocab, out)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "good.txt", "latin.txt"]
     monkeypatch.undo()
-    data.pack_text([tmp_path / "good.txt"], vocab, out)
-    assert "exists" in stop_line(data.pack_text, [tmp_path / "good.txt"], vocab, out)
+    pack_text([tmp_path / "good.txt"], vocab, out)
+    assert "exists" in stop_line(pack_text, [tmp_path / "good.txt"], vocab, out)
 
 
 def test_terminated_packing_leaves_nothing(tmp_path):
-    (tmp_path / "v.txt").write_text("\n".join(data.SPECIALS) + "\nthe\n")
+    (tmp_path / "v.txt").write_text("\n".join(SPECIALS) + "\nthe\n")
     (tmp_path / "t.txt").write_text("the the\n" * 1000)
     os.mkfifo(tmp_path / "late.txt")  # a pipe that never ends: the packer waits in the middle of its work
     code = (
@@ -515,10 +521,10 @@ def test_ctrl_c_while_packing_leaves_nothing(vocab, tmp_path, monkeypatch):
 
     vocab.save(tmp_path)
     (tmp_path / "t.txt").write_text("the cat")
-    monkeypatch.setattr(data, "write_packed", stop)
+    monkeypatch.setattr(packing, "write_packed", stop)
     before = sorted(tmp_path.iterdir())
     line = stop_line(
-        data.main, ["text", f"{tmp_path}/t.txt", "--vocab", f"{tmp_path}", "--out", f"{tmp_path}/o.h5"]
+        main, ["text", f"{tmp_path}/t.txt", "--vocab", f"{tmp_path}", "--out", f"{tmp_path}/o.h5"]
     )
     assert "interrupted" in line and sorted(tmp_path.iterdir()) == before
 
@@ -531,7 +537,7 @@ def shards(vocab, tmp_path):
     """Two shards of 1,003 and 502 tokens; token i is an ordinary id, never the same for 17 tokens."""
     for name, n in (("s0", 1002), ("s1", 501)):
         (tmp_path / f"{name}.txt").write_text(" ".join(WORDS[:7][(i * i + i // 7) % 7] for i in range(n)))
-        data.pack_text([tmp_path / f"{name}.txt"], vocab, tmp_path / f"{name}.h5")
+        pack_text([tmp_path / f"{name}.txt"], vocab, tmp_path / f"{name}.h5")
     return str(tmp_path / "s?.h5")
 
 
@@ -571,8 +577,8 @@ def test_val_is_the_last_percent(demo):
 
 
 def test_blocks_refuse_what_they_cannot_read(shards, vocab, tmp_path):
-    other = data.Vocab(vocab.tokens, lower=False)
-    data.pack_text([tmp_path / "s1.txt"], other, tmp_path / "s2.h5")
+    other = Vocab(vocab.tokens, lower=False)
+    pack_text([tmp_path / "s1.txt"], other, tmp_path / "s2.h5")
     assert "s2.h5: packed with another vocabulary" in stop_line(data.TextBlocks, shards, 12)
     assert "no such file" in stop_line(data.TextBlocks, str(tmp_path / "x*.h5"), 12)
     assert "too few" in stop_line(data.TextBlocks, str(tmp_path / "s0.h5"), 1003)
@@ -628,10 +634,10 @@ def test_packed_pairs_are_both_tokenizers_ids_aligned_at_words(vocab, clip, tmp_
     text = "\n".join([ODD, *("".join(rng.permutation(HARD)[:4]) + rng.choice(["", "\n", " \n"])
                              for _ in range(100))])
     (tmp_path / "t.txt").write_bytes(text.encode())
-    cased = data.Vocab(vocab.tokens, lower=False, strip_accents=False)
+    cased = Vocab(vocab.tokens, lower=False, strip_accents=False)
     for name, other in (("bpe", clip), ("words", cased), ("same", vocab)):
         path = tmp_path / f"{name}.h5"
-        counts = data.pack_xtext([tmp_path / "t.txt"], vocab, other, path)
+        counts = pack_xtext([tmp_path / "t.txt"], vocab, other, path)
         maps, plain = packed(path), aligned_pairs(text, vocab, other)
         for key, expected in zip(("tokens", "clip_tokens", "clip_counts"), plain):
             assert maps[key].tolist() == expected, key
@@ -645,18 +651,18 @@ def test_packed_pairs_are_both_tokenizers_ids_aligned_at_words(vocab, clip, tmp_
         stored = stored, data.stored_clip_vocab(path, attributes, stored, raw)
         assert [v.hash for v in stored] == [vocab.hash, other.hash] and type(stored[1]) is type(other)
         assert stored[1].encode(HARD) == other.encode(HARD)
-    monkeypatch.setattr(data.cached_words, "__defaults__", (8, 40))  # a full cache, words it does not keep
-    data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "again.h5")
+    monkeypatch.setattr(cached_words, "__defaults__", (8, 40))  # a full cache, words it does not keep
+    pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "again.h5")
     hashes = [data.open_packed(tmp_path / f"{name}.h5")[0]["hash"] for name in ("bpe", "again", "words")]
     assert hashes[0] == hashes[1] != hashes[2]
-    data.pack_text([tmp_path / "t.txt"], vocab, tmp_path / "text.h5")
+    pack_text([tmp_path / "t.txt"], vocab, tmp_path / "text.h5")
     assert np.array_equal(packed(tmp_path / "text.h5")["tokens"], packed(tmp_path / "bpe.h5")["tokens"])
 
 
 def test_packed_pairs_of_real_text(real_data, bert_vocab, openai, tmp_path):
     text = (real_data / "text" / "wiki.valid.raw").read_text(encoding="utf-8")[:200_000]
     (tmp_path / "t.txt").write_bytes(text.encode())
-    data.pack_xtext([tmp_path / "t.txt"], bert_vocab, openai, tmp_path / "t.h5")
+    pack_xtext([tmp_path / "t.txt"], bert_vocab, openai, tmp_path / "t.h5")
     maps, lines = packed(tmp_path / "t.h5"), [line for line in text.split("\n") if line.strip()]
     assert np.array_equal(maps["clip_tokens"], np.concatenate(openai.encode(lines)))
     words, counts = sum(len(line.split()) for line in lines), maps["clip_counts"].astype(int)
@@ -672,11 +678,11 @@ def test_packed_pairs_of_real_text(real_data, bert_vocab, openai, tmp_path):
 def test_clip_tokens_of_an_endless_word_stand_at_the_pieces_behind_it(vocab, clip, tmp_path, capsys):
     most, n = 65535, 100_000
     (tmp_path / "t.txt").write_text("\xe9" * (n // 2) + " the cat")  # one [UNK], two bytes a letter
-    counts = data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "t.h5")
+    counts = pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "t.h5")
     assert packed(tmp_path / "t.h5")["clip_counts"].tolist() == [most, n - most + 1, 1, 0] and (
         counts["clip_cut"] == 0)
     (tmp_path / "t.txt").write_text("\xe9" * n)
-    counts = data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "cut.h5")
+    counts = pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "cut.h5")
     assert packed(tmp_path / "cut.h5")["clip_counts"].tolist() == [most, most]  # [UNK] [SEP]
     assert counts["clip_cut"] == 2 * n - 2 * most and f"last {2 * n - 2 * most:,}" in capsys.readouterr().out
 
@@ -686,7 +692,7 @@ def test_packing_pairs_needs_no_more_memory_for_more_text(vocab, clip, tmp_path)
     for size in (3, 5):  # MB
         (tmp_path / "t.txt").write_text(("the cat sat on " + "a" * 200 + " mats\n") * (size * 10 ** 6 // 221))
         tracemalloc.start()
-        data.pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / f"{size}.h5")
+        pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / f"{size}.h5")
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.2 * peaks[0]
@@ -702,18 +708,18 @@ def test_mistakes_while_packing_pairs_end_in_one_line_and_leave_nothing(vocab, c
     before = sorted(tmp_path.iterdir())
     argv = ["xtext", f"{tmp_path}/t.txt", "--vocab", f"{tmp_path}"]
     argv += ["--out", f"{tmp_path}/o.h5", "--clip_vocab"]
-    assert "openai/CLIP" in stop_line(data.main, [*argv, f"{tmp_path}/bpe_simple_vocab_16e6.txt.gz"])
-    assert "no text" in stop_line(data.pack_xtext, [tmp_path / "empty.txt"], vocab, clip, tmp_path / "o.h5")
-    assert "no such file" in stop_line(data.pack_xtext, [tmp_path / "x.txt"], vocab, clip, tmp_path / "o.h5")
-    monkeypatch.setattr(data, "write_packed", stop)
-    assert "interrupted" in stop_line(data.main, [*argv, f"{tmp_path}"])
+    assert "openai/CLIP" in stop_line(main, [*argv, f"{tmp_path}/bpe_simple_vocab_16e6.txt.gz"])
+    assert "no text" in stop_line(pack_xtext, [tmp_path / "empty.txt"], vocab, clip, tmp_path / "o.h5")
+    assert "no such file" in stop_line(pack_xtext, [tmp_path / "x.txt"], vocab, clip, tmp_path / "o.h5")
+    monkeypatch.setattr(packing, "write_packed", stop)
+    assert "interrupted" in stop_line(main, [*argv, f"{tmp_path}"])
     monkeypatch.undo()
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda _: data.shutil._ntuple_diskusage(9, 9, 0))
-    assert "GB are free" in stop_line(data.main, [*argv, f"{tmp_path}"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    assert "GB are free" in stop_line(main, [*argv, f"{tmp_path}"])
     monkeypatch.undo()
     assert sorted(tmp_path.iterdir()) == before
-    data.main([*argv, f"{tmp_path}"])
-    assert "exists" in stop_line(data.main, [*argv, f"{tmp_path}"])
+    main([*argv, f"{tmp_path}"])
+    assert "exists" in stop_line(main, [*argv, f"{tmp_path}"])
 
 
 @pytest.fixture
@@ -723,7 +729,7 @@ def pairs(vocab, clip, tmp_path):
     for name, n in (("p0", 900), ("p1", 500)):
         words = rng.choice(["the", "cat's", "dog", "unknownly", "\x07", "a", "sat", "!", "cats"], n)
         (tmp_path / f"{name}.txt").write_text(" ".join(words))
-        data.pack_xtext([tmp_path / f"{name}.txt"], vocab, clip, tmp_path / f"{name}.h5")
+        pack_xtext([tmp_path / f"{name}.txt"], vocab, clip, tmp_path / f"{name}.h5")
     return str(tmp_path / "p?.h5")
 
 
@@ -768,8 +774,8 @@ def test_pair_blocks_bring_the_clip_tokens_of_their_words(pairs, vocab, clip):
 
 def test_a_block_without_clip_tokens_still_has_start_and_end(vocab, clip, tmp_path):
     (tmp_path / "t.txt").write_text("sats cats")  # blocks s, ##at, ##s, ...: a word's first has its tokens
-    words = data.Vocab([*data.SPECIALS, "s", "##at", "##s", "c"])
-    data.pack_xtext([tmp_path / "t.txt"], words, clip, tmp_path / "t.h5")
+    words = Vocab([*SPECIALS, "s", "##at", "##s", "c"])
+    pack_xtext([tmp_path / "t.txt"], words, clip, tmp_path / "t.h5")
     blocks = data.PairBlocks(tmp_path / "t.h5", 3, segments=3, length=5)
     pair = blocks.clip_batch([1, 2])
     assert pair["clip_ids"].tolist() == [[clip.start, clip.end]] * 2 and pair["clip_mask"].all()
@@ -779,15 +785,15 @@ def test_a_block_without_clip_tokens_still_has_start_and_end(vocab, clip, tmp_pa
 
 
 def test_pair_blocks_refuse_what_they_cannot_read(pairs, vocab, clip, tmp_path):
-    source, more = tmp_path / "p1.txt", data.CLIPVocab([*MERGES, "do o"])
-    data.pack_text([source], vocab, tmp_path / "text.h5")
+    source, more = tmp_path / "p1.txt", CLIPVocab([*MERGES, "do o"])
+    pack_text([source], vocab, tmp_path / "text.h5")
     line = stop_line(data.PairBlocks, tmp_path / "text.h5", 12)
     assert "holds packed text, not xtext" in line and "data.py xtext" in line
     assert "not text" in stop_line(data.TextBlocks, pairs, 12)
-    data.pack_xtext([source], vocab, more, tmp_path / "p2.h5")
+    pack_xtext([source], vocab, more, tmp_path / "p2.h5")
     assert "p2.h5: its CLIP side was packed with another" in stop_line(data.PairBlocks, pairs, 12)
     (tmp_path / "p2.h5").unlink()
-    data.pack_xtext([source], data.Vocab(vocab.tokens, lower=False), clip, tmp_path / "p2.h5")
+    pack_xtext([source], Vocab(vocab.tokens, lower=False), clip, tmp_path / "p2.h5")
     assert "p2.h5: packed with another vocabulary" in stop_line(data.PairBlocks, pairs, 12)
     assert "data.py xtext" in stop_line(data.PairBlocks, str(tmp_path / "x.h5"), 12)
     assert "data.py xtext" in stop_line(data.PairBlocks, str(tmp_path / "x*.h5"), 12)
@@ -1023,7 +1029,7 @@ def howto(folder, videos=("v0", "v1", "v2", "v3"), seconds=10, d2=4, d3=3):
 
 
 def test_packed_videos_hold_what_the_files_hold(vocab, tmp_path):
-    counts = data.pack_videos(vocab=vocab, **howto(tmp_path))
+    counts = pack_videos(vocab=vocab, **howto(tmp_path))
     assert counts == {"videos": 4, "captions": 12, "frames": 40, "tokens": 4 * 12, "problems": 0}
     maps = packed(tmp_path / "videos.h5")
     assert maps["frames"].dtype == np.float16 and maps["frames"].shape == (40, 7)
@@ -1046,7 +1052,7 @@ def test_packed_videos_hold_what_the_files_hold(vocab, tmp_path):
 
 
 def test_captions_join_and_bring_their_frames(vocab, tmp_path):
-    data.pack_videos(vocab=vocab, **howto(tmp_path))
+    pack_videos(vocab=vocab, **howto(tmp_path))
     train = data.VideoClips(tmp_path / "videos.h5", 11, val_clips=1)
     assert (train.d2, train.d3, train.features, len(train)) == (4, 3, 7, 9) and train.vocab.hash == vocab.hash
     batch = train.batch([0, 1, 5])
@@ -1152,7 +1158,7 @@ def broken(folder):
 
 def test_every_broken_file_is_reported_at_once(vocab, tmp_path, capsys):
     args = broken(tmp_path)
-    line = stop_line(data.pack_videos, vocab=vocab, **args)
+    line = stop_line(pack_videos, vocab=vocab, **args)
     said = capsys.readouterr().out
     assert line.startswith("videos: 17 problems in 18 videos (")
     for count in ("2 missing", "2 empty", "3 damaged", "2 not finite", "3 mis-shaped", "2 no captions"):
@@ -1184,7 +1190,7 @@ def test_every_broken_file_is_reported_at_once(vocab, tmp_path, capsys):
 
 
 def test_skip_bad_leaves_out_just_the_broken(vocab, tmp_path, capsys):
-    counts = data.pack_videos(vocab=vocab, skip_bad=True, **broken(tmp_path))
+    counts = pack_videos(vocab=vocab, skip_bad=True, **broken(tmp_path))
     said = capsys.readouterr().out
     assert (
         counts["problems"] == 17
@@ -1205,7 +1211,7 @@ def test_problems_on_screen_are_bounded_and_all_in_the_file(vocab, tmp_path, cap
     args = howto(tmp_path, [f"v{i}" for i in range(60)])
     for i in range(50):
         (tmp_path / "f2" / f"v{i}.npy").unlink()
-    assert "50 missing" in stop_line(data.pack_videos, vocab=vocab, **args)
+    assert "50 missing" in stop_line(pack_videos, vocab=vocab, **args)
     said = capsys.readouterr().out
     assert "and 30 more" in said and said.count("\n") == 21
     assert (tmp_path / "videos.h5.problems.txt").read_text().count("missing: ") == 50
@@ -1217,7 +1223,7 @@ def test_2d_alone_and_videos_without_words(vocab, tmp_path, capsys):
     captions["v1"]["text"] = ["", "\u200b", "cat"]
     args["captions"].write_text(json.dumps(captions))
     assert (
-        data.pack_videos(vocab=vocab, **args)["captions"] == 10
+        pack_videos(vocab=vocab, **args)["captions"] == 10
         and "2 captions without a word" in capsys.readouterr().out
     )
     clips = data.VideoClips(tmp_path / "videos.h5", 12, val_clips=1)
@@ -1242,7 +1248,7 @@ def test_2d_alone_and_videos_without_words(vocab, tmp_path, capsys):
 def test_malformed_lists_end_in_one_line(vocab, tmp_path, name, content, says):
     args = howto(tmp_path)
     args[name].write_text(content)
-    line = stop_line(data.pack_videos, vocab=vocab, skip_bad=True, **args)
+    line = stop_line(pack_videos, vocab=vocab, skip_bad=True, **args)
     assert says in line and not args["out"].exists() and not list(tmp_path.glob("*.tmp"))
 
 
@@ -1259,7 +1265,7 @@ def test_caption_file_is_read_in_pieces(tmp_path):
         (tmp_path / "c.json").write_text(
             json.dumps(rows, ensure_ascii=bool(indent), indent=indent), encoding="utf-8"
         )
-        got = list(data.read_captions(tmp_path / "c.json"))
+        got = list(read_captions(tmp_path / "c.json"))
         assert {video: row for video, row, _ in got} == rows and len(got) == 9000
         assert (tmp_path / "c.json").stat().st_size - sum(size for *_, size in got) < 1 << 20
 
@@ -1287,9 +1293,9 @@ def test_howto100m_path_with_real_captions(real_data, bert_vocab, tmp_path, caps
         tmp_path / "videos.h5",
         tmp_path / "3d",
     )
-    assert "1 problems in 12 videos (1 missing)" in stop_line(data.pack_videos, *args)
+    assert "1 problems in 12 videos (1 missing)" in stop_line(pack_videos, *args)
     assert f"{few[3][0]}.npy" in capsys.readouterr().out
-    counts = data.pack_videos(*args, skip_bad=True)
+    counts = pack_videos(*args, skip_bad=True)
     assert counts["videos"] == 11 and "424 videos with captions are not in" in capsys.readouterr().out
     clips = data.VideoClips(tmp_path / "videos.h5", 128, 512, val_clips=1)
     batch = clips.batch(clips.index(0, 0, 8, np.arange(8)))
@@ -1316,11 +1322,11 @@ def small_world(monkeypatch):
         ("SENTENCES", 900),
         ("TASK_SIZES", {"train": 40, "dev": 20, "dev_seen": 20}),
     ):
-        monkeypatch.setattr(data, name, value)
+        monkeypatch.setattr(world, name, value)
 
 
 def test_demo_is_a_function_of_its_seed(small_world, tmp_path):
-    a, b, c = (data.make_demo(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
+    a, b, c = (make_demo(tmp_path / name, seed) for name, seed in (("a", 3), ("b", 3), ("c", 4)))
     names = sorted(p.relative_to(a) for p in a.rglob("*") if p.is_file())
     assert names == sorted(p.relative_to(b) for p in b.rglob("*") if p.is_file()) and len(names) > 200
     assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
@@ -1337,28 +1343,28 @@ def test_demo_is_a_function_of_its_seed(small_world, tmp_path):
     assert any(worlds[0][n]["split"] != worlds[1][n]["split"] for n in both)
     assert any(worlds[0][n]["order"] != worlds[1][n]["order"] for n in both)
     before = (a / "world.json").stat().st_mtime_ns
-    assert data.make_demo(a, 3) == a and (a / "world.json").stat().st_mtime_ns == before
-    assert "not the demo world of seed 5" in stop_line(data.make_demo, a, 5)
+    assert make_demo(a, 3) == a and (a / "world.json").stat().st_mtime_ns == before
+    assert "not the demo world of seed 5" in stop_line(make_demo, a, 5)
 
 
 def test_demo_pairs_are_made_once_from_the_worlds_text(small_world, tmp_path, capsys):
-    from common import init_world
+    from run import init_world
 
-    world, folder = init_world("cpu"), data.make_demo(tmp_path / "w", 3)
-    path = data.demo_xtext(folder, world)
+    world, folder = init_world("cpu"), make_demo(tmp_path / "w", 3)
+    path = demo_xtext(folder, world)
     assert path == folder / "xcorpus.h5" and f"no {path} yet" in capsys.readouterr().out
     pairs, text = packed(path), packed(folder / "corpus.h5")
     assert np.array_equal(pairs["tokens"], text["tokens"])
     blocks = data.PairBlocks(path, 24)
     vocab, clip = blocks.vocab, blocks.clip_vocab
-    assert vocab is clip and vocab.hash == data.load_vocab(folder / "corpus.h5").hash
+    assert vocab is clip and vocab.hash == open_vocab(folder / "corpus.h5").hash
     assert np.array_equal(pairs["clip_tokens"], text["tokens"][text["tokens"] != vocab.sep])  # words alone
     before = path.stat().st_mtime_ns
-    assert data.demo_xtext(folder, world) == path and path.stat().st_mtime_ns == before
+    assert demo_xtext(folder, world) == path and path.stat().st_mtime_ns == before
     assert f"reused {path}" in capsys.readouterr().out
     with h5py.File(path, "a") as f:
         f.attrs["format"] = 0
-    data.demo_xtext(folder, world)
+    demo_xtext(folder, world)
     assert f"no {path} yet" in capsys.readouterr().out and data.open_packed(path)[0]["format"] == data.FORMAT
     blocks = data.PairBlocks(path, 48, segments=2, length=48)
     assert blocks.cut == 0 and blocks.used < 0.6  # a word that a block's end cuts is whole on CLIP's side
@@ -1368,9 +1374,9 @@ def test_interrupted_demo_leaves_nothing(small_world, tmp_path, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data, "pack_videos", stop)
+    monkeypatch.setattr(world, "pack_videos", stop)
     with pytest.raises(KeyboardInterrupt):
-        data.make_demo(tmp_path / "demo", 0)
+        make_demo(tmp_path / "demo", 0)
     assert not list(tmp_path.iterdir())
 
 
@@ -1391,12 +1397,12 @@ def test_demo_has_the_layouts_of_real_data(demo):
     materials = Counter((n["material"], n["split"]) for n in latents["nouns"].values())
     assert all(
         materials[m, "train"] + materials[m, "dev"] == 10 and materials[m, "dev"] in (3, 4)
-        for m in data.EFFECTS
+        for m in EFFECTS
     )
     for split, size in (("train", 65), ("dev", 35)):
         orders = Counter(n["order"] for n in latents["nouns"].values() if n["split"] == split)
         assert sum(orders.values()) == size and abs(orders["spins first"] - orders["tilts first"]) == 1
-    vocab = data.load_vocab(raw / "vocab.txt")
+    vocab = load_vocab(raw / "vocab.txt")
     whole = sum(noun in vocab.tokens for noun in latents["nouns"])
     assert 60 <= whole < 100  # most nouns are one piece, some are split
 
@@ -1405,8 +1411,8 @@ def test_demo_texts_never_tell_a_property(demo):
     raw = demo / "demo-s0" / "raw"
     latents = json.loads((raw / "latents.json").read_text())
     nouns = set(latents["nouns"])
-    outcomes = {e for of in data.EFFECTS.values() for e in of.values()} | {"spins", "tilts"}
-    never = {value for name in ("material", "colour", "size") for value in data.PROPERTIES[name]}
+    outcomes = {e for of in EFFECTS.values() for e in of.values()} | {"spins", "tilts"}
+    never = {value for name in ("material", "colour", "size") for value in PROPERTIES[name]}
     for clip in latents["clips"]:
         words = set(clip["text"].split())
         assert (
@@ -1430,7 +1436,7 @@ def test_demo_order_shows_in_motion_only(demo):
     latents = json.loads((demo / "demo-s0" / "raw" / "latents.json").read_text())["clips"]
     frames = packed(demo / "demo-s0" / "videos.h5")["frames"].astype(np.float32).reshape(8000, 6, 128)
     order = np.array([clip["order"] == "spins first" for clip in latents])
-    material = np.array([list(data.EFFECTS).index(clip["material"]) for clip in latents])
+    material = np.array([list(EFFECTS).index(clip["material"]) for clip in latents])
     nouns = sorted({clip["noun"] for clip in latents})
     noun = np.array([nouns.index(clip["noun"]) for clip in latents])
 
@@ -1484,13 +1490,13 @@ def read_task(folder, task, split):
 def test_tasks_are_true_balanced_and_split_by_noun(demo, task):
     raw = demo / "demo-s0" / "raw"
     nouns = json.loads((raw / "latents.json").read_text())["nouns"]
-    past = {text: action for action, (text, _) in data.ACTIONS.items()}
+    past = {text: action for action, (text, _) in ACTIONS.items()}
     seen = set()
 
     def effect(noun, action):
-        return data.EFFECTS[nouns[noun]["material"]][action]
+        return EFFECTS[nouns[noun]["material"]][action]
 
-    for split, size in data.TASK_SIZES.items():
+    for split, size in TASK_SIZES.items():
         rows = read_task(raw / "tasks", task, split)
         assert len(rows) == size == len(set(rows)) and not seen & set(rows)
         seen |= set(rows)
@@ -1501,7 +1507,7 @@ def test_tasks_are_true_balanced_and_split_by_noun(demo, task):
             assert named and all((nouns[noun]["split"] == "dev") == (split == "dev") for noun in named)
             action = next((past[word] for word in words if word in past), None)
             if task == "mishap":
-                true, wording = int(label) == (effect(named[0], action) in data.MISHAPS), action
+                true, wording = int(label) == (effect(named[0], action) in MISHAPS), action
             elif task == "entailment":
                 true = (label == "entailment") == (effect(named[0], action) == texts[1].split()[1])
                 wording = action, texts[1]
@@ -1542,11 +1548,11 @@ def test_demo_topics_say_nothing_about_materials(demo):
 def test_commands_do_what_the_issue_says(tmp_path, capsys):
     (tmp_path / "t.txt").write_text("the cat sat on the mat .\nthe dog ran .\n\na cat !\n" * 200)
     howto(tmp_path / "h")
-    data.main(["vocab", str(tmp_path / "t.txt"), "--size=40", "--out", str(tmp_path / "v.txt")])
-    data.main(
+    main(["vocab", str(tmp_path / "t.txt"), "--size=40", "--out", str(tmp_path / "v.txt")])
+    main(
         ["text", str(tmp_path / "t.txt"), "--vocab", str(tmp_path / "v.txt"), "--out", str(tmp_path / "c.h5")]
     )
-    data.main(
+    main(
         [
             "videos",
             "--captions",
@@ -1585,4 +1591,4 @@ def test_commands_do_what_the_issue_says(tmp_path, capsys):
 )
 def test_command_line_mistakes_are_one_line(argv, says, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert says in stop_line(data.main, argv)
+    assert says in stop_line(main, argv)

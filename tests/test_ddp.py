@@ -16,12 +16,19 @@ from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING
 from safetensors.torch import load_file
 
 import adapt_xdbert
-import common
 import data
 import distill
 import finetune
 import teacher
-from model import CLIPConfig, CLIPText, TaskModel
+from parts import examples as examples_room
+from data import open_vocab
+from model import CLIPConfig, CLIPText
+from parts.examples import load_examples
+from parts.tasks import TASKS, find_file
+from parts.vocab import load_vocab
+from parts.weights import load_task_model, save_clip
+from prepare.world import demo_xtext
+from run import World, end_world, init_world
 
 SCRIPTS = {"adapt": adapt_xdbert, "distill": distill, "teacher": teacher, "finetune": finetune}
 TUNED = ("mnli", "squad2", "swag", "stsb")  # a task of each kind
@@ -57,12 +64,12 @@ QUICK_ADAPTATION = dict(device="cpu", batch_size=12, segments=4, eval_blocks=13,
 
 def pairs_and_tower(world, out):
     """(packed pairs of texts of the demo world, folder of a random CLIP tower of 9 positions for them)."""
-    vocab = data.load_vocab(world / "corpus.h5")
+    vocab = open_vocab(world / "corpus.h5")
     torch.manual_seed(0)
     tower = CLIPText(CLIPConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, positions=9,
                                 projection=24))
-    tower.save_pretrained(out / "clip", vocab)
-    return str(data.demo_xtext(world, common.World(0, 1, torch.device("cpu")))), str(out / "clip")
+    save_clip(tower, out / "clip", vocab)
+    return str(demo_xtext(world, World(0, 1, torch.device("cpu")))), str(out / "clip")
 
 
 def adaptations(pairs, clip, language, out):
@@ -99,15 +106,15 @@ def in_both(found, out):
 
 def logits_of(folder, tasks, world):
     """{(task, EVAL_TOKENS): logits of its dev set} by evaluate, of folder's runs, in many batches and one."""
-    found, before = {}, finetune.EVAL_TOKENS
+    found, before = {}, examples_room.EVAL_TOKENS
     for name in TUNED:
-        task, run = finetune.TASKS[name], Path(folder, name, "s0", "model")
-        model, settings = TaskModel.from_pretrained(run)
-        path = finetune.find_file(task, tasks, task.evals[""])
-        examples = finetune.load_examples(task, path, data.load_vocab(run), settings["max_length"], "", "dev")
+        task, run = TASKS[name], Path(folder, name, "s0", "model")
+        model, settings = load_task_model(run)
+        path = find_file(task, tasks, task.evals[""])
+        examples = load_examples(task, path, load_vocab(run), settings["max_length"], "", "dev")
         assert len(examples) % 2 == 1
-        for finetune.EVAL_TOKENS in (150, before):
-            found[name, finetune.EVAL_TOKENS] = finetune.evaluate(model, examples, torch.float32, world)
+        for examples_room.EVAL_TOKENS in (150, before):
+            found[name, examples_room.EVAL_TOKENS] = finetune.evaluate(model, examples, torch.float32, world)
     return found
 
 
@@ -125,13 +132,13 @@ def worker(rank, port, todo, out, tasks):
     for script, flags, _ in todo.values():
         banks.clear()
         SCRIPTS[script].main(SCRIPTS[script].Config(**flags))
-        world = common.init_world("cpu")
+        world = init_world("cpu")
         for bank in banks[-1:]:  # bit for bit the same rows on both ranks
             for rows in (bank.z_s, bank.z_t):
                 both = world.gather(rows[None])
                 assert torch.equal(both[0], both[1]) and both[0].abs().sum() > 0
     torch.save(logits_of("two/tuned", tasks, world), f"logits{rank}.pt")
-    common.end_world()
+    end_world()
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +258,7 @@ def test_two_processes_fine_tune_what_one_does(both, job, task):
 @pytest.mark.parametrize("task", TUNED)
 def test_evaluation_with_two_processes_is_bit_equal_to_one(both, tiny_tasks, task):
     """An odd number of examples, in many batches, and in a single one that leaves a process without."""
-    alone = logits_of(both / "two" / "tuned", tiny_tasks, common.World(0, 1, torch.device("cpu")))
+    alone = logits_of(both / "two" / "tuned", tiny_tasks, World(0, 1, torch.device("cpu")))
     for rank in (0, 1):
         found = torch.load(both / f"logits{rank}.pt", weights_only=True)
         for key in alone:

@@ -23,15 +23,18 @@ from test_ddp import log_lines
 from test_scripts import refused, stop_at
 
 import common
-import data
 import distill
 import finetune
 import teacher
-from finetune import TASKS
-from model import (BERT, XDBERT, BERTConfig, CLIPText, TaskModel, VideoEncoder, load_clip_config,
-                   save_video_encoder)
+from model import BERT, XDBERT, BERTConfig, CLIPText, VideoEncoder
+from parts.examples import decide, load_examples
+from parts.tasks import DEMO_TASKS, DIAGNOSTIC, TASKS, find_file, measure, write_predictions
+from parts.vocab import CLIPVocab, load_clip_vocab, load_vocab
+from parts.weights import (load_bert, load_clip, load_clip_config, load_task_model, load_xdbert, save_bert,
+                           save_clip, save_video_encoder)
+from run import World, save_checkpoint
 
-WORLD = common.World(0, 1, torch.device("cpu"))
+WORLD = World(0, 1, torch.device("cpu"))
 LEARNED = "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1"  # in no order of the papers
 
 
@@ -141,7 +144,7 @@ def test_other_encoders_learn(trained_others, tiny_tasks, encoder, task):
 def test_mean_pooling_learns(finetune_config, encoder, task):
     run = only(finetune.main(finetune_config(task, encoder, pool="mean")))
     learned(run["scores"])
-    model, _ = TaskModel.from_pretrained(Path(run["folder"], "model"))
+    model, _ = load_task_model(Path(run["folder"], "model"))
     assert model.pool == "mean" and not any("pooler" in name for name in model.state_dict())
 
 
@@ -170,8 +173,8 @@ def test_frozen_encoder_is_bit_equal_to_the_start(finetune_config, tiny_bert, po
 
 def states(folder, run):
     """Tensors of the X-BERT or CLIP of `folder`, and of what a run made of it, head included."""
-    before = (XDBERT if Path(folder, "cross.json").exists() else CLIPText).from_pretrained(folder)
-    model, _ = TaskModel.from_pretrained(Path(run["folder"], "model"))
+    before = (load_xdbert if Path(folder, "cross.json").exists() else load_clip)(folder)
+    model, _ = load_task_model(Path(run["folder"], "model"))
     return before.state_dict(), model.encoder.state_dict(), model.classifier.state_dict()
 
 
@@ -205,8 +208,8 @@ def test_layer_decay_spares_the_cross_modal_layers(finetune_config, tiny_cross):
 
 
 def test_layer_decay_moves_the_lower_layers_less(finetune_config, tiny_bert):
-    vocab = data.load_vocab(tiny_bert)
-    BERT(BERTConfig(vocab.size, layers=2, hidden=32, heads=2, intermediate=64)).save_pretrained("two", vocab)
+    vocab = load_vocab(tiny_bert)
+    save_bert(BERT(BERTConfig(vocab.size, layers=2, hidden=32, heads=2, intermediate=64)), "two", vocab)
     run = only(finetune.main(finetune_config("sst2", model="two", layer_decay=0.01, max_steps=5)))
     before, after = (load_file(Path(folder, "model.safetensors")) for folder in
                      ("two", Path(run["folder"], "model")))
@@ -255,11 +258,11 @@ def test_accumulation_takes_the_same_steps(finetune_config, encoder, task, tmp_p
 def evaluated(run, task, tiny_tasks):
     """(model, the task's dev set) of a run's own folder."""
     folder = Path(run["folder"], "model")
-    model, settings = TaskModel.from_pretrained(folder)
-    path = finetune.find_file(TASKS[task], tiny_tasks, TASKS[task].evals[""])
+    model, settings = load_task_model(folder)
+    path = find_file(TASKS[task], tiny_tasks, TASKS[task].evals[""])
     _, vocab = finetune.config_and_vocab(folder)
     beside = finetune.config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
-    return model, finetune.load_examples(TASKS[task], path, vocab, settings["max_length"], "", "dev",
+    return model, load_examples(TASKS[task], path, vocab, settings["max_length"], "", "dev",
                                          beside=beside)
 
 
@@ -282,10 +285,10 @@ def test_evaluation_equals_one_example_at_a_time(trained, trained_others, tiny_t
             torch.testing.assert_close(whole[i, :len(alone)], alone, rtol=1e-4, atol=1e-4)
         else:
             torch.testing.assert_close(whole[i], alone, rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(finetune, "EVAL_TOKENS", 100)  # other batches
+    monkeypatch.setattr("parts.examples.EVAL_TOKENS", 100)  # other batches
     torch.testing.assert_close(finetune.evaluate(model, examples, torch.float32, WORLD), whole, rtol=1e-4,
                                atol=1e-4)
-    scores, _ = finetune.measure(TASKS[task], examples, finetune.decide(TASKS[task], examples, whole))
+    scores, _ = measure(TASKS[task], examples, decide(TASKS[task], examples, whole))
     assert scores == pytest.approx(run["scores"][""])
 
 
@@ -329,7 +332,7 @@ def test_diagnostics_are_scored_by_category(trained, finetune_config, tiny_tasks
     found = only(finetune.main(finetune_config("mnli", data_dir=str(tmp_path / "data"), eval_only=True,
                                                out_dir=str(tmp_path / "runs"))))["scores"]["diagnostic"]
     assert len(found) == 8
-    for i, name in enumerate(finetune.DIAGNOSTIC):
+    for i, name in enumerate(DIAGNOSTIC):
         tagged = [row for row in rows if row[i]]
         wrong = rows[0] in tagged
         assert found[f"{name}, accuracy"] == pytest.approx(100 * (1 - wrong / len(tagged)))
@@ -341,7 +344,7 @@ def test_tracie_is_scored_by_comparator(trained, tiny_tasks):
     predictions = examples.labels.copy()
     ends = np.array(["ends" in row for row in examples.extra["comparator"]])
     predictions[np.flatnonzero(ends)[:2]] ^= 1
-    scores, _ = finetune.measure(TASKS["tracie"], examples, predictions)
+    scores, _ = measure(TASKS["tracie"], examples, predictions)
     assert scores == pytest.approx({"accuracy": 100 * 19 / 21, "accuracy of starts": 100,
                                     "accuracy of ends": 100 * (1 - 2 / ends.sum())})
     assert set(only([trained[0]["tracie"]])["scores"][""]) == set(scores)
@@ -391,7 +394,7 @@ def test_killed_run_goes_on_also_where_the_newest_checkpoint_is_damaged(finetune
                                                                         tmp_path):
     cfg = finetune_config("sst2", **SHORT)
     whole = only(finetune.main(replace(cfg, out_dir=str(tmp_path / "whole"))))
-    save = finetune.save_checkpoint
+    save = save_checkpoint
 
     def killed(folder, state, world):
         save(folder, state, world)
@@ -470,7 +473,7 @@ def test_changed_dev_set_is_evaluated_and_changed_data_or_model_trained_anew(fin
     third = only(finetune.main(cfg))
     assert third["finished"] > second["finished"] and third["examples"] == 65
     torch.manual_seed(9)
-    BERT(BERT.from_pretrained(bert).config).save_pretrained(bert, data.load_vocab(bert))
+    save_bert(BERT(load_bert(bert).config), bert, load_vocab(bert))
     fourth = only(finetune.main(cfg))
     assert fourth["finished"] > third["finished"] and Path("runs/rte/s0.2").exists()
 
@@ -586,7 +589,7 @@ def test_preset_has_the_papers_values_and_flags_beat_it(preset):
                      "xdbert-large": (5e-5, 1e-5)}[preset]
     for name, task in TASKS.items():
         own, seeds = finetune.own_settings(cfg, task)
-        if name in finetune.DEMO_TASKS:
+        if name in DEMO_TASKS:
             assert own.lr == 1e-3  # from a model of two layers
             continue
         assert own.lr == (small if name in ("rte", "mrpc", "stsb") else others), name
@@ -604,7 +607,7 @@ def test_preset_has_the_papers_values_and_flags_beat_it(preset):
 
 
 def test_demo_tasks_keep_their_own_settings_and_flags_beat_them():
-    for name in finetune.DEMO_TASKS:
+    for name in DEMO_TASKS:
         own, seeds = finetune.own_settings(finetune.Config(), TASKS[name])
         assert (own.lr, own.max_steps, own.max_length, seeds) == (1e-3, TASKS[name].steps, 48, 3)
         assert 200 <= own.max_steps <= 500
@@ -624,7 +627,7 @@ def lines_of(trained, task, folder, name):
 
 
 def gold_of(task, tiny_tasks, which=""):
-    path = finetune.find_file(TASKS[task], tiny_tasks, TASKS[task].evals[which])
+    path = find_file(TASKS[task], tiny_tasks, TASKS[task].evals[which])
     return TASKS[task].read(TASKS[task], path, True)
 
 
@@ -702,7 +705,7 @@ def test_test_sets_are_labelled_for_submission(trained, tiny_tasks):
 
 def test_interrupted_submission_is_completed(finetune_config, monkeypatch):
     cfg = finetune_config("mnli", **SHORT)
-    write = finetune.write_predictions
+    write = write_predictions
 
     def killed(task, examples, predictions, path):
         if path.parent.name == "submission" and path.name == "MNLI-mm.tsv":
@@ -911,7 +914,7 @@ def test_x_bert_has_folders_of_its_own_beside_the_adapted_encoder(finetune_confi
     alone = only(finetune.main(finetune_config("rte", model=str(tiny_cross), **SHORT)))
     assert [run["folder"] for run in (both, alone)] == [
         f"out/finetune/{name}/rte/s0" for name in ("tiny-cross", "tiny")]
-    one, two = (TaskModel.from_pretrained(Path(run["folder"], "model"))[0] for run in (both, alone))
+    one, two = (load_task_model(Path(run["folder"], "model"))[0] for run in (both, alone))
     assert type(one.encoder) is XDBERT and type(two.encoder) is BERT
     assert both["hashes"]["weights"] != alone["hashes"]["weights"]
     assert curve(both)[0]["loss"] != curve(alone)[0]["loss"]
@@ -924,7 +927,7 @@ def test_fine_tuned_x_bert_is_a_start_with_its_pooler(finetune_config, trained_o
     flags = dict(max_steps=1, lr=1e-9, log_every=1, save_every=1)
     after = only(finetune.main(finetune_config("rte", "cross", cross=before["folder"], **flags)))
     assert after["model"] == "runs-stsb-s0-cross"
-    one, two = (TaskModel.from_pretrained(Path(run["folder"], "model"))[0].encoder.pooler.weight
+    one, two = (load_task_model(Path(run["folder"], "model"))[0].encoder.pooler.weight
                 for run in (before, after))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
     assert only(finetune.main(finetune_config("rte", model=before["folder"], **flags)))["model"] == \
@@ -950,7 +953,7 @@ def test_hash_of_x_bert_is_that_of_all_it_reads(tiny_cross, tmp_path):
 
     def vocabulary(folder):
         _, vocab = tiny_tower(9)
-        data.CLIPVocab([*vocab.merges[:-1], "z z"]).save(folder / "clip")
+        CLIPVocab([*vocab.merges[:-1], "z z"]).save(folder / "clip")
     assert hashed() == hashed() == finetune.open_start(str(tiny_cross), flag="--cross").hash
     changed = [hashed(change) for change in (
         weights("model.safetensors"), weights("cross.safetensors"), weights("clip/model.safetensors"),
@@ -1028,13 +1031,13 @@ def rewritten(name, change):
 
 
 def other_vocabulary(folder):
-    data.CLIPVocab(tiny_tower(9)[1].merges[:-5]).save(folder / "clip")
+    CLIPVocab(tiny_tower(9)[1].merges[:-5]).save(folder / "clip")
 
 
 def other_tower(folder):
     """Wider than the one that the cross-modal encoder was trained beside."""
-    config, vocab = load_clip_config(folder / "clip"), data.load_clip_vocab(folder / "clip")
-    CLIPText(replace(config, projection=32)).save_pretrained(folder / "clip", vocab)
+    config, vocab = load_clip_config(folder / "clip"), load_clip_vocab(folder / "clip")
+    save_clip(CLIPText(replace(config, projection=32)), folder / "clip", vocab)
 
 
 NO_CROSS = r"--cross \S+: has no cross-modal encoder \({}\); give a run of adapt_xdbert\.py without --no_clip"
@@ -1194,7 +1197,7 @@ def test_demo_table_makes_what_it_lacks_and_reuses_what_it_has(demo, tmp_path, m
     out = capsys.readouterr().out
     assert "newest student: out/distill-nst-s0" in out
     assert list(rows) == ["no pre-training", "text-only", "distilled", "distilled from images"]
-    assert all(list(runs) == list(finetune.DEMO_TASKS) for runs in rows.values())
+    assert all(list(runs) == list(DEMO_TASKS) for runs in rows.values())
     assert {p.name for p in Path("out").iterdir()} == {
         "distill-nst-s0", "distill-none-s0", "teacher-mlm+ct-s0", "teacher-image-s0", "distill-nst-image-s0",
         "finetune", "tokens"}
@@ -1206,7 +1209,7 @@ def test_demo_table_makes_what_it_lacks_and_reuses_what_it_has(demo, tmp_path, m
     table = out[out.rindex("median of 1"):].splitlines()
     assert table[0].split("  ")[0] == "median of 1: held-out / seen" and len(table) >= 7
     for line, (row, runs) in zip(table[2:], rows.items()):
-        scores = [runs[task][0]["scores"] for task in finetune.DEMO_TASKS]
+        scores = [runs[task][0]["scores"] for task in DEMO_TASKS]
         cells = [f"{s['']['accuracy']:.1f} / {s['seen']['accuracy']:.1f}" for s in scores]
         average = " / ".join(f"{np.mean([s[name]['accuracy'] for s in scores]):.1f}" for name in ("", "seen"))
         assert line.startswith(row) and re.split("  +", line)[1:] == [*cells, average]

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import analyze
-from analyze import METRICS
 from common import keyed_integers, keyed_uniform
+from parts.metrics import METRICS, collapse, diagnostic_scores, median_run, normalise, score, squad_score
 
 
 def classes(n, k, *keys):
@@ -109,7 +108,7 @@ E, N, C = "entailment", "neutral", "contradiction"
 
 def test_diagnostics_count_an_item_in_every_category_it_is_tagged_with():
     labels, predictions = [E, N, C, C], [E, N, C, N]
-    found = analyze.diagnostic_scores(predictions, labels, {
+    found = diagnostic_scores(predictions, labels, {
         "Logic": ["Negation", "", "Disjunction;Negation", "x"], "Knowledge": ["", "World", "Common", ""],
         "Lexical Semantics": ["", " ", "", ""]})
     assert found["Logic"] == {"accuracy": pytest.approx(2 / 3), "n": 3, "r3": pytest.approx(
@@ -120,10 +119,10 @@ def test_diagnostics_count_an_item_in_every_category_it_is_tagged_with():
 
 def test_diagnostics_merge_neutral_and_contradiction_for_two_way_labels():
     predictions, cells = [E, N, C, E, C], {"Logic": ["x"] * 5}
-    two = analyze.diagnostic_scores(predictions, [E] + ["not_entailment"] * 3 + [E], cells)["Logic"]
+    two = diagnostic_scores(predictions, [E] + ["not_entailment"] * 3 + [E], cells)["Logic"]
     bits = METRICS["matthews"](np.array([1, 0, 0, 1, 0]), np.array([1, 0, 0, 0, 1]))
     assert two == {"accuracy": 0.6, "r3": pytest.approx(bits), "n": 5}
-    three = analyze.diagnostic_scores(predictions, [E, C, C, N, E], cells)["Logic"]
+    three = diagnostic_scores(predictions, [E, C, C, N, E], cells)["Logic"]
     assert three["accuracy"] == 0.4 and three["r3"] != pytest.approx(bits)
 
 
@@ -135,7 +134,7 @@ def test_diagnostics_of_the_real_file(real_data):
         rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
     names = list(rows[0])[:4]
     labels = [row["Label"] for row in rows]
-    found = analyze.diagnostic_scores([E if label == E else C for label in labels], labels,
+    found = diagnostic_scores([E if label == E else C for label in labels], labels,
                                       {name: [row[name] for row in rows] for name in names})
     assert [found[name]["n"] for name in names] == [sum(row[name] != "" for row in rows) for name in names]
     assert sum(score["n"] for score in found.values()) > len(rows)  # some are in several
@@ -148,35 +147,35 @@ def test_diagnostics_of_the_real_file(real_data):
 def test_collapse_where_one_class_is_predicted():
     labels = np.arange(200) % 2
     predictions = labels.copy()
-    assert analyze.collapse(predictions, labels, "classify") == ""
+    assert collapse(predictions, labels, "classify") == ""
     constant = np.zeros(200, int)
     constant[:4] = 1  # 98 %: not more
-    assert "of the predictions" not in analyze.collapse(constant, constant, "classify")
+    assert "of the predictions" not in collapse(constant, constant, "classify")
     constant[3] = 0
-    assert analyze.collapse(constant, labels, "choice") == "98.5 % of the predictions are the same"
-    assert analyze.collapse(constant, None, "span") == "98.5 % of the predictions are the same"
-    assert analyze.collapse([""] * 50, None, "span") and not analyze.collapse(["a", "b"] * 25, None, "span")
+    assert collapse(constant, labels, "choice") == "98.5 % of the predictions are the same"
+    assert collapse(constant, None, "span") == "98.5 % of the predictions are the same"
+    assert collapse([""] * 50, None, "span") and not collapse(["a", "b"] * 25, None, "span")
 
 
 def test_collapse_where_accuracy_is_not_above_the_best_constant_and_a_point():
     labels, predictions = np.repeat([0, 1, 2], [50, 30, 20]), np.zeros(100, int)
     predictions[90:95] = 1  # wrong
     predictions[50] = 1
-    assert analyze.collapse(predictions, labels, "classify") == \
+    assert collapse(predictions, labels, "classify") == \
         "accuracy 51.0 %, and 50.0 % by the best constant"
     predictions[51] = 1
-    assert analyze.collapse(predictions, labels, "choice") == ""
+    assert collapse(predictions, labels, "choice") == ""
 
 
 def test_collapse_of_regression_by_its_spread():
     labels = np.linspace(0, 5, 101, dtype=np.float32)
-    assert analyze.collapse(0.011 * labels + 2, labels, "regress") == ""
-    assert analyze.collapse(0.005 * labels + 2, labels, "regress") == \
+    assert collapse(0.011 * labels + 2, labels, "regress") == ""
+    assert collapse(0.005 * labels + 2, labels, "regress") == \
         "the predictions have 0.5 % of the labels' spread"
-    assert analyze.collapse(np.full(101, 2.5), labels, "regress").startswith("the predictions have 0 %")
+    assert collapse(np.full(101, 2.5), labels, "regress").startswith("the predictions have 0 %")
     for bad in (math.nan, math.inf):
-        assert "finite" in analyze.collapse(np.append(labels[1:], bad), labels, "regress")
-    assert analyze.collapse(labels, np.full(101, 3.0), "regress") == ""
+        assert "finite" in collapse(np.append(labels[1:], bad), labels, "regress")
+    assert collapse(labels, np.full(101, 3.0), "regress") == ""
 
 
 @pytest.mark.parametrize("scores, index", [
@@ -184,13 +183,13 @@ def test_collapse_of_regression_by_its_spread():
     ([0.5, 0.9, 0.5, 0.1, 0.5], 2), ([math.nan, 0.6, 0.8], 1), ([0.6, math.nan, math.nan], 2),
     ([0.6, None, 0.8, 0.7], 0), ([math.nan] * 3, 1), ([-math.inf, 0.0, math.inf], 1)])
 def test_median_run_is_the_lower_middle_one_and_nan_is_worst(scores, index):
-    assert analyze.median_run(scores) == index
+    assert median_run(scores) == index
 
 
 @pytest.mark.parametrize("n", [1, 3, 5, 9])
 def test_median_run_of_an_odd_number_is_numpys_median(n):
     scores = keyed_uniform("median", n, np.arange(n))
-    assert scores[analyze.median_run(scores)] == np.median(scores)
+    assert scores[median_run(scores)] == np.median(scores)
 
 
 # ---------------------------------------------------------------------------- SQuAD, question by question
@@ -242,9 +241,9 @@ def squad(questions, version):
 @pytest.mark.parametrize("prediction, answers, exact_1, f1_1, exact_2, f1_2", OFFICIAL)
 def test_squad_agrees_with_the_official_scripts(prediction, answers, exact_1, f1_1, exact_2, f1_2):
     if answers:
-        found = analyze.squad_score(squad({"q": answers}, "1.1"), {"q": prediction})
+        found = squad_score(squad({"q": answers}, "1.1"), {"q": prediction})
         assert found == {"exact": exact_1, "f1": pytest.approx(f1_1, abs=1e-9), "total": 1}
-    found = analyze.squad_score(squad({"q": answers}, "v2.0"), {"q": prediction})
+    found = squad_score(squad({"q": answers}, "v2.0"), {"q": prediction})
     part = "HasAns_" if answers else "NoAns_"
     scores = {"exact": exact_2, "f1": pytest.approx(f1_2, abs=1e-9), "total": 1}
     assert found == scores | {part + name: score for name, score in scores.items()}
@@ -254,7 +253,7 @@ def test_squad_agrees_with_the_official_scripts(prediction, answers, exact_1, f1
     ("  The\tCat's  a-b  ", "cats ab"), ("an A the", ""), ("U.S.A.", "usa"), ("the_", ""), ("A.", ""),
     ("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~", ""), ("\u2019s \xbf", "\u2019s \xbf"), ("a\u0301", "\u0301")])
 def test_normalise_by_hand(text, expected):
-    assert analyze.normalise(text) == expected
+    assert normalise(text) == expected
 
 
 # ---------------------------------------------------------------------------- SQuAD, whole files
@@ -264,22 +263,22 @@ PREDICTIONS = {"a": "One, two", "b": "four", "c": "", "d": "something", "e": "fi
 
 
 def test_squad_2_by_hand_in_the_official_order():
-    found = analyze.squad_score(squad(GOLD, "v2.0"), PREDICTIONS)
+    found = squad_score(squad(GOLD, "v2.0"), PREDICTIONS)
     assert found == {"exact": 40, "f1": 50, "total": 5, "HasAns_exact": pytest.approx(100 / 3),
                      "HasAns_f1": 50, "HasAns_total": 3, "NoAns_exact": 50, "NoAns_f1": 50, "NoAns_total": 2}
     assert list(found) == ["exact", "f1", "total", "HasAns_exact", "HasAns_f1", "HasAns_total", "NoAns_exact",
                            "NoAns_f1", "NoAns_total"]
-    with_scores = analyze.squad_score(squad(GOLD, "v2.0"), PREDICTIONS, dict.fromkeys(GOLD, 0.0))
+    with_scores = squad_score(squad(GOLD, "v2.0"), PREDICTIONS, dict.fromkeys(GOLD, 0.0))
     assert list(with_scores)[9:] == ["best_exact", "best_exact_thresh", "best_f1", "best_f1_thresh"]
 
 
 def test_best_threshold_by_hand():
     doubt = {"a": -2, "b": 3.5, "c": 9, "d": 0.5, "e": -1}  # in this order a, e, d, b, c: +1, +1/2, -1, 0, 0
-    found = analyze.squad_score(squad(GOLD, "v2.0"), PREDICTIONS, doubt)
+    found = squad_score(squad(GOLD, "v2.0"), PREDICTIONS, doubt)
     assert found["best_exact"] == 60 and found["best_exact_thresh"] == -2
     assert found["best_f1"] == 70 and found["best_f1_thresh"] == -1
     assert found["exact"] == 40 and found["NoAns_exact"] == 50  # b and c, above 1, count as "": no change
-    assert analyze.squad_score(squad(GOLD, "v2.0"), PREDICTIONS, doubt, threshold=0)["NoAns_exact"] == 100
+    assert squad_score(squad(GOLD, "v2.0"), PREDICTIONS, doubt, threshold=0)["NoAns_exact"] == 100
 
 
 def test_best_threshold_is_the_best_of_all_thresholds():
@@ -291,12 +290,12 @@ def test_best_threshold_is_the_best_of_all_thresholds():
     predictions = {i: ("", "one two", "one", "x")[kind] if kind else ("", "x", "one")[text]
                    for i, kind, text in zip(ids, kinds, texts)}
     doubt = dict(zip(ids, (keyed_uniform("doubt", np.arange(n)) * 9 - 2 - np.array(kinds)).tolist()))
-    found = analyze.squad_score(gold, predictions, doubt)
+    found = squad_score(gold, predictions, doubt)
     every = sorted(doubt.values())
     for name in ("exact", "f1"):
-        scores = [analyze.squad_score(gold, predictions, doubt, t)[name] for t in every]
+        scores = [squad_score(gold, predictions, doubt, t)[name] for t in every]
         assert found[f"best_{name}"] == pytest.approx(max(scores)) and max(scores) > found[name]
-        assert max(scores) > analyze.squad_score(gold, predictions, doubt, -math.inf)[name]
+        assert max(scores) > squad_score(gold, predictions, doubt, -math.inf)[name]
         lowest = int(np.argmax(np.round(scores, 9)))  # of equally good ones
         assert found[f"best_{name}_thresh"] == every[lowest]
 
@@ -304,18 +303,18 @@ def test_best_threshold_is_the_best_of_all_thresholds():
 def test_best_threshold_starts_at_zero_and_ties_keep_the_order_of_the_file():
     gold = squad({"a": ["x"], "c": []}, "v2.0")
     predictions = {"a": "x", "c": "y"}
-    first = analyze.squad_score(gold, predictions, {"a": 0.5, "c": 0.5})
+    first = squad_score(gold, predictions, {"a": 0.5, "c": 0.5})
     assert (first["best_f1"], first["best_f1_thresh"]) == (100, 0.5)  # as official: no threshold does so
-    later = analyze.squad_score(gold, predictions, {"c": 0.5, "a": 0.5})
+    later = squad_score(gold, predictions, {"c": 0.5, "a": 0.5})
     assert (later["best_f1"], later["best_f1_thresh"]) == (50, 0.0)
-    punctuated = analyze.squad_score(squad({"c": []}, "v2.0"), {"c": "..."}, {"c": 0.5})
+    punctuated = squad_score(squad({"c": []}, "v2.0"), {"c": "..."}, {"c": 0.5})
     assert punctuated["exact"] == 100 and punctuated["best_exact"] == 100  # it reads the text as it stands
     assert punctuated["best_exact_thresh"] == 0
 
 
 def test_no_answer_scores_may_be_numpys_or_infinite_and_of_other_ids():
     doubt = {"a": np.float32(0.25), "zzz": "no number", "c": math.inf}
-    found = analyze.squad_score(squad({"a": ["x"], "c": []}, "v2.0"), {"a": "x", "c": ""}, doubt)
+    found = squad_score(squad({"a": ["x"], "c": []}, "v2.0"), {"a": "x", "c": ""}, doubt)
     assert (found["best_exact"], found["best_exact_thresh"]) == (100, 0.25)
 
 
@@ -326,13 +325,13 @@ def test_squad_format_follows_version_and_is_impossible(version, marked, is_2):
     gold = squad({"q": ["the"]}, version)
     if marked:
         gold["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = False
-    found = analyze.squad_score(gold, {"q": "a"})
+    found = squad_score(gold, {"q": "a"})
     assert found["f1"] == (100 if is_2 else 0) and ("HasAns_f1" in found) == is_2
 
 
 def test_missing_predictions_count_zero_in_1_1_and_are_said(capsys):
     gold = squad({"a": ["x"], "b": ["y"], "c": ["z"], "d": ["w"]}, "1.1")
-    found = analyze.squad_score(gold, {"a": "x", "d": "w", "other": "v"})
+    found = squad_score(gold, {"a": "x", "d": "w", "other": "v"})
     assert found == {"exact": 50, "f1": 50, "total": 4}
     out = capsys.readouterr().out
     assert out == ("predictions: 2 of 4 questions have none, the first is b; they count 0\n"
@@ -361,7 +360,7 @@ TEST_SPLIT = {"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "q7", "qu
     (NO_QUESTION, PREDICTIONS, None, "holds no question")])
 def test_wrong_squad_input_ends_in_one_line(gold, predictions, no_answer, says):
     with pytest.raises(SystemExit, match=says) as error:
-        analyze.squad_score(gold, predictions, no_answer)
+        squad_score(gold, predictions, no_answer)
     assert "\n" not in str(error.value)
 
 
@@ -377,14 +376,14 @@ def test_score_prints_an_aligned_list(tmp_path, capsys):
     gold = write(tmp_path / "dev.json", squad(GOLD, "v2.0"))
     predictions = write(tmp_path / "predictions.json", PREDICTIONS)
     doubt = write(tmp_path / "null.json", {"a": -2, "b": 3.5, "c": 9, "d": 0.5, "e": -1})
-    found = analyze.score(predictions, gold, doubt)
+    found = score(predictions, gold, doubt)
     lines = capsys.readouterr().out.splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(found)
     assert lines[2].split() == ["exact", "40.0000"] and lines[4].split() == ["total", "5"]
     assert lines[-1].split() == ["best_f1_thresh", "-1.0000"]
     write(gold, "\ufeff" + json.dumps(squad({"a": ["caf\xe9"]}, "1.1"), ensure_ascii=False))
     write(predictions, '{"a": "Caf\\u00e9!"}')
-    assert analyze.score(str(predictions), str(gold)) == {"exact": 100, "f1": 100, "total": 1}
+    assert score(str(predictions), str(gold)) == {"exact": 100, "f1": 100, "total": 1}
 
 
 @pytest.mark.parametrize("which", ["predictions", "gold", "no_answer"])
@@ -401,13 +400,13 @@ def test_score_of_a_wrong_file_names_it(tmp_path, which, content, says):
     else:
         paths[which].write_bytes(content)
     with pytest.raises(SystemExit, match=rf"{which}\.json: .*{says}") as error:
-        analyze.score(*paths.values())
+        score(*paths.values())
     assert "\n" not in str(error.value)
 
 
 def test_score_of_a_folder_names_it(tmp_path):
     with pytest.raises(SystemExit, match=f"{tmp_path}: not readable"):
-        analyze.score(tmp_path, tmp_path)
+        score(tmp_path, tmp_path)
 
 
 def test_real_dev_files_score_as_the_data_says(real_data):
@@ -419,10 +418,10 @@ def test_real_dev_files_score_as_the_data_says(real_data):
         gold = json.loads((folder / name).read_text(encoding="utf-8"))
         answers = {qa["id"]: [a["text"] for a in qa["answers"]] for article in gold["data"]
                    for paragraph in article["paragraphs"] for qa in paragraph["qas"]}
-        found = analyze.squad_score(gold, {i: texts[0] if texts else "" for i, texts in answers.items()})
+        found = squad_score(gold, {i: texts[0] if texts else "" for i, texts in answers.items()})
         assert found["exact"] == found["f1"] == 100 and found["total"] == len(answers)
         if "v2" in name:
             none = sum(not texts for texts in answers.values())
-            empty = analyze.squad_score(gold, dict.fromkeys(answers, ""))
+            empty = squad_score(gold, dict.fromkeys(answers, ""))
             assert empty["exact"] == pytest.approx(100 * none / len(answers)) and empty["NoAns_f1"] == 100
             assert (found["HasAns_total"], found["NoAns_total"]) == (len(answers) - none, none)

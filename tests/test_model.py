@@ -25,12 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import data
 import model
 from model import (BERT, LANGUAGE, SHAPES, XDBERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder,
-                   DistillHead, MLMHead, TaskModel, VideoEncoder, dropout, flops_per_token, load_clip_config,
-                   load_config, load_mlm_head, load_task, load_video_encoder, memory_report, model_config,
-                   model_type, param_groups, save_video_encoder)
+                   DistillHead, MLMHead, TaskModel, VideoEncoder, dropout, flops_per_token, memory_report,
+                   model_config, param_groups)
+from parts import weights
+from parts.vocab import Vocab, load_vocab
+from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_mlm_head, load_task,
+                           load_task_model, load_video_encoder, load_xdbert, model_type, save_bert,
+                           save_clip, save_task_model, save_video_encoder, save_xdbert)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ELECTRA = replace(TINY, model_type="electra")
@@ -42,7 +45,7 @@ SEGMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 1, 1, 1, 1, 1], [0,
 
 
 def vocabulary(n=TINY.vocab_size):
-    return data.Vocab(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(n - 5)])
+    return Vocab(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"word{i}" for i in range(n - 5)])
 
 
 def hf_tensors(config, head=True, pooler=True, seed=0):
@@ -171,7 +174,7 @@ def set_weights(module):
 
 def test_bert_equals_naive_float64(tmp_path):
     tensors = hf_tensors(TINY)
-    bert = BERT.from_pretrained(hf_folder(tmp_path, tensors), pooler=True).double()
+    bert = load_bert(hf_folder(tmp_path, tensors), pooler=True).double()
     states = bert(IDS, MASK, SEGMENTS, all_states=True)
     assert len(states) == TINY.layers + 1
     pooled = bert.pool(states[-1])
@@ -186,7 +189,7 @@ def test_bert_equals_naive_float64(tmp_path):
 
 def test_mlm_head_equals_naive_float64(tmp_path):
     tensors = hf_tensors(TINY)
-    bert = BERT.from_pretrained(hf_folder(tmp_path, tensors)).double()
+    bert = load_bert(hf_folder(tmp_path, tensors)).double()
     head = load_mlm_head(tmp_path, bert).double()
     h = torch.randn(7, TINY.hidden, dtype=torch.float64)
     torch.testing.assert_close(head(h), naive_logits(tensors, h), rtol=0, atol=1e-11)
@@ -318,7 +321,7 @@ ELECTRAS = {"equal": ELECTRA, "narrow": NARROW, "deep": replace(NARROW, layers=3
 @pytest.mark.parametrize("prefix", ["electra.", ""])
 def test_electra_equals_naive_float64(tmp_path, config, prefix):
     tensors = hf_tensors(config)
-    bert = BERT.from_pretrained(hf_folder(tmp_path, tensors, prefix=prefix, config=config)).double()
+    bert = load_bert(hf_folder(tmp_path, tensors, prefix=prefix, config=config)).double()
     assert bert.config == config and bert.pooler is None and model_type(tmp_path) == "electra"
     states = bert(IDS, MASK, SEGMENTS, all_states=True)
     for b in range(len(IDS)):
@@ -338,18 +341,18 @@ def test_electra_discriminator_has_neither_pooler_nor_masked_word_head(tmp_path)
         "discriminator_predictions.dense_prediction.bias": torch.zeros(1)}
     hf_folder(tmp_path, tensors, "bin", "electra.", NARROW, initializer_range=0.1)
     rng = torch.get_rng_state()
-    bert = BERT.from_pretrained(tmp_path)
+    bert = load_bert(tmp_path)
     assert torch.equal(torch.get_rng_state(), rng)
     assert load_mlm_head(tmp_path, bert) is None
-    pooler = BERT.from_pretrained(tmp_path, pooler=True).pooler
+    pooler = load_bert(tmp_path, pooler=True).pooler
     assert not torch.equal(torch.get_rng_state(), rng) and abs(pooler.weight.std() / 0.1 - 1) < 0.1
     for name in ("embeddings_project.bias", "embeddings.LayerNorm.weight"):
         hf_folder(tmp_path, {k: v for k, v in tensors.items() if k != name}, "bin", "electra.", NARROW)
         with pytest.raises(SystemExit, match=f"pytorch_model.bin: the tensor {name} is missing"):
-            BERT.from_pretrained(tmp_path)
+            load_bert(tmp_path)
     hf_folder(tmp_path, tensors | {"adapter.weight": torch.zeros(1)}, "bin", "electra.", NARROW)
     with pytest.raises(SystemExit, match="electra.adapter.weight is unknown; choose a plain ELECTRA"):
-        BERT.from_pretrained(tmp_path)
+        load_bert(tmp_path)
 
 
 def test_electra_pooler_is_that_of_its_classifier():
@@ -367,8 +370,8 @@ def test_electra_save_and_load_are_bit_equal(tmp_path, config, with_head):
     torch.manual_seed(0)
     bert = BERT(config, pooler=True)
     head = set_weights(MLMHead(config.hidden, bert.embeddings.word.weight))
-    bert.save_pretrained(tmp_path, vocabulary(), head if with_head else None)
-    loaded, again = BERT.from_pretrained(tmp_path), load_mlm_head(tmp_path, bert)
+    save_bert(bert, tmp_path, vocabulary(), head if with_head else None)
+    loaded, again = load_bert(tmp_path), load_mlm_head(tmp_path, bert)
     bert.pooler = None  # ElectraModel has none
     assert loaded.config == config and same(loaded.state_dict(), bert.state_dict())
     assert same(again.state_dict(), head.state_dict()) if with_head else again is None
@@ -459,7 +462,7 @@ def test_clip_of_a_state_dict_equals_pytorch_modules(tmp_path, openai_text, suff
     path, state = tmp_path / f"clip.{suffix}", openai_text.state_dict()
     (save_file if suffix == "safetensors" else torch.save)(state, path)
     rng = torch.get_rng_state()
-    clip = CLIPText.from_pretrained(path)
+    clip = load_clip(path)
     assert torch.equal(torch.get_rng_state(), rng)
     assert clip.config == CLIP and clip.width == 20 and not clip.training
     torch.testing.assert_close(clip(IDS), openai_text(IMAGE, IDS)[1], rtol=0, atol=2e-4)
@@ -475,7 +478,7 @@ def test_clip_of_a_torchscript_archive_equals_its_state_dict(tmp_path, openai_te
         assert any("/code/" in name for name in content.namelist())
     state = {name: value.half() for name, value in openai_text.state_dict().items()}
     torch.save(state, tmp_path / "state.pt")
-    clip, other = CLIPText.from_pretrained(archive), CLIPText.from_pretrained(tmp_path / "state.pt")
+    clip, other = load_clip(archive), load_clip(tmp_path / "state.pt")
     assert clip.config == CLIP and same(clip.state_dict(), other.state_dict())
     assert {p.dtype for p in clip.parameters()} == {torch.float32}
     torch.testing.assert_close(clip(IDS), openai_text(IMAGE, IDS)[1], rtol=0, atol=0.3)
@@ -488,7 +491,7 @@ def test_archive_of_a_scripted_module_loads(tmp_path, openai_text):
     torch.jit.save(torch.jit.trace(shell, (IMAGE, IDS)), path)
     with zipfile.ZipFile(path) as content:
         assert b"build_intlist" in content.read("clip/data.pkl")
-    clip = CLIPText.from_pretrained(path)
+    clip = load_clip(path)
     torch.testing.assert_close(clip(IDS), openai_text(IMAGE, IDS)[1], rtol=0, atol=2e-4)
 
 
@@ -536,11 +539,11 @@ def test_hostile_files_are_not_executed(tmp_path, monkeypatch):
                     types.SimpleNamespace(a=1)):
         write_archive(path, payload)
         with pytest.raises(SystemExit, match="not readable .it names .*no part of a stored model") as error:
-            CLIPText.from_pretrained(path)
+            load_clip(path)
         assert "\n" not in str(error.value)
         torch.save({"token_embedding.weight": payload}, path)
         with pytest.raises(SystemExit, match="clip.pt: not readable"):
-            CLIPText.from_pretrained(path)
+            load_clip(path)
     assert not Path(target).exists()
 
 
@@ -551,7 +554,7 @@ def test_archive_that_would_unfold_in_memory_is_refused_unread(tmp_path):
         content.writestr("clip/data/0", bytes(1 << 27))
     assert path.stat().st_size < 1 << 20
     with pytest.raises(SystemExit, match="data/0 is compressed"):
-        CLIPText.from_pretrained(path)
+        load_clip(path)
 
 
 @pytest.mark.parametrize("content", [
@@ -562,7 +565,7 @@ def test_archive_that_would_unfold_in_memory_is_refused_unread(tmp_path):
 def test_state_dict_of_other_things_is_one_clear_line(tmp_path, content):
     torch.save(content, tmp_path / "clip.pt")
     with pytest.raises(SystemExit, match="clip.pt: not readable") as error:
-        CLIPText.from_pretrained(tmp_path / "clip.pt")
+        load_clip(tmp_path / "clip.pt")
     assert "\n" not in str(error.value)
 
 
@@ -578,7 +581,7 @@ def test_damaged_archive_is_one_clear_line(tmp_path, archive, monkeypatch):
 
     def refused(said):
         with pytest.raises(SystemExit, match=f"clip.pt: {said}") as error:
-            CLIPText.from_pretrained(path)
+            load_clip(path)
         assert "\n" not in str(error.value) and ";" in str(error.value)
     for payload, storage, said in (
             (rebuilt((4, 4), (4, 1)), bytes(32), "not readable .*no attribute|holds no text tower"),
@@ -620,7 +623,7 @@ def test_other_file_than_clip_is_one_clear_line(tmp_path, openai_text, change, s
     path = tmp_path / "clip.pt"
     torch.save(change(dict(openai_text.state_dict())), path)
     with pytest.raises(SystemExit, match=f"clip.pt: .*{said}") as error:
-        CLIPText.from_pretrained(path)
+        load_clip(path)
     assert "\n" not in str(error.value) and ";" in str(error.value) + (";" if "--heads" in said else "")
 
 
@@ -665,11 +668,11 @@ def test_clip_layer_gradients():
 
 def test_clip_save_and_load_are_bit_equal(tmp_path):
     clip = set_weights(CLIPText(CLIP))
-    clip.save_pretrained(tmp_path, vocabulary())
-    loaded = CLIPText.from_pretrained(tmp_path)
+    save_clip(clip, tmp_path, vocabulary())
+    loaded = load_clip(tmp_path)
     assert loaded.config == CLIP == load_clip_config(tmp_path) and model_type(tmp_path) == "clip"
     assert same(loaded.state_dict(), clip.state_dict()) and not loaded.training
-    assert CLIPText.from_pretrained(tmp_path, dropout=0.3).config == replace(CLIP, dropout=0.3)
+    assert load_clip(tmp_path, dropout=0.3).config == replace(CLIP, dropout=0.3)
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings["architectures"] == ["CLIPTextModelWithProjection"]
     assert (settings["bos_token_id"], settings["eos_token_id"], settings["pad_token_id"]) == (2, 3, 0)
@@ -678,7 +681,7 @@ def test_clip_save_and_load_are_bit_equal(tmp_path):
 
 def clip_folder(folder, change=lambda tensors: tensors, **settings):
     """The folder that a CLIPText saves, its tensors and settings changed."""
-    set_weights(CLIPText(CLIP)).save_pretrained(folder, vocabulary())
+    save_clip(set_weights(CLIPText(CLIP)), folder, vocabulary())
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
@@ -689,13 +692,13 @@ def test_clip_folder_without_projection_takes_the_states(tmp_path, capsys):
     def text_model(tensors):  # as a CLIPTextModel is stored, in either form
         return {name.removeprefix("text_model."): value for name, value in tensors.items()
                 if name not in ("text_projection.weight", "logit_scale")}
-    whole = CLIPText.from_pretrained(clip_folder(tmp_path / "whole"))
-    bare = CLIPText.from_pretrained(clip_folder(tmp_path / "bare", text_model, projection_dim=128))
+    whole = load_clip(clip_folder(tmp_path / "whole"))
+    bare = load_clip(clip_folder(tmp_path / "bare", text_model, projection_dim=128))
     assert "bare/model.safetensors: has no text_projection" in capsys.readouterr().out
     torch.testing.assert_close(whole.project(bare(IDS)), whole(IDS))
     assert abs(bare.logit_scale.exp() - 1 / 0.07) < 1e-4
     with pytest.raises(SystemExit, match="has no text_projection, from 128 to 20 .*choose a CLIPModel"):
-        CLIPText.from_pretrained(clip_folder(tmp_path / "other", text_model))
+        load_clip(clip_folder(tmp_path / "other", text_model))
 
 
 def test_clip_folder_of_both_towers_loads(tmp_path):
@@ -708,7 +711,7 @@ def test_clip_folder_of_both_towers_loads(tmp_path):
     text |= {"model_type": "clip_text_model", "projection_dim": 512}  # the outer one counts
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 20,
                                                       "text_config": text, "vision_config": {}}))
-    clip = CLIPText.from_pretrained(tmp_path)
+    clip = load_clip(tmp_path)
     assert model_type(tmp_path) == "clip"
     assert same(clip.state_dict(), set_weights(CLIPText(CLIP)).state_dict())
 
@@ -727,7 +730,7 @@ def test_clip_folder_of_both_towers_loads(tmp_path):
 ])
 def test_other_folder_than_clip_is_one_clear_line(tmp_path, change, settings, said):
     with pytest.raises(SystemExit, match=said) as error:
-        CLIPText.from_pretrained(clip_folder(tmp_path, change, **settings))
+        load_clip(clip_folder(tmp_path, change, **settings))
     assert "\n" not in str(error.value) and ";" in str(error.value) and str(tmp_path) in str(error.value)
 
 
@@ -891,9 +894,9 @@ def files(folder):
 def test_xdbert_save_and_load_are_bit_equal(tmp_path, config, pooler):
     cross, folder = xdbert(config, pooler, layers=1), tmp_path / "model"
     head = MLMHead(24, cross.language.embeddings.word.weight)
-    cross.save_pretrained(folder, vocabulary(), vocabulary(), head)
+    save_xdbert(cross, folder, vocabulary(), vocabulary(), head)
     rng = torch.get_rng_state()
-    loaded = XDBERT.from_pretrained(folder, dropout=0.3)
+    loaded = load_xdbert(folder, dropout=0.3)
     assert torch.equal(torch.get_rng_state(), rng)
     assert same(loaded.state_dict(), cross.state_dict()) and not loaded.training
     assert loaded.config == replace(config, dropout=0.3) and loaded.clip.config == SMALL_CLIP
@@ -901,16 +904,16 @@ def test_xdbert_save_and_load_are_bit_equal(tmp_path, config, pooler):
     batch = clip_batch()[0]
     assert torch.equal(loaded(IDS, MASK, SEGMENTS, **batch), cross(IDS, MASK, SEGMENTS, **batch))
     # beside that it is an ordinary folder of unchanged size
-    cross.language.save_pretrained(tmp_path / "alone", vocabulary(), head)
+    save_bert(cross.language, tmp_path / "alone", vocabulary(), head)
     for name in files(tmp_path / "alone"):
         assert (folder / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
     assert set(files(folder)) - set(files(tmp_path / "alone")) == {
         "cross.json", "cross.safetensors", "clip/config.json", "clip/model.safetensors",
         "clip/tokenizer_config.json", "clip/vocab.txt"}
-    language = BERT.from_pretrained(folder)
+    language = load_bert(folder)
     assert same(language.state_dict(), cross.language.state_dict())
     assert same(load_mlm_head(folder, language).state_dict(), head.state_dict())
-    assert same(CLIPText.from_pretrained(folder / "clip").state_dict(), cross.clip.state_dict())
+    assert same(load_clip(folder / "clip").state_dict(), cross.clip.state_dict())
 
 
 def test_xdbert_folder_is_read_strictly(tmp_path):
@@ -918,19 +921,19 @@ def test_xdbert_folder_is_read_strictly(tmp_path):
 
     def refused(said):
         with pytest.raises(SystemExit, match=said) as error:
-            XDBERT.from_pretrained(tmp_path)
+            load_xdbert(tmp_path)
         assert "\n" not in str(error.value) and ";" in str(error.value)
     refused("cross.json: no such file")
     query = "cross.text.0.cross.query.bias"
     for change, said in ((lambda t: t.pop(query), f"the tensor {query} is missing"),
                          (lambda t: t.update(extra=torch.zeros(1)), "the tensor extra is unknown"),
                          (lambda t: t.update({"pooler.bias": torch.zeros(7)}), r"pooler.bias is \(7,\)")):
-        cross.save_pretrained(tmp_path, vocabulary(), vocabulary())
+        save_xdbert(cross, tmp_path, vocabulary(), vocabulary())
         tensors = load_file(tmp_path / "cross.safetensors")
         change(tensors)
         save_file(tensors, tmp_path / "cross.safetensors")
         refused(f"cross.safetensors: .*{said}")
-    cross.save_pretrained(tmp_path, vocabulary(), vocabulary())
+    save_xdbert(cross, tmp_path, vocabulary(), vocabulary())
     no = "not that of an XDBERT"
     for broken, said in (("[]", "holds no settings"), ("{}", no), ('{"layers": "2", "pooler": true}', no),
                          ('{"layers": 2, "pooler": 1}', no), ('{"layers": 0, "pooler": true}', no),
@@ -938,7 +941,7 @@ def test_xdbert_folder_is_read_strictly(tmp_path):
                          ('{"layers": 1, "pooler": true}', r"the tensor cross.clip.1.* is unknown")):
         (tmp_path / "cross.json").write_text(broken)
         refused(said)
-    cross.save_pretrained(tmp_path, vocabulary(), vocabulary())
+    save_xdbert(cross, tmp_path, vocabulary(), vocabulary())
     (tmp_path / "clip" / "config.json").unlink()
     refused("clip/config.json: no such file")
 
@@ -1098,8 +1101,8 @@ def test_folder_loads_in_every_form(tmp_path, kind, prefix):
     old = {name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): value
            for name, value in (tensors | ignored).items()}
     rng = torch.get_rng_state()
-    new = BERT.from_pretrained(hf_folder(tmp_path / "new", tensors))
-    bert = BERT.from_pretrained(hf_folder(tmp_path / "old", old, kind, prefix), pooler=True)
+    new = load_bert(hf_folder(tmp_path / "new", tensors))
+    bert = load_bert(hf_folder(tmp_path / "old", old, kind, prefix), pooler=True)
     head = load_mlm_head(tmp_path / "old", bert)
     assert torch.equal(torch.get_rng_state(), rng)
     assert bert.config == TINY and not bert.training and not head.training
@@ -1112,13 +1115,13 @@ def test_folder_loads_in_every_form(tmp_path, kind, prefix):
 
 def test_half_precision_folder_loads_as_float32(tmp_path):
     tensors = {name: value.half() for name, value in hf_tensors(TINY).items()}
-    bert = BERT.from_pretrained(hf_folder(tmp_path, tensors))
+    bert = load_bert(hf_folder(tmp_path, tensors))
     assert {p.dtype for p in bert.parameters()} == {torch.float32}
     assert torch.equal(bert.embeddings.word.weight, tensors["embeddings.word_embeddings.weight"].float())
 
 
 def test_mlm_head_is_none_where_the_folder_has_none(tmp_path):
-    bert = BERT.from_pretrained(hf_folder(tmp_path, hf_tensors(TINY, head=False), prefix=""))
+    bert = load_bert(hf_folder(tmp_path, hf_tensors(TINY, head=False), prefix=""))
     assert load_mlm_head(tmp_path, bert) is None
 
 
@@ -1139,14 +1142,14 @@ def test_wrong_tensor_is_one_clear_line(tmp_path, kind, change, said):
     change(tensors)
     hf_folder(tmp_path, tensors, kind)
     with pytest.raises(SystemExit, match=rf"(model.safetensors|pytorch_model.bin): .*{said}") as error:
-        BERT.from_pretrained(tmp_path, pooler=True)
+        load_bert(tmp_path, pooler=True)
     assert "\n" not in str(error.value) and ";" in str(error.value)
 
 
 def test_incomplete_or_untied_mlm_head_is_refused(tmp_path):
     tensors = hf_tensors(TINY)
     untied = tensors | {"cls.predictions.decoder.weight": torch.zeros(40, 24)}
-    bert = BERT.from_pretrained(hf_folder(tmp_path, untied))
+    bert = load_bert(hf_folder(tmp_path, untied))
     with pytest.raises(SystemExit, match="decoder.weight differs from embeddings.word_embeddings.weight"):
         load_mlm_head(tmp_path, bert)
     del tensors["cls.predictions.bias"]
@@ -1171,27 +1174,27 @@ def test_wrong_config_is_one_clear_line(tmp_path, settings, said):
 
 def test_damaged_or_missing_file_is_one_clear_line(tmp_path):
     with pytest.raises(SystemExit, match="config.json: no such file"):
-        BERT.from_pretrained(tmp_path)
+        load_bert(tmp_path)
     hf_folder(tmp_path, hf_tensors(TINY))
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(SystemExit, match="model.safetensors: not readable"):
-        BERT.from_pretrained(tmp_path)
+        load_bert(tmp_path)
     weights.unlink()
     with pytest.raises(SystemExit, match="no model.safetensors and no pytorch_model.bin"):
-        BERT.from_pretrained(tmp_path)
+        load_bert(tmp_path)
     for content in (b"", b"not a checkpoint"):
         (tmp_path / "pytorch_model.bin").write_bytes(content)
         with pytest.raises(SystemExit, match="pytorch_model.bin: not readable") as error:
-            BERT.from_pretrained(tmp_path)
+            load_bert(tmp_path)
         assert "\n" not in str(error.value)
     for content in ([1, 2], {"bert": {"nested": torch.zeros(1)}}):
         torch.save(content, tmp_path / "pytorch_model.bin")
         with pytest.raises(SystemExit, match="pytorch_model.bin: not readable"):
-            BERT.from_pretrained(tmp_path)
+            load_bert(tmp_path)
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(SystemExit, match="config.json: not readable"):
-        BERT.from_pretrained(tmp_path)
+        load_bert(tmp_path)
 
 
 def test_hostile_bin_is_not_executed(tmp_path):
@@ -1201,7 +1204,7 @@ def test_hostile_bin_is_not_executed(tmp_path):
     hf_folder(tmp_path / "model", hf_tensors(TINY), "bin")
     torch.save({"bert.x": Hostile()}, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(SystemExit, match="pytorch_model.bin: not readable"):
-        BERT.from_pretrained(tmp_path / "model")
+        load_bert(tmp_path / "model")
     assert not (tmp_path / "executed").exists()
 
 
@@ -1223,24 +1226,24 @@ def trained(seed, pooler=False):
 @pytest.mark.parametrize("pooler", [True, False])
 def test_save_and_load_are_bit_equal(tmp_path, with_head, pooler):
     bert, head = trained(0, pooler)
-    bert.save_pretrained(tmp_path / "a" / "model", vocabulary(), head if with_head else None)
+    save_bert(bert, tmp_path / "a" / "model", vocabulary(), head if with_head else None)
     folder = tmp_path / "a" / "model"
     assert sorted(p.name for p in folder.iterdir()) == [
         "config.json", "model.safetensors", "tokenizer_config.json", "vocab.txt"]
-    loaded = BERT.from_pretrained(folder, pooler)
+    loaded = load_bert(folder, pooler)
     assert loaded.config == TINY and same(loaded.state_dict(), bert.state_dict())
     again = load_mlm_head(folder, loaded)
     assert same(again.state_dict(), head.state_dict()) if with_head else again is None
     settings = json.loads((folder / "config.json").read_text())
     assert settings["architectures"] == ["BertForMaskedLM" if with_head else "BertModel"]
-    assert data.load_vocab(folder).hash == vocabulary().hash
+    assert load_vocab(folder).hash == vocabulary().hash
 
 
 def test_fresh_pooler_is_the_same_each_time(tmp_path):
     bert, head = trained(0)
     rng = torch.get_rng_state()
     for name in "ab":
-        bert.save_pretrained(tmp_path / name, vocabulary(), head)
+        save_bert(bert, tmp_path / name, vocabulary(), head)
     assert torch.equal(torch.get_rng_state(), rng)
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert torch.equal(a["bert.pooler.dense.weight"], b["bert.pooler.dense.weight"])
@@ -1251,26 +1254,26 @@ def test_fresh_pooler_is_the_same_each_time(tmp_path):
 
 def test_pooler_is_the_files_only_where_it_was_trained(tmp_path):
     wide = replace(TINY, hidden=96, init_std=0.1)
-    BERT(wide).save_pretrained(tmp_path / "untrained", vocabulary())
+    save_bert(BERT(wide), tmp_path / "untrained", vocabulary())
     hf_folder(tmp_path / "none", hf_tensors(wide, pooler=False), config=wide, initializer_range=0.1)
     for name in ("untrained", "none"):  # fresh, from the global generator
         poolers = []
         for seed in (1, 1, 2):
             torch.manual_seed(seed)
-            poolers.append(BERT.from_pretrained(tmp_path / name, pooler=True).pooler)
+            poolers.append(load_bert(tmp_path / name, pooler=True).pooler)
         assert torch.equal(poolers[0].weight, poolers[1].weight)
         assert not torch.equal(poolers[0].weight, poolers[2].weight)
         assert abs(poolers[0].weight.std() / 0.1 - 1) < 0.05 and not poolers[0].bias.any()
         rng = torch.get_rng_state()
-        assert BERT.from_pretrained(tmp_path / name).pooler is None
-        assert BERT.from_pretrained(tmp_path / name, pooler="trained").pooler is None
+        assert load_bert(tmp_path / name).pooler is None
+        assert load_bert(tmp_path / name, pooler="trained").pooler is None
         assert torch.equal(torch.get_rng_state(), rng)
     bert, _ = trained(0, pooler=True)
-    bert.save_pretrained(tmp_path / "trained", vocabulary())
+    save_bert(bert, tmp_path / "trained", vocabulary())
     assert json.loads((tmp_path / "trained" / "config.json").read_text())["pooler_trained"] is True
     rng = torch.get_rng_state()
     for pooler in (True, "trained"):
-        assert same(BERT.from_pretrained(tmp_path / "trained", pooler).state_dict(), bert.state_dict())
+        assert same(load_bert(tmp_path / "trained", pooler).state_dict(), bert.state_dict())
     assert torch.equal(torch.get_rng_state(), rng)
 
 
@@ -1278,7 +1281,7 @@ def test_interrupted_save_leaves_the_folder_readable(tmp_path, monkeypatch):
     (old, old_head), (new, new_head) = trained(1), trained(2)
     replace = os.replace
     for stop_at in range(4):  # weights, vocabulary and casing in any order, config.json last
-        old.save_pretrained(tmp_path / "m", vocabulary(), old_head)
+        save_bert(old, tmp_path / "m", vocabulary(), old_head)
         (tmp_path / "m" / "video_encoder.json").write_text("{}")
         count = iter(range(99))
 
@@ -1288,31 +1291,31 @@ def test_interrupted_save_leaves_the_folder_readable(tmp_path, monkeypatch):
             replace(source, target)
         monkeypatch.setattr(os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            new.save_pretrained(tmp_path / "m", vocabulary(), new_head)
+            save_bert(new, tmp_path / "m", vocabulary(), new_head)
         count = iter(range(99))
         with pytest.raises(KeyboardInterrupt):
-            new.save_pretrained(tmp_path / "new", vocabulary(), new_head)
+            save_bert(new, tmp_path / "new", vocabulary(), new_head)
         assert not (tmp_path / "new" / "config.json").exists()
         monkeypatch.undo()
-        loaded = BERT.from_pretrained(tmp_path / "m")
+        loaded = load_bert(tmp_path / "m")
         assert any(same(loaded.state_dict(), whole.state_dict()) for whole in (old, new))
         assert load_mlm_head(tmp_path / "m", loaded) is not None
-    new.save_pretrained(tmp_path / "m", vocabulary(), new_head)
-    assert same(BERT.from_pretrained(tmp_path / "m").state_dict(), new.state_dict())
+    save_bert(new, tmp_path / "m", vocabulary(), new_head)
+    assert same(load_bert(tmp_path / "m").state_dict(), new.state_dict())
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer_config.json", "video_encoder.json", "vocab.txt"]
 
 
 def test_failed_write_is_one_clear_line(tmp_path, monkeypatch):
     (old, head), (new, _) = trained(1), trained(2)
-    old.save_pretrained(tmp_path / "m", vocabulary(), head)
+    save_bert(old, tmp_path / "m", vocabulary(), head)
 
     def full(*args, **kw):
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(model, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(SystemExit, match="m: could not be written .*No space left"):
-        new.save_pretrained(tmp_path / "m", vocabulary(), head)
-    assert same(BERT.from_pretrained(tmp_path / "m").state_dict(), old.state_dict())
+        save_bert(new, tmp_path / "m", vocabulary(), head)
+    assert same(load_bert(tmp_path / "m").state_dict(), old.state_dict())
     assert not (tmp_path / "m" / ".saving").exists()
 
 
@@ -1365,7 +1368,7 @@ def naive_task(folder, kind, pool):
 @pytest.mark.parametrize("kind, pool", TASKS)
 def test_task_logits_equal_naive_and_transformers(tmp_path, kind, pool):
     task = task_model(kind, pool)
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind))
     logits = task(*task_batch(kind))
     shape = {"classify": (3, 3), "regress": (3,), "choice": (2, 3), "span": (3, 8, 2)}[kind]
     assert logits.shape == shape and logits.dtype == torch.float32
@@ -1461,9 +1464,9 @@ def test_task_head_learns_a_tiny_set(kind, pool):
 @pytest.mark.parametrize("kind, pool", TASKS)
 def test_task_model_save_and_load_are_bit_equal(tmp_path, kind, pool):
     task = task_model(kind, pool)
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind))
     rng = torch.get_rng_state()
-    loaded, settings = TaskModel.from_pretrained(tmp_path)
+    loaded, settings = load_task_model(tmp_path)
     assert torch.equal(torch.get_rng_state(), rng)
     assert settings == task_settings(kind) | {"kind": kind, "pool": pool} == load_task(tmp_path)
     assert same(loaded.state_dict(), task.state_dict()) and not loaded.training and not loaded.frozen
@@ -1487,11 +1490,11 @@ def test_task_model_save_and_load_are_bit_equal(tmp_path, kind, pool):
 @pytest.mark.parametrize("kind, pool", TASKS)
 def test_fine_tuned_folder_starts_another_task(tmp_path, kind, pool):
     task = task_model(kind, pool)
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
-    bert = BERT.from_pretrained(tmp_path)
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind))
+    bert = load_bert(tmp_path)
     assert load_mlm_head(tmp_path, bert) is None
     torch.testing.assert_close(bert(IDS, MASK), task.encoder(IDS, MASK), rtol=0, atol=0)
-    other = TaskModel(BERT.from_pretrained(tmp_path, pooler=True), "classify", 2)
+    other = TaskModel(load_bert(tmp_path, pooler=True), "classify", 2)
     assert other(IDS, MASK).shape == (3, 2)
     if task.encoder.pooler:
         assert torch.equal(other.encoder.pooler.weight, task.encoder.pooler.weight)
@@ -1500,12 +1503,12 @@ def test_fine_tuned_folder_starts_another_task(tmp_path, kind, pool):
 def test_encoder_or_damaged_task_folder_is_one_clear_line(tmp_path):
     def refused(said):
         with pytest.raises(SystemExit, match=said) as error:
-            TaskModel.from_pretrained(tmp_path)
+            load_task_model(tmp_path)
         assert "\n" not in str(error.value) and ";" in str(error.value)
     bert, head = trained(0, pooler=True)
-    bert.save_pretrained(tmp_path, vocabulary(), head)
+    save_bert(bert, tmp_path, vocabulary(), head)
     refused("no fine-tuned model .*BertForMaskedLM")
-    task_model("classify").save_pretrained(tmp_path, vocabulary(), task_settings("classify"))
+    save_task_model(task_model("classify"), tmp_path, vocabulary(), task_settings("classify"))
     path = tmp_path / "config.json"
     content = json.loads(path.read_text())
     for change in (None, [], {}, {"kind": "tagging"}, {"kind": []}, {"pool": "max"}, {"labels": "yes"},
@@ -1530,12 +1533,12 @@ def test_encoder_or_damaged_task_folder_is_one_clear_line(tmp_path):
 ])
 def test_folder_fine_tuned_by_hugging_face_loads(tmp_path, kind, settings, labels):
     task = task_model(kind)
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind))
     content = json.loads((tmp_path / "config.json").read_text())
     for ours in ("nanoground", "pooler_trained", "id2label", "label2id", "problem_type"):
         content.pop(ours, None)
     (tmp_path / "config.json").write_text(json.dumps(content | settings))
-    loaded, told = TaskModel.from_pretrained(tmp_path)
+    loaded, told = load_task_model(tmp_path)
     assert told == {"task": "", "kind": kind, "labels": labels, "pool": "cls", "max_length": 128}
     assert torch.equal(loaded(*task_batch(kind)), task(*task_batch(kind)))
 
@@ -1550,13 +1553,13 @@ def test_folder_fine_tuned_by_hugging_face_loads(tmp_path, kind, settings, label
     ({"architectures": None}, "no fine-tuned model"),
 ])
 def test_other_hugging_face_task_is_one_clear_line(tmp_path, settings, said):
-    task_model("classify").save_pretrained(tmp_path, vocabulary(), task_settings("classify"))
+    save_task_model(task_model("classify"), tmp_path, vocabulary(), task_settings("classify"))
     content = json.loads((tmp_path / "config.json").read_text())
     for ours in ("nanoground", "id2label", "label2id", "problem_type"):
         del content[ours]
     (tmp_path / "config.json").write_text(json.dumps(content | settings))
     with pytest.raises(SystemExit, match=said) as error:
-        TaskModel.from_pretrained(tmp_path)
+        load_task_model(tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -1601,19 +1604,19 @@ def test_other_encoders_learn_where_the_head_reads(encoder, kind, pool):
 def test_other_encoders_save_and_load_are_bit_equal(tmp_path, encoder, kind, pool):
     task, batch = other_task(encoder, kind, pool)
     clip_vocab = None if encoder == "clip" else vocabulary()
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind), clip_vocab)
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind), clip_vocab)
     rng = torch.get_rng_state()
-    loaded, settings = TaskModel.from_pretrained(tmp_path)
+    loaded, settings = load_task_model(tmp_path)
     assert torch.equal(torch.get_rng_state(), rng) and type(loaded.encoder) is type(task.encoder)
     told = {"kind": kind, "pool": pool} | ({} if encoder == "clip" else {"encoder": "xdbert"})
     assert settings == task_settings(kind) | told == load_task(tmp_path)
     assert same(loaded.state_dict(), task.state_dict()) and not loaded.training
     assert torch.equal(loaded(**batch), task(**batch))
     if encoder == "clip":  # the tower alone starts another task
-        assert same(CLIPText.from_pretrained(tmp_path).state_dict(), task.encoder.state_dict())
+        assert same(load_clip(tmp_path).state_dict(), task.encoder.state_dict())
     else:
-        assert same(XDBERT.from_pretrained(tmp_path).state_dict(), task.encoder.state_dict())
-        assert same(BERT.from_pretrained(tmp_path).state_dict(), task.encoder.language.state_dict())
+        assert same(load_xdbert(tmp_path).state_dict(), task.encoder.state_dict())
+        assert same(load_bert(tmp_path).state_dict(), task.encoder.language.state_dict())
         assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
             "BertModel" if encoder == "xdbert" else "ElectraModel"]
 
@@ -1670,8 +1673,8 @@ STORED_ELECTRA = {
 @pytest.mark.parametrize("kind, pool", TASKS)
 def test_electra_task_folders(tmp_path, kind, pool):
     task = task_model(kind, pool, NARROW)
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
-    loaded, settings = TaskModel.from_pretrained(tmp_path)
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind))
+    loaded, settings = load_task_model(tmp_path)
     assert same(loaded.state_dict(), task.state_dict()) and settings == load_task(tmp_path)
     logits = loaded(*task_batch(kind))
     assert torch.equal(logits, task(*task_batch(kind)))
@@ -1683,7 +1686,7 @@ def test_electra_task_folders(tmp_path, kind, pool):
         "choice": "ElectraForMultipleChoice", "span": "ElectraForQuestionAnswering"}.get(
             kind, "ElectraForSequenceClassification")]
     assert content["pooler_trained"] == (pool == "cls" and kind != "span")
-    bert = BERT.from_pretrained(tmp_path, pooler=True)  # starts another task, with this one's pooler
+    bert = load_bert(tmp_path, pooler=True)  # starts another task, with this one's pooler
     torch.testing.assert_close(bert(IDS, MASK), task.encoder(IDS, MASK), rtol=0, atol=0)
     if task.encoder.pooler:
         assert torch.equal(bert.pooler.weight, task.encoder.pooler.weight)
@@ -1720,9 +1723,9 @@ def minilm():
 
 
 def test_real_bert_equals_naive(minilm):
-    bert = BERT.from_pretrained(minilm, pooler=True)
+    bert = load_bert(minilm, pooler=True)
     assert load_mlm_head(minilm, bert) is None
-    ids = torch.tensor([data.load_vocab(minilm).encode(["A man plays the guitar."])[0]])
+    ids = torch.tensor([load_vocab(minilm).encode(["A man plays the guitar."])[0]])
     expected = naive_bert(load_file(minilm / "model.safetensors"), bert.config, ids[0])
     for ours, theirs in zip(bert(ids, all_states=True), expected):
         torch.testing.assert_close(ours[0].double(), theirs, rtol=0, atol=2e-5)
@@ -1734,7 +1737,7 @@ def test_real_bert_equals_transformers(minilm):
     batch = tokenizer(["A man plays the guitar.", "Unaffable naïveté, 東京 and a rather longer sentence!"],
                       padding=True, return_tensors="pt")
     theirs = transformers.AutoModel.from_pretrained(minilm).eval()
-    ours, mask = BERT.from_pretrained(minilm, pooler=True), batch["attention_mask"].bool()
+    ours, mask = load_bert(minilm, pooler=True), batch["attention_mask"].bool()
     expected = theirs(**batch, output_hidden_states=True)
     for a, b in zip(ours(batch["input_ids"], mask, all_states=True), expected.hidden_states, strict=True):
         torch.testing.assert_close(a[mask], b[mask], rtol=0, atol=2e-5)
@@ -1746,7 +1749,7 @@ def test_real_bert_equals_transformers(minilm):
 def test_export_opens_in_transformers(tmp_path, with_head):
     transformers = pytest.importorskip("transformers")
     bert, head = trained(0, pooler=True)
-    bert.eval().save_pretrained(tmp_path, vocabulary(), head if with_head else None)
+    save_bert(bert.eval(), tmp_path, vocabulary(), head if with_head else None)
     theirs, info = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
     out = theirs.eval()(input_ids=IDS, attention_mask=MASK.long(), token_type_ids=SEGMENTS)
@@ -1770,7 +1773,7 @@ def test_transformers_folder_loads(tmp_path, name):
         vocab_size=40, num_hidden_layers=2, hidden_size=24, num_attention_heads=3, intermediate_size=32,
         max_position_embeddings=16, initializer_range=0.2)).eval()
     theirs.save_pretrained(tmp_path)
-    bert = BERT.from_pretrained(tmp_path, pooler=name != "BertForMaskedLM")
+    bert = load_bert(tmp_path, pooler=name != "BertForMaskedLM")
     assert bert.config == replace(TINY, init_std=0.2)
     batch = dict(input_ids=IDS, attention_mask=MASK.long(), token_type_ids=SEGMENTS)
     h, head = bert(IDS, MASK, SEGMENTS), load_mlm_head(tmp_path, bert)
@@ -1800,7 +1803,7 @@ def transformers_logits(theirs, kind):
 def test_task_export_opens_in_transformers(tmp_path, kind):
     transformers = pytest.importorskip("transformers")
     task = task_model(kind)
-    task.save_pretrained(tmp_path, vocabulary(), task_settings(kind))
+    save_task_model(task, tmp_path, vocabulary(), task_settings(kind))
     theirs, info = getattr(transformers, AUTO[kind]).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     logits = transformers_logits(theirs, kind)
@@ -1831,7 +1834,7 @@ def test_model_fine_tuned_in_transformers_loads(tmp_path, kind, labels):
         max_position_embeddings=16, initializer_range=0.2, num_labels=labels)
     theirs = getattr(transformers, AUTO[kind]).from_config(config)
     theirs.save_pretrained(tmp_path)
-    task, settings = TaskModel.from_pretrained(tmp_path)
+    task, settings = load_task_model(tmp_path)
     words = [f"LABEL_{i}" for i in range(labels)] if kind == "classify" else []
     assert settings == {"task": "", "kind": kind, "labels": words, "pool": "cls", "max_length": 128}
     expected, ours = transformers_logits(theirs, kind), task(*task_batch(kind))
@@ -1854,11 +1857,11 @@ def test_transformers_electra_loads_and_opens_our_export(tmp_path, name, config)
     torch.manual_seed(0)
     theirs = getattr(transformers, name)(transformers_electra(config)).eval()
     theirs.save_pretrained(tmp_path / "theirs")
-    bert = BERT.from_pretrained(tmp_path / "theirs")
+    bert = load_bert(tmp_path / "theirs")
     head = load_mlm_head(tmp_path / "theirs", bert)
     assert bert.config == replace(config, init_std=0.2)
     assert (head is not None) == (name == "ElectraForMaskedLM")
-    bert.save_pretrained(tmp_path / "ours", vocabulary(), head)
+    save_bert(bert, tmp_path / "ours", vocabulary(), head)
     auto = transformers.AutoModelForMaskedLM if head else transformers.AutoModel
     again, info = auto.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -1879,9 +1882,9 @@ def test_electra_task_equals_transformers_both_ways(tmp_path, kind):
     torch.manual_seed(0)
     theirs = getattr(transformers, AUTO[kind]).from_config(transformers_electra(NARROW))
     theirs.save_pretrained(tmp_path / "theirs")
-    task, _ = TaskModel.from_pretrained(tmp_path / "theirs")
+    task, _ = load_task_model(tmp_path / "theirs")
     ours = task_model(kind, config=NARROW)
-    ours.save_pretrained(tmp_path / "ours", vocabulary(), task_settings(kind))
+    save_task_model(ours, tmp_path / "ours", vocabulary(), task_settings(kind))
     again, info = getattr(transformers, AUTO[kind]).from_pretrained(
         tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -1907,9 +1910,9 @@ def test_transformers_clip_loads_and_opens_our_export(tmp_path, name):
               if name == "CLIPModel" else transformers.CLIPTextConfig(**text))
     theirs = set_weights(getattr(transformers, name)(config))
     theirs.save_pretrained(tmp_path / "theirs")
-    clip = CLIPText.from_pretrained(tmp_path / "theirs")
+    clip = load_clip(tmp_path / "theirs")
     assert clip.config == replace(CLIP, projection=projection)
-    clip.save_pretrained(tmp_path / "ours", vocabulary())
+    save_clip(clip, tmp_path / "ours", vocabulary())
     again, info = transformers.CLIPTextModelWithProjection.from_pretrained(
         tmp_path / "ours", output_loading_info=True)
     assert not info["missing_keys"] and set(info["unexpected_keys"]) == {"logit_scale"}
@@ -1925,7 +1928,7 @@ def test_transformers_clip_loads_and_opens_our_export(tmp_path, name):
 
 def test_clip_export_gives_transformers_stored_outputs(tmp_path):
     transformers = pytest.importorskip("transformers")
-    set_weights(CLIPText(CLIP)).save_pretrained(tmp_path, vocabulary())
+    save_clip(set_weights(CLIPText(CLIP)), tmp_path, vocabulary())
     theirs = transformers.CLIPTextModelWithProjection.from_pretrained(tmp_path).eval()
     embeds = theirs(input_ids=IDS).text_embeds
     torch.testing.assert_close(embeds[:, :4], STORED_CLIP, rtol=0, atol=2e-4)

@@ -27,7 +27,11 @@ import data
 import distill
 import finetune
 import teacher
-from model import BERT, load_mlm_head
+from model import BERT
+from parts.vocab import load_vocab
+from parts.weights import load_bert, load_mlm_head, save_bert
+from prepare.packing import pack_text
+from run import Interrupt, run_script, set_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERY = "+".join(distill.OBJECTIVES)
@@ -51,8 +55,8 @@ def assert_same(one, two, leave_out=("config",)):
 def stop_at(monkeypatch, step):
     """The run behaves as if SIGTERM had come just before `step`."""
     asked = itertools.count()
-    monkeypatch.setattr(common.Interrupt, "due", lambda self, world: next(asked) == step)
-    monkeypatch.setattr(common.Interrupt, "reason", "SIGTERM", raising=False)
+    monkeypatch.setattr(Interrupt, "due", lambda self, world: next(asked) == step)
+    monkeypatch.setattr(Interrupt, "reason", "SIGTERM", raising=False)
 
 
 def refused(match, run):
@@ -114,7 +118,7 @@ def test_teacher_option_trains_both_encoders(teacher_config, tmp_path, flags):
     assert all(state["exp_avg_sq"].sum() > 0 for state in optimizer["state"].values())
     assert any(k.startswith("video.") for k in after["model"]) == ("ct" in cfg.objective)
     assert (tmp_path / "run" / "model" / "vokens.safetensors").exists() == ("ct" in cfg.objective)
-    BERT.from_pretrained(tmp_path / "run" / "model")
+    load_bert(tmp_path / "run" / "model")
     assert results["loss"] > 0
 
 
@@ -122,9 +126,9 @@ def test_video_encoder_weights_move(teacher_run):
     """The released code left the video encoder out of the optimizer."""
     run = saved(teacher_run)
     cfg = teacher.Config(**run["config"])
-    common.set_seed(cfg.seed, 0)
+    set_seed(cfg.seed, 0)
     clips = data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, val_clips=cfg.val_clips)
-    config = teacher.BERT.from_pretrained(teacher_run / "model").config
+    config = teacher.load_bert(teacher_run / "model").config
     fresh = teacher.Teacher(cfg, replace(config, dropout=cfg.dropout), clips.features).state_dict()
     assert fresh.keys() == run["model"].keys()
     assert torch.equal(fresh["mlm.norm.weight"], torch.ones(cfg.hidden))  # what never moved would be found
@@ -154,7 +158,7 @@ def test_early_stop_continues_over_a_resume(teacher_config, tmp_path, monkeypatc
 def test_two_stage_student_starts_from_the_other_models_weights(distill_config, teacher_run):
     cfg = distill_config(objective="none", init_from=str(teacher_run), lr=1e-9, max_steps=1)
     distill.main(cfg)
-    bert = BERT.from_pretrained(teacher_run / "model")
+    bert = load_bert(teacher_run / "model")
     start = {f"bert.{k}": v for k, v in bert.state_dict().items()}
     start |= {f"mlm.{k}": v for k, v in load_mlm_head(teacher_run / "model", bert).state_dict().items()}
     student = saved(cfg.out_dir)["student"]
@@ -261,7 +265,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, t
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_elsewhere_and_full_memory_are_one_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["distill.py"])
-    run = functools.partial(common.run_script, Config=distill.Config, presets=distill.PRESETS)
+    run = functools.partial(run_script, Config=distill.Config, presets=distill.PRESETS)
     refused("disk full .*--resume", lambda: run(lambda cfg: Path("/dev/full").write_text("x")))
     refused("--batch_size 96", lambda: run(lambda cfg: torch.empty(10 ** 15)))
     with pytest.raises(ValueError):  # what is no user's mistake keeps its traceback
@@ -423,7 +427,7 @@ def test_wrong_models_and_files_are_refused(distill_config, teacher_run, tmp_pat
     vocab = tmp_path / "vocab.txt"
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 400)
-    data.pack_text([tmp_path / "text.txt"], vocab, tmp_path / "other.h5")
+    pack_text([tmp_path / "text.txt"], vocab, tmp_path / "other.h5")
     other = distill_config(train=str(tmp_path / "other.h5"))
     refused("--teacher .*another vocabulary", lambda: distill.main(other))
     other = replace(other, objective="none", teacher="", init_from=str(teacher_run))
@@ -448,7 +452,7 @@ def test_resume_refuses_another_corpus_model_or_batch(distill_config, demo, tmp_
         changed = replace(cfg, resume=True, **{name: value})
         refused(f"--resume: --{name} was", lambda: distill.main(changed))
     raw = demo / "demo-s0" / "raw"
-    data.pack_text([raw / "text" / "part0.txt"], raw / "vocab.txt", tmp_path / "half.h5")
+    pack_text([raw / "text" / "part0.txt"], raw / "vocab.txt", tmp_path / "half.h5")
     other = replace(cfg, resume=True, train=str(tmp_path / "half.h5"))
     refused("corpus is not what", lambda: distill.main(other))
     moved = replace(cfg, resume=True, train=str(demo / "demo-s0" / "corp*.h5"))  # the same text
@@ -484,8 +488,8 @@ def test_killed_prerequisite_goes_on_with_the_same_command(distill_config, monke
 
 
 def test_teacher_without_heads_refuses_what_needs_them(distill_config, teacher_run, tmp_path):
-    vocab = data.load_vocab(teacher_run / "model")
-    BERT.from_pretrained(teacher_run / "model").save_pretrained(tmp_path / "bare", vocab)
+    vocab = load_vocab(teacher_run / "model")
+    save_bert(load_bert(teacher_run / "model"), tmp_path / "bare", vocab)
     bare = functools.partial(distill_config, teacher=str(tmp_path / "bare"), max_steps=1)
     refused("no masked-word head", lambda: distill.main(bare(objective="soft")))
     refused("no video encoder", lambda: distill.main(bare(objective="voken")))

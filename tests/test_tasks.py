@@ -12,16 +12,20 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import finetune
-from common import keyed_integers, keyed_uniform
 from conftest import tiny_clip_vocab
-from finetune import TASKS
-from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel
 from test_data import stop_line
+from common import keyed_integers, keyed_uniform
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel
+from parts.examples import (ANSWER_TOKENS, EVAL_TOKENS, QUESTION_TOKENS, WINDOW_STRIDE, Order,
+                            batches_by_length, load_examples, tokenized, truncate)
+from parts.tasks import (DIAGNOSTIC, TASKS, Rows, Task, evaluation_files, find_file, read_lines, read_table,
+                         test_files, write_submission)
+from parts.vocab import SPECIALS, Vocab
+from prepare.world import draw_nouns, write_tasks
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
-VOCAB = data.Vocab([*data.SPECIALS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "cat", "dog",
+VOCAB = Vocab([*SPECIALS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "cat", "dog",
                     "sat", "ran", "mat"])
 
 
@@ -126,7 +130,7 @@ def test_mnli_of_16_columns_leaves_out_rows_without_gold_label(tmp_path):
         ["2", *"abcdefg", "five", "six", *["entailment"] * 5, "neutral"]))
     found = rows("mnli", path)
     assert (found.first, found.labels, found.ids, found.skipped) == (["one", "five"], [0, 1], ["0", "2"], 1)
-    examples = finetune.load_examples(TASKS["mnli"], path, VOCAB, 32, "", "dev")
+    examples = load_examples(TASKS["mnli"], path, VOCAB, 32, "", "dev")
     assert len(examples) == 2 and examples.skipped == 1
     only = put(tmp_path / "only.tsv", table([*MNLI_HEAD, "gold_label"], ["0", *"abcdefg", "one", "two", "-"]))
     assert "no row with a gold label" in stop_line(rows, "mnli", only)
@@ -136,7 +140,7 @@ def test_mnli_of_16_columns_leaves_out_rows_without_gold_label(tmp_path):
                                            (["not_entailment", "entailment"], [1, 0])])
 def test_diagnostics_keep_their_categories(words, labels, tmp_path):
     path = put(tmp_path / "diagnostic-full.tsv", table(
-        [*finetune.DIAGNOSTIC, "Domain", "Premise", "Hypothesis", "Label"],
+        [*DIAGNOSTIC, "Domain", "Premise", "Hypothesis", "Label"],
         ["", "", "Negation;Double negation", "", "News", "It is.", "It is not.", words[0]],
         ["Lexical entailment", "", "", "Common sense", "", "A dog.", "A pet.", words[1]]))
     found = rows("mnli", path)
@@ -186,13 +190,13 @@ def test_piqa_and_tracie_lines(tmp_path):
 
 def test_demo_tasks_are_read_as_the_demo_writes_them(tmp_path):
     rng = random.Random("tasks")
-    data.write_tasks(tmp_path, rng, data.draw_nouns(rng))
+    write_tasks(tmp_path, rng, draw_nouns(rng))
     demo = [task for task in TASKS.values() if task.steps]
     assert [task.name for task in demo] == ["mishap", "entailment", "two_choices", "four_endings",
                                             "before_after"]
     for task in demo:
-        files = {"train": finetune.find_file(task, tmp_path, task.train)}
-        files |= finetune.evaluation_files(task, tmp_path)
+        files = {"train": find_file(task, tmp_path, task.train)}
+        files |= evaluation_files(task, tmp_path)
         assert list(files) == ["train", "", "seen"]
         for which, path in files.items():
             found = task.read(task, path, True)
@@ -210,20 +214,20 @@ def test_files_are_found_in_every_place_and_missing_ones_named(tmp_path):
     task = TASKS["mnli"]
     for folder, where in (("a", "a/MNLI"), ("b", "b/glue/MNLI"), ("c", "c/glue_data/MNLI"),
                           ("d/MNLI", "d/MNLI")):
-        assert finetune.find_file(task, tmp_path / folder, "train.tsv") == tmp_path / where / "train.tsv"
-        found = finetune.evaluation_files(task, tmp_path / folder)
+        assert find_file(task, tmp_path / folder, "train.tsv") == tmp_path / where / "train.tsv"
+        found = evaluation_files(task, tmp_path / folder)
         assert found.pop("diagnostic", None) == (
             tmp_path / "b/glue/diagnostic/diagnostic-full.tsv" if folder == "b" else None)
         assert found == {"": tmp_path / where / names[1], "mm": tmp_path / where / names[2]}
-        assert finetune.test_files(task, tmp_path / folder) == {}
+        assert test_files(task, tmp_path / folder) == {}
     # the folder of one task does not serve another that has equal file names
-    assert finetune.find_file(TASKS["rte"], tmp_path / "d/MNLI", "train.tsv", required=False) is None
+    assert find_file(TASKS["rte"], tmp_path / "d/MNLI", "train.tsv", required=False) is None
     put(tmp_path / "a/MNLI/test_matched.tsv", "x")
-    assert list(finetune.test_files(task, tmp_path / "a")) == [""]
+    assert list(test_files(task, tmp_path / "a")) == [""]
     for task in TASKS.values():
-        says = stop_line(finetune.find_file, task, tmp_path / "none", task.train)
+        says = stop_line(find_file, task, tmp_path / "none", task.train)
         assert str(tmp_path / "none" / task.folder / task.train) in says and task.source in says
-        assert "no such file" in stop_line(finetune.evaluation_files, task, tmp_path / "none")
+        assert "no such file" in stop_line(evaluation_files, task, tmp_path / "none")
 
 
 SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The cat sat.", "qas": [
@@ -289,7 +293,7 @@ def test_piqa_mistakes_name_file_and_line(tmp_path):
     assert "line 1: not a JSON object" in stop_line(rows, "piqa", path)
     put(path, '{"goal": "g \\ud83d", "sol1": "a", "sol2": "b"}\n')
     put(labels, "0\n")
-    says = stop_line(finetune.load_examples, TASKS["piqa"], path, VOCAB, 32, "", "dev")
+    says = stop_line(load_examples, TASKS["piqa"], path, VOCAB, 32, "", "dev")
     assert str(path) in says and "surrogate" in says
 
 
@@ -304,14 +308,14 @@ def test_real_glue_files_are_read_whole(real_data):
         if task.source != TASKS["sst2"].source:
             continue
         sample = real_data / "glue_format_samples"
-        paths = [finetune.find_file(task, sample, task.train),
-                 *finetune.evaluation_files(task, sample).values()]
+        paths = [find_file(task, sample, task.train),
+                 *evaluation_files(task, sample).values()]
         sizes = {len(task.read(task, path, True).first) for path in paths}
-        tests = [task.read(task, path, False) for path in finetune.test_files(task, sample).values()]
+        tests = [task.read(task, path, False) for path in test_files(task, sample).values()]
         assert sizes == {2 if task.name == "cola" else 1} and {len(test.first) for test in tests} == {1}
-        splits = [finetune.find_file(task, real_data, task.train),
-                  *finetune.evaluation_files(task, real_data).values(),
-                  *finetune.test_files(task, real_data).values()]
+        splits = [find_file(task, real_data, task.train),
+                  *evaluation_files(task, real_data).values(),
+                  *test_files(task, real_data).values()]
         if task.name != "sst2":  # read in test_real_sst2_is_tokenised_once_and_batched
             assert tuple(len(task.read(task, path, "test" not in path.name).first)
                          for path in splits) == COUNTS[f"glue/{task.folder}"]
@@ -330,9 +334,9 @@ def test_other_real_files_are_read_whole(real_data):
     assert len(rows("piqa", real_data / "piqa" / "tests.jsonl", False).first) == 3084
     for name, size in (("tracie", 860), ("tracie_iid", 1174)):
         task = TASKS[name]
-        found = rows(name, finetune.find_file(task, real_data, task.train))
+        found = rows(name, find_file(task, real_data, task.train))
         assert len(found.first) == size and sum(found.labels) == size / 2
-    found = rows("tracie_iid", finetune.evaluation_files(TASKS["tracie_iid"], real_data)[""])
+    found = rows("tracie_iid", evaluation_files(TASKS["tracie_iid"], real_data)[""])
     assert len(found.first) == 4248 and found.extra["comparator"].count("starts") == 1924
     assert len(rows("read", real_data / "read" / "train.csv").first) == 4724
 
@@ -356,7 +360,7 @@ def make_rows(name, n, most=12, labelled=True):
     elif len(task.text) == 2:
         second = [row[1] for row in texts]
     labels = [i % 5 / 2 if task.kind == "regress" else i % len(task.words) for i in range(n)]
-    return finetune.Rows([row[0] for row in texts], second, labels if labelled else None,
+    return Rows([row[0] for row in texts], second, labels if labelled else None,
                          [str(i) for i in range(n)])
 
 
@@ -370,7 +374,7 @@ def cut_plainly(first, second, room):
 def test_truncation_equals_the_plain_loop():
     first, second = (x.ravel() for x in np.meshgrid(np.arange(24), np.arange(24)))
     for room in (0, 1, 2, 5, 10, 11, 23, 46, 60):
-        found = np.stack(finetune.truncate(first, second, room), 1).tolist()
+        found = np.stack(truncate(first, second, room), 1).tolist()
         assert found == [list(map(len, cut_plainly(range(a), range(b), room))) for a, b in zip(first, second)]
 
 
@@ -379,7 +383,7 @@ def test_truncation_equals_the_plain_loop():
 def test_batch_equals_its_plain_construction(name, max_length):
     task, n = TASKS[name], 23
     found = make_rows(name, n)
-    examples = finetune.tokenized(task, found, VOCAB, max_length)
+    examples = tokenized(task, found, VOCAB, max_length)
     plain, cut = [], 0
     for i in range(n):
         second = found.second[i] if found.second else None
@@ -411,18 +415,18 @@ def test_batch_equals_its_plain_construction(name, max_length):
         labels = torch.tensor([found.labels[i] for i in index])
         assert batch["labels"].tolist() == labels.tolist()
         assert batch["labels"].dtype == (torch.float32 if name == "stsb" else torch.int64)
-    assert "labels" not in finetune.tokenized(task, make_rows(name, 3, labelled=False), VOCAB, 12).batch([0])
+    assert "labels" not in tokenized(task, make_rows(name, 3, labelled=False), VOCAB, 12).batch([0])
 
 
 def test_empty_texts_and_unknown_tokens():
-    found = finetune.Rows(["", "汶 x é"], ["", ""], None, ["0", "1"])
-    examples = finetune.tokenized(TASKS["rte"], found, VOCAB, 12)
+    found = Rows(["", "汶 x é"], ["", ""], None, ["0", "1"])
+    examples = tokenized(TASKS["rte"], found, VOCAB, 12)
     batch = examples.batch([0, 1])
     assert batch["ids"][0].tolist() == [VOCAB.cls, VOCAB.sep, VOCAB.sep, 0, 0, 0]
     assert batch["segments"][0].tolist() == [0, 0, 1, 0, 0, 0]
-    found = finetune.Rows(["cat ☃ dog ☃"], None, None, ["0"])
-    assert finetune.tokenized(TASKS["sst2"], found, VOCAB, 12).unknown == 0.5
-    assert "--max_length 4" in stop_line(finetune.tokenized, TASKS["sst2"], found, VOCAB, 4)
+    found = Rows(["cat ☃ dog ☃"], None, None, ["0"])
+    assert tokenized(TASKS["sst2"], found, VOCAB, 12).unknown == 0.5
+    assert "--max_length 4" in stop_line(tokenized, TASKS["sst2"], found, VOCAB, 4)
 
 
 # ---------------------------------------------------------------------------- CLIP's tokens
@@ -464,8 +468,8 @@ def test_clip_batch_equals_its_plain_construction(name, positions):
     found = make_rows(name, n)
     found.first[4] = ""
     config = dataclasses.replace(TOWER, positions=positions)
-    examples = finetune.tokenized(task, found, VOCAB, 24, beside=(config, CLIP_VOCAB))
-    alone, cut = finetune.tokenized(task, found, VOCAB, 24), 0
+    examples = tokenized(task, found, VOCAB, 24, beside=(config, CLIP_VOCAB))
+    alone, cut = tokenized(task, found, VOCAB, 24), 0
     rows = []  # of each example: of each sequence: its segments in use
     for first, second in zip(found.first, found.second or [None] * n):
         one, was_cut = segments_plainly(first, positions)
@@ -509,7 +513,7 @@ def test_segments_that_are_not_run_change_no_logit(name):
     tower = dataclasses.replace(TOWER, positions=77)
     task, found = TASKS[name], make_rows(name, 7, most=25)
     model = TaskModel(XDBERT(BERT(config), CLIPText(tower)), task.kind, len(task.labels)).double().eval()
-    examples = finetune.tokenized(task, found, VOCAB, 24, beside=(tower, CLIP_VOCAB))
+    examples = tokenized(task, found, VOCAB, 24, beside=(tower, CLIP_VOCAB))
     batch = finetune.inputs(examples.batch(np.arange(7)))
     logits, sequences = model(**batch), batch["ids"].flatten(0, -2).shape[0]
     full = full_batch(batch, sequences, 2 if name == "sst2" else 4, 77)
@@ -528,9 +532,9 @@ def test_segments_that_are_not_run_change_no_logit(name):
 def test_clip_reads_the_original_text_and_keeps_its_tokens_apart(tmp_path):
     """Its own clean-up (HTML, white space, case), in a cache of its own vocabulary's."""
     texts = ["The &amp;amp; cat\u3000SAT", "汶 <|endoftext|> cat's 42", " "]
-    found = finetune.Rows(texts, None, None, ["0", "1", "2"])
+    found = Rows(texts, None, None, ["0", "1", "2"])
     for _ in range(2):  # made, then read
-        examples = finetune.tokenized(TASKS["sst2"], found, VOCAB, 40, tmp_path,
+        examples = tokenized(TASKS["sst2"], found, VOCAB, 40, tmp_path,
                                       beside=(dataclasses.replace(TOWER, positions=77), CLIP_VOCAB))
         batch = examples.batch([0, 1, 2])
         flat = batch["clip_ids"].flatten()[batch["clip_place"]]
@@ -543,8 +547,8 @@ def test_clip_reads_the_original_text_and_keeps_its_tokens_apart(tmp_path):
 
 
 def test_clip_alone_reads_start_first_end_second_end():
-    found = finetune.Rows(["the cat", "a"], ["sat", ""], [0, 1], ["0", "1"])
-    examples = finetune.tokenized(TASKS["rte"], found, CLIP_VOCAB, 12)
+    found = Rows(["the cat", "a"], ["sat", ""], [0, 1], ["0", "1"])
+    examples = tokenized(TASKS["rte"], found, CLIP_VOCAB, 12)
     batch, (the, cat, sat) = examples.batch([0, 1]), CLIP_VOCAB.encode(["the cat sat"])[0]
     start, end = CLIP_VOCAB.start, CLIP_VOCAB.end
     assert batch["ids"].tolist()[0] == [start, the, cat, end, sat, end]
@@ -572,7 +576,7 @@ def test_cache_is_read_again_remade_when_damaged_and_follows_the_content(tmp_pat
     cache = tmp_path / "cache"
 
     def load(max_length=8, vocab=VOCAB):
-        examples = finetune.load_examples(TASKS["sst2"], path, vocab, max_length, cache, "train")
+        examples = load_examples(TASKS["sst2"], path, vocab, max_length, cache, "train")
         return examples.batch([0, 1])["ids"].tolist(), len(count_encoding), len(list(cache.iterdir()))
     ids, *counts = load()
     assert counts == [1, 1] and load() == (ids, 1, 1)
@@ -594,8 +598,8 @@ def test_cache_is_read_again_remade_when_damaged_and_follows_the_content(tmp_pat
 
 def test_cache_tells_apart_texts_that_join_alike(tmp_path):
     for texts in (["the cat", "sat"], ["the ca", "tsat"]):
-        found = finetune.Rows(texts, None, None, ["0", "1"])
-        examples = finetune.tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path)
+        found = Rows(texts, None, None, ["0", "1"])
+        examples = tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path)
         batch = examples.batch([0, 1])
         ids = [row[mask][1:-1].tolist() for row, mask in zip(batch["ids"], batch["mask"])]
         assert ids == VOCAB.encode(texts)
@@ -604,10 +608,10 @@ def test_cache_tells_apart_texts_that_join_alike(tmp_path):
 def test_cache_that_cannot_be_written_is_one_printed_line(tmp_path, capsys):
     put(tmp_path / "file", "x")
     found = make_rows("sst2", 3)
-    examples = finetune.tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "file")
+    examples = tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "file")
     out = capsys.readouterr().out
     assert len(examples) == 3 and out.count("\n") == 1 and str(tmp_path / "file") in out
-    finetune.tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "cache")
+    tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "cache")
     assert capsys.readouterr().out == ""
 
 
@@ -616,41 +620,41 @@ def test_limit_draws_by_key_and_keeps_the_order(tmp_path):
     path = put(tmp_path / "train.tsv", table(["sentence", "label"], *lines))
 
     def ids(limit, seed=0):
-        examples = finetune.load_examples(TASKS["sst2"], path, VOCAB, 8, "", "train", limit, seed)
+        examples = load_examples(TASKS["sst2"], path, VOCAB, 8, "", "train", limit, seed)
         return [int(i) for i in examples.ids]
     assert ids(0) == ids(50) == ids(99) == list(range(50))
     assert len(ids(10)) == 10 and ids(10) == sorted(ids(10)) and ids(10) == ids(10) and ids(10) != ids(10, 1)
     assert set(ids(10)) < set(ids(11))
     smallest = np.argsort(keyed_uniform("limit", 0, np.arange(50)))[:10]
     assert ids(10) == sorted(smallest.tolist())
-    examples = finetune.load_examples(TASKS["sst2"], path, VOCAB, 8, "", "train", 10)
+    examples = load_examples(TASKS["sst2"], path, VOCAB, 8, "", "train", 10)
     assert examples.labels.tolist() == [i % 2 for i in ids(10)]
 
 
 def test_read_holds_out_a_tenth_of_its_rows_by_id(tmp_path):
     lines = [f"c{i},text {i},{i}" for i in range(400)]
     path = put(tmp_path / "train.csv", "\n".join(["id,excerpt,target", *lines]))
-    train, dev = (finetune.load_examples(TASKS["read"], path, VOCAB, 9, "", split)
+    train, dev = (load_examples(TASKS["read"], path, VOCAB, 9, "", split)
                   for split in ("train", "dev"))
     assert len(train) + len(dev) == 400 and not set(train.ids) & set(dev.ids) and 25 < len(dev) < 55
     put(path, "\n".join(["id,excerpt,target", *lines[::-1]]))
-    again = finetune.load_examples(TASKS["read"], path, VOCAB, 9, "", "dev")
+    again = load_examples(TASKS["read"], path, VOCAB, 9, "", "dev")
     assert set(again.ids) == set(dev.ids) and again.labels.tolist() == [float(i[1:]) for i in again.ids]
 
 
 def test_training_order_visits_each_example_once_an_epoch_with_little_padding():
     lengths = 5 + keyed_integers(100, "lengths", np.arange(1000))
-    order = finetune.Order(lengths, 8, 375, seed=0)  # three epochs of 125 batches
+    order = Order(lengths, 8, 375, seed=0)  # three epochs of 125 batches
     steps = [order(step) for step in range(375)]
     stream = np.concatenate(steps)
     assert np.bincount(stream).tolist() == [3] * 1000
     assert sum(len(part) * lengths[part].max() for part in steps) < 1.06 * lengths[stream].sum()
     assert abs(np.corrcoef(np.arange(3000), lengths[stream])[0, 1]) < 0.1  # no drift from short to long
-    again = finetune.Order(lengths, 8, 375, seed=0)
+    again = Order(lengths, 8, 375, seed=0)
     assert again(260).tolist() == steps[260].tolist()  # a resumed run needs no history
-    assert finetune.Order(lengths, 8, 375, seed=1)(0).tolist() != steps[0].tolist()
+    assert Order(lengths, 8, 375, seed=1)(0).tolist() != steps[0].tolist()
     # other partners in every epoch, even where no two lengths are equal
-    order = finetune.Order(np.arange(1000), 8, 250, seed=0)
+    order = Order(np.arange(1000), 8, 250, seed=0)
     first, other = ({frozenset(order(step).tolist()) for step in part} for part in (range(125), range(125, 250)))
     assert not first & other
 
@@ -658,30 +662,30 @@ def test_training_order_visits_each_example_once_an_epoch_with_little_padding():
 @pytest.mark.parametrize("n", [96, 860, 2500])
 def test_order_keeps_epochs_apart(n):
     """A small set is not repeated within a batch, and its first epoch is nearly all of it."""
-    order = finetune.Order(5 + keyed_integers(100, "lengths", np.arange(n)), 32, 3 * n // 32, seed=0)
+    order = Order(5 + keyed_integers(100, "lengths", np.arange(n)), 32, 3 * n // 32, seed=0)
     steps = [order(step) for step in range(3 * n // 32)]
     assert np.mean([len(set(part.tolist())) for part in steps]) > 30
     assert len(set(np.concatenate(steps)[:n].tolist())) > 0.95 * n
 
 
 def test_order_of_fewer_examples_than_a_batch_repeats_them_evenly():
-    order = finetune.Order(np.array([5, 9, 7]), 8, 3, seed=0)
+    order = Order(np.array([5, 9, 7]), 8, 3, seed=0)
     assert np.bincount(np.concatenate([order(step) for step in range(3)])).tolist() == [8, 8, 8]
 
 
 def test_evaluation_batches_hold_each_example_once_within_the_budget(tmp_path):
     lines = [" ".join(["word"] * int(n)) + "\t0" for n in 1 + keyed_integers(90, "words", np.arange(2003))]
     path = put(tmp_path / "train.tsv", "\n".join(["sentence\tlabel", *lines]))
-    examples = finetune.load_examples(TASKS["sst2"], path, VOCAB, 128, "", "train")
-    parts = list(finetune.batches_by_length(examples))
+    examples = load_examples(TASKS["sst2"], path, VOCAB, 128, "", "train")
+    parts = list(batches_by_length(examples))
     assert np.sort(np.concatenate(parts)).tolist() == list(range(2003))
     assert (np.diff(examples.lengths[np.concatenate(parts)]) <= 0).all() and len(parts) > 3
-    assert all(len(part) * examples.lengths[part].max() <= finetune.EVAL_TOKENS for part in parts)
+    assert all(len(part) * examples.lengths[part].max() <= EVAL_TOKENS for part in parts)
 
 
 def test_real_sst2_is_tokenised_once_and_batched(real_data, bert_vocab):
     path = real_data / "glue" / "SST-2"
-    examples = finetune.load_examples(TASKS["sst2"], path / "dev.tsv", bert_vocab, 64, "", "dev")
+    examples = load_examples(TASKS["sst2"], path / "dev.tsv", bert_vocab, 64, "", "dev")
     assert len(examples) == 872 and len(rows("sst2", path / "train.tsv").first) == 67349
     assert len(rows("sst2", path / "test.tsv", False).first) == 1821
     batch = examples.batch([0])
@@ -702,11 +706,11 @@ def span_rows(contexts, questions, spans=None):
     """Rows of SQuAD by hand. spans: (first character, behind the last), or None without labels."""
     extra = {"answer": ["none" if span == (-1, -1) else "exact" for span in spans]} if spans else {}
     ids = [f"q{i}" for i in range(len(contexts))]
-    return finetune.Rows(list(questions), list(contexts), spans, ids, extra)
+    return Rows(list(questions), list(contexts), spans, ids, extra)
 
 
 def squad_examples(found, max_length, vocab=VOCAB, name="squad2"):
-    return finetune.tokenized(TASKS[name], found, vocab, max_length)
+    return tokenized(TASKS[name], found, vocab, max_length)
 
 
 def windows_plainly(tokens, room):
@@ -717,7 +721,7 @@ def windows_plainly(tokens, room):
         found.append((start, length))
         if start + length == tokens:
             return found
-        start += min(length, finetune.WINDOW_STRIDE, room)
+        start += min(length, WINDOW_STRIDE, room)
 
 
 def home_plainly(windows, token):
@@ -734,7 +738,7 @@ def answer_plainly(windows, question, start, end):
         for i in range(length):
             if home_plainly(windows, begin + i) != w:
                 continue
-            for j in range(i, min(length, i + finetune.ANSWER_TOKENS)):
+            for j in range(i, min(length, i + ANSWER_TOKENS)):
                 total = np.float32(start[w][shift + i] + end[w][shift + j])
                 if total > best[0]:
                     best = total, begin + i, begin + j
@@ -761,7 +765,7 @@ def test_windows_and_answers_equal_the_plain_loop(max_length):
     batch = examples.batch(np.arange(len(examples)))
     spans = [e.offsets for e in VOCAB.tokenizer.encode_batch(contexts, add_special_tokens=False)]
     for q, (question, context) in enumerate(zip(VOCAB.encode(questions), VOCAB.encode(contexts))):
-        question = question[:finetune.QUESTION_TOKENS]
+        question = question[:QUESTION_TOKENS]
         windows = windows_plainly(len(context), max_length - 3 - len(question))
         for k, (begin, length) in enumerate(windows):
             ids = [VOCAB.cls, *question, VOCAB.sep, *context[begin:begin + length], VOCAB.sep]
@@ -785,7 +789,7 @@ def test_windows_and_answers_equal_the_plain_loop(max_length):
 
 
 def test_predicted_characters_are_always_a_substring_of_the_context(bert_vocab):
-    for vocab in (VOCAB, bert_vocab, data.Vocab(bert_vocab.tokens, lower=False, strip_accents=False)):
+    for vocab in (VOCAB, bert_vocab, Vocab(bert_vocab.tokens, lower=False, strip_accents=False)):
         examples = squad_examples(span_rows(HARD, ["who ?"] * len(HARD)), 16, vocab, "squad1")
         for seed in range(40):
             texts, _ = examples.answers(*logits_for(examples, seed))
@@ -815,7 +819,7 @@ def pointed(examples):
 def test_true_answers_of_xquad_are_recovered(real_data, bert_vocab):
     task = TASKS["squad1"]
     path = real_data / "squad" / "xquad.en.json"
-    examples = finetune.load_examples(task, path, bert_vocab, 384, "", "dev")
+    examples = load_examples(task, path, bert_vocab, 384, "", "dev")
     gold = rows("squad1", path)
     assert (len(examples.questions), examples.moved, examples.missing) == (1190, 0, 0)
     texts = pointed(examples)
@@ -829,7 +833,7 @@ def test_answers_of_squad2_are_recovered_and_unanswerable_ones_empty(real_data, 
     content = json.loads((real_data / "squad" / "dev-v2.0.rebuilt.json").read_text())
     content["data"] = [dict(article, paragraphs=article["paragraphs"][:1]) for article in content["data"]]
     path = put(tmp_path / "dev-v2.0.json", json.dumps(content))
-    examples = finetune.load_examples(TASKS["squad2"], path, bert_vocab, 128, "", "train", limit=300)
+    examples = load_examples(TASKS["squad2"], path, bert_vocab, 128, "", "train", limit=300)
     gold = rows("squad2", path)
     assert len(examples.questions) == 300 and len(examples) > 400
     labels = dict(zip(gold.ids, zip(gold.second, gold.labels)))
@@ -871,13 +875,13 @@ def test_moved_and_missing_answers_are_counted_and_skipped_in_training(tmp_path)
     assert found.labels == [(2, 5), (12, 15), (12, 15), (-1, -1), (-1, -1), (0, 1)]
     assert found.extra["answer"] == ["exact", "moved", "moved", "missing", "missing", "moved"]
     for split, size in (("train", 4), ("dev", 6)):
-        examples = finetune.load_examples(TASKS["squad1"], path, VOCAB, 40, "", split)
+        examples = load_examples(TASKS["squad1"], path, VOCAB, 40, "", split)
         assert (len(examples.questions), examples.moved, examples.missing) == (size, 3, 2)
-    unlabelled = finetune.load_examples(TASKS["squad1"], path, VOCAB, 40, "", "test")
+    unlabelled = load_examples(TASKS["squad1"], path, VOCAB, 40, "", "test")
     assert unlabelled.labels is None and len(unlabelled) == 6
     del qas[5:], qas[:3]
     put(path, json.dumps(content))
-    assert "no example" in stop_line(finetune.load_examples, TASKS["squad1"], path, VOCAB, 40, "", "train")
+    assert "no example" in stop_line(load_examples, TASKS["squad1"], path, VOCAB, 40, "", "train")
 
 
 def test_context_without_tokens_and_narrow_windows():
@@ -895,16 +899,16 @@ def test_context_without_tokens_and_narrow_windows():
 
 
 def test_lines_of_standard_input_become_rows():
-    found = finetune.read_lines(TASKS["sst2"], ["good one\n", "bad"])
+    found = read_lines(TASKS["sst2"], ["good one\n", "bad"])
     assert (found.first, found.second, found.labels) == (["good one", "bad"], None, None)
     assert found.ids == ["1", "2"]
-    found = finetune.read_lines(TASKS["rte"], ["a\tb\r\n", "c\td\n"])
+    found = read_lines(TASKS["rte"], ["a\tb\r\n", "c\td\n"])
     assert (found.first, found.second) == (["a", "c"], ["b", "d"])
-    found = finetune.read_lines(TASKS["piqa"], ["goal\tx\ty\tz\n", "other\tu\tv\tw\n"])
+    found = read_lines(TASKS["piqa"], ["goal\tx\ty\tz\n", "other\tu\tv\tw\n"])
     assert (found.first, found.second) == (["goal", "other"], [["x", "y", "z"], ["u", "v", "w"]])
-    assert finetune.tokenized(TASKS["piqa"], found, VOCAB, 12).batch([0, 1])["ids"].shape[:2] == (2, 3)
-    found = finetune.read_lines(TASKS["squad1"], ["who ?\tThe cat sat."])
-    examples = finetune.tokenized(TASKS["squad1"], found, VOCAB, 24)
+    assert tokenized(TASKS["piqa"], found, VOCAB, 12).batch([0, 1])["ids"].shape[:2] == (2, 3)
+    found = read_lines(TASKS["squad1"], ["who ?\tThe cat sat."])
+    examples = tokenized(TASKS["squad1"], found, VOCAB, 24)
     assert examples.answers(*logits_for(examples))[0]["1"] in "The cat sat."
     for name, lines, says in (
             ("sst2", ["a\n", "b\tc\n"], "line 2: 2 fields where 1 are wanted: sentence"),
@@ -912,7 +916,7 @@ def test_lines_of_standard_input_become_rows():
             ("swag", ["a\tb\tc\n", "a\tb\tc\td\n"], "line 2: 4 fields where 3"),
             ("swag", ["a\tb\n"], "line 1: 2 fields where 3"),
             ("sst2", ["a\n", "\n"], "line 2: 1 fields or an empty one")):
-        assert says in stop_line(finetune.read_lines, TASKS[name], lines)
+        assert says in stop_line(read_lines, TASKS[name], lines)
 
 
 @pytest.mark.parametrize("name, predictions, text", [
@@ -927,9 +931,9 @@ def test_lines_of_standard_input_become_rows():
     ("read", [-1.5, 0.25], "id,target\n0,-1.500000\n1,0.250000\n")])
 def test_submission_has_the_form_of_its_benchmark(name, predictions, text, tmp_path):
     task = TASKS[name]
-    examples = finetune.tokenized(task, make_rows(name, 2, labelled=False), VOCAB, 12)
+    examples = tokenized(task, make_rows(name, 2, labelled=False), VOCAB, 12)
     for values in (np.array(predictions), torch.tensor(predictions)):
-        finetune.write_submission(task, examples, values, tmp_path / task.outputs[""])
+        write_submission(task, examples, values, tmp_path / task.outputs[""])
         assert (tmp_path / task.outputs[""]).read_text() == text
 
 
@@ -939,16 +943,16 @@ def test_submission_files_have_the_servers_names(tmp_path):
         "CoLA SST-2 MRPC STS-B MNLI-m MNLI-mm AX QNLI QQP RTE WNLI").split()}
     for task in TASKS.values():
         assert set(task.tests) <= set(task.outputs) and "" in task.evals and task.metrics
-    finetune.write_submission(TASKS["squad2"], None, {"a": "café", "b": ""}, tmp_path / "p.json")
+    write_submission(TASKS["squad2"], None, {"a": "café", "b": ""}, tmp_path / "p.json")
     assert json.loads((tmp_path / "p.json").read_text()) == {"a": "café", "b": ""}
 
 
 def test_a_new_pair_task_costs_a_few_lines(tmp_path):
-    task = finetune.Task("boolq", "BoolQ", "classify", "BoolQ", ("question", "passage"), finetune.read_table,
+    task = Task("boolq", "BoolQ", "classify", "BoolQ", ("question", "passage"), read_table,
                          "a friend", labels=("no", "yes"))
     put(tmp_path / "BoolQ" / "train.tsv", table([*task.text, "label"], ["is it ?", "it is", "yes"]))
-    path = finetune.find_file(task, tmp_path, task.train)
-    examples = finetune.load_examples(task, path, VOCAB, 30, "", "train")
+    path = find_file(task, tmp_path, task.train)
+    examples = load_examples(task, path, VOCAB, 30, "", "train")
     assert examples.labels.tolist() == [1] and examples.batch([0])["segments"].sum() > 0
 
 

@@ -15,7 +15,13 @@ import common
 import data
 import teacher
 from conftest import QUICK_TEACHER
+from data import open_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText
+from parts.vocab import SPECIALS, Vocab, load_vocab
+from parts.weights import load_bert, load_clip, load_xdbert, save_bert, save_clip
+from prepare.packing import pack_xtext
+from prepare.world import demo_xtext
+from run import init_world, model_folder
 
 # a run of a second on packed pairs of the demo
 QUICK = dict(max_steps=4, batch_size=8, log_every=1, eval_every=4, save_every=2, eval_blocks=6, device="cpu",
@@ -26,11 +32,11 @@ QUICK = dict(max_steps=4, batch_size=8, log_every=1, eval_every=4, save_every=2,
 def parts(demo, tmp_path_factory):
     """{flag: path} of the demo's pairs, a random language encoder and a CLIP tower of teacher.py."""
     out, world = tmp_path_factory.mktemp("xdbert"), demo / "demo-s0"
-    pairs = data.demo_xtext(world, common.init_world("cpu"))
-    vocab = data.load_vocab(world / "corpus.h5")
+    pairs = demo_xtext(world, init_world("cpu"))
+    vocab = open_vocab(world / "corpus.h5")
     torch.manual_seed(0)
-    BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=32)
-         ).save_pretrained(out / "language", vocab)
+    save_bert(BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=32)
+         ), out / "language", vocab)
     teacher.main(teacher.Config(**QUICK_TEACHER | dict(objective="clip", stop_on="recall"),
                                 videos=str(world / "videos.h5"), out_dir=str(out / "clip")))
     return {"train": str(pairs), "language": str(out / "language"), "clip": str(out / "clip")}
@@ -52,7 +58,7 @@ def log_of(folder):
 
 
 def test_teacher_trains_a_text_tower_that_loads_as_clip(parts):
-    clip = CLIPText.from_pretrained(common.model_folder(parts["clip"], "--clip"))
+    clip = load_clip(model_folder(parts["clip"], "--clip"))
     assert (clip.config.positions, clip.config.hidden, clip.width) == (24, 32, 32)
     results = json.loads((common.Path(parts["clip"]) / "results.json").read_text())
     assert {"clip", "t2v_r10"} <= results.keys()
@@ -108,8 +114,8 @@ def test_a_mismatched_text_that_is_equal_counts_as_matched(parts, config):
 
 def adapter(parts, cfg):
     torch.manual_seed(0)
-    language = BERT.from_pretrained(parts["language"], pooler="trained", dropout=0.0)
-    clip = None if cfg.no_clip else CLIPText.from_pretrained(common.model_folder(parts["clip"], "--clip"))
+    language = load_bert(parts["language"], pooler="trained", dropout=0.0)
+    clip = None if cfg.no_clip else load_clip(model_folder(parts["clip"], "--clip"))
     return adapt_xdbert.Adapter(cfg, language, clip, None).eval()
 
 
@@ -141,7 +147,7 @@ def test_terms_equal_plain_cross_entropies(parts, config):
 def test_frozen_parts_do_not_change_and_have_no_dropout(parts, config, tmp_path):
     cfg = config(freeze="clip,language", dropout=0.3)
     adapt_xdbert.main(cfg)
-    before, after = BERT.from_pretrained(parts["language"]), BERT.from_pretrained(tmp_path / "run" / "model")
+    before, after = load_bert(parts["language"]), load_bert(tmp_path / "run" / "model")
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values()):
         assert torch.equal(a, b), name
     model = adapter(parts, cfg).train()
@@ -177,7 +183,7 @@ class TinyCLIP(CLIPConfig):
 def test_clip_random_takes_the_size_of_the_packed_vocabulary(config, tmp_path, monkeypatch):
     monkeypatch.setattr(adapt_xdbert, "CLIPConfig", TinyCLIP)
     adapt_xdbert.main(config(clip="random", segments=3))
-    clip = XDBERT.from_pretrained(tmp_path / "run" / "model").clip
+    clip = load_xdbert(tmp_path / "run" / "model").clip
     assert (clip.config.vocab_size, clip.config.positions) == (760, 16)
 
 
@@ -188,7 +194,7 @@ def test_adaptation_leaves_an_ordinary_folder_of_unchanged_size(parts, config, t
     assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
     word = "embeddings.word_embeddings.weight"
     assert not torch.equal(before[word], after[word])
-    whole = XDBERT.from_pretrained(tmp_path / "run" / "model")
+    whole = load_xdbert(tmp_path / "run" / "model")
     assert torch.equal(whole.language.embeddings.word.weight, after[word]) and whole.pooler is not None
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     for name, value in whole.state_dict().items():
@@ -296,13 +302,13 @@ def test_bad_input_gets_one_line_before_training(config, tmp_path, flags, words)
 
 
 def test_other_vocabularies_are_refused(parts, config, tmp_path):
-    other = data.Vocab([*data.SPECIALS, *(f"w{i}" for i in range(20))])
+    other = Vocab([*SPECIALS, *(f"w{i}" for i in range(20))])
     torch.manual_seed(0)
-    BERT(BERTConfig(other.size, layers=1, hidden=32, heads=2, intermediate=64)).save_pretrained(
+    save_bert(BERT(BERTConfig(other.size, layers=1, hidden=32, heads=2, intermediate=64)), 
         tmp_path / "bert", other)
     with pytest.raises(SystemExit, match="another vocabulary"):
         adapt_xdbert.main(config(language=str(tmp_path / "bert")))
-    CLIPText(CLIPConfig(other.size, 1, 32, 2, 64, 24, 32)).save_pretrained(tmp_path / "clip", other)
+    save_clip(CLIPText(CLIPConfig(other.size, 1, 32, 2, 64, 24, 32)), tmp_path / "clip", other)
     with pytest.raises(SystemExit, match="another tokenizer"):
         adapt_xdbert.main(config(clip=str(tmp_path / "clip")))
 
@@ -313,9 +319,9 @@ def test_text_packed_for_one_model_alone_is_refused(demo, config):
 
 
 def test_a_model_of_other_words_needs_text_to_adapt_on(parts, demo, tmp_path):
-    other = data.Vocab([*data.SPECIALS, "a"])
+    other = Vocab([*SPECIALS, "a"])
     torch.manual_seed(0)
-    BERT(BERTConfig(other.size, layers=1, hidden=32, heads=2, intermediate=64)).save_pretrained(
+    save_bert(BERT(BERTConfig(other.size, layers=1, hidden=32, heads=2, intermediate=64)), 
         tmp_path / "bert", other)
     with pytest.raises(SystemExit, match="--train is missing: --language"):
         adapt_xdbert.main(adapt_xdbert.Config(language=str(tmp_path / "bert"), data_dir=str(demo), device="cpu"))
@@ -324,8 +330,8 @@ def test_a_model_of_other_words_needs_text_to_adapt_on(parts, demo, tmp_path):
 def test_match_needs_two_texts(demo, config, tmp_path):
     text = tmp_path / "t.txt"
     text.write_text("the man dropped the vase on the floor .\n" * 4)
-    vocab = data.load_vocab(demo / "demo-s0" / "corpus.h5")
-    data.pack_xtext([text], vocab, vocab, tmp_path / "few.h5")
+    vocab = open_vocab(demo / "demo-s0" / "corpus.h5")
+    pack_xtext([text], vocab, vocab, tmp_path / "few.h5")
     with pytest.raises(SystemExit, match="MATCH needs another text"):
         adapt_xdbert.main(config(train=str(tmp_path / "few.h5")))
     assert not (tmp_path / "run").exists()

@@ -1,0 +1,68 @@
+"""The commands of data.py."""
+import argparse
+import re
+import sys
+
+import data
+from prepare.packing import pack_text, pack_videos, pack_xtext, train_vocab
+from prepare.world import make_demo
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line."""
+
+    def error(self, message):
+        raise SystemExit(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+def main(argv=None):
+    """The commands demo, vocab, text, xtext and videos; dashes and underscores in flags are equal."""
+    argv = [re.match("[^=]*", arg)[0].replace("_", "-") + "".join(arg.partition("=")[1:])
+            if arg.startswith("--") else arg for arg in (sys.argv[1:] if argv is None else argv)]
+    parser = Parser(prog="data.py", description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|vocab|text|xtext|videos")
+
+    def command(name, text):
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        return sub.add_argument
+
+    add = command("demo", "build and pack the demo world")
+    add("--seed", type=int, default=0, help="every seed is another world (default 0)")
+    add("--out", default="", help="its folder (default data/demo-s<seed>)")
+    add = command("vocab", "train a WordPiece vocabulary on text")
+    add("text", nargs="+", help="UTF-8 text files, or caption.json")
+    add("--size", type=int, default=30522, help="tokens (default 30522)")
+    add("--cased", action="store_true", help="keep upper case and accents")
+    add("--out", required=True, help="vocab.txt to write")
+    add = command("text", "pack text files into one stream of tokens")
+    add("text", nargs="+", help="UTF-8 text files with blank lines between documents, or caption.json")
+    add("--vocab", required=True, help="vocab.txt, tokenizer.json, or a folder or packed .h5 that holds one")
+    add("--out", required=True, help=".h5 file to write")
+    add = command("xtext", "pack text files as two streams of tokens, word pieces and CLIP's, for XDBERT")
+    add("text", nargs="+", help="as for text")
+    add("--vocab", required=True, help="as for text: of the language encoder that shall be adapted")
+    add("--clip-vocab", required=True, help="bpe_simple_vocab_16e6.txt.gz, or a folder of CLIP's text tower")
+    add("--out", required=True, help=".h5 file to write")
+    add = command("videos", "pack captions and features in HowTo100M's layout")
+    add("--captions", required=True, help="caption.json: {video id: {start, end, text}}")
+    add("--feat2d", required=True, help="folder of <video id>.npy, (seconds, channels), 1 per second")
+    add("--feat3d", default="", help="the same at 1.5 per second (default: 2D alone)")
+    add("--csv", required=True, help="videos to pack, with columns video_id and task_id")
+    add("--vocab", required=True, help="as for text; the teacher and its students share one vocabulary")
+    add("--skip-bad", action="store_true", help="leave out what is missing or broken instead of stopping")
+    add("--out", required=True, help=".h5 file to write")
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "demo":
+            make_demo(args.out or f"data/demo-s{args.seed}", args.seed)
+        elif args.command == "vocab":
+            train_vocab(args.text, args.out, args.size, not args.cased)
+        elif args.command == "text":
+            pack_text(args.text, args.vocab, args.out)
+        elif args.command == "xtext":
+            pack_xtext(args.text, args.vocab, args.clip_vocab, args.out)
+        else:
+            pack_videos(args.captions, args.feat2d, args.csv, args.vocab, args.out, args.feat3d,
+                        args.skip_bad)
+    except KeyboardInterrupt:
+        sys.exit("data.py: interrupted; no file was left under --out")

@@ -1,0 +1,529 @@
+"""Packs text, pairs of texts and videos into the files that training reads."""
+import codecs
+import csv
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from tokenizers import models, trainers
+
+from common import duration, print0, progress
+from data import open_vocab, write_packed
+from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
+
+# ---------------------------------------------------------------------------- reading sources
+
+
+def check_sources(paths):
+    """Ends the program, naming them all, where some of the files are not there."""
+    missing = [str(p) for p in paths if not Path(p).is_file()]
+    if missing:
+        raise SystemExit(f"{', '.join(missing)}: no such file")
+
+
+def read_text(path):
+    """Yields (text, bytes read) of a text file, or of a caption.json (a document a video); memory stays flat.
+
+    A piece has about 1 MB and ends at the end of a line or, where a line is longer, behind a space. (A run of
+    4 million characters without either is cut.) Text that is not UTF-8 ends the program with the byte's
+    position.
+    """
+    if Path(path).suffix == ".json":
+        for video, row, size in read_captions(path):
+            _, _, texts, problem = caption_rows(row)
+            if problem:
+                raise SystemExit(f"{path}: {video}: {problem}")
+            yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size
+        return
+    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
+    with open(path, "rb") as f:
+        while True:
+            chunk = f.read(1 << 20)
+            try:
+                text = rest + decoder.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                at = f.tell() - len(chunk) + error.start
+                raise SystemExit(f"{path}: not UTF-8 near byte {at}; convert it first, for instance with "
+                                 "`iconv -f latin1 -t utf-8`") from None
+            cut = text.rfind("\n") + 1 or text.rfind(" ") + 1 or (len(text) if len(text) > 1 << 22 else 0)
+            if not chunk:
+                yield text + "\n", 0
+                return
+            yield text[:cut], len(chunk)
+            rest = text[cut:]
+
+
+def read_captions(path):
+    """Yields (video id, value, bytes read) of a JSON file {video id: value} one by one; memory stays flat.
+
+    HowTo100M's caption.json has values {"start": [s], "end": [s], "text": [...]}; the caller checks them. A
+    file that is malformed or cut off ends the program with the byte near which it is.
+    """
+    head = re.compile(r'\s*([{,])\s*("(?:[^"\\]|\\.)*")\s*:\s*')  # { "id":   or   , "id":
+    limit = 1 << 24  # characters; no video has so many, so what does not parse by then never will
+    decoder, decode = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
+    text, opening, size = "", "{", 0
+    with open(path, "rb") as f:
+        try:
+            while (chunk := f.read(1 << 20)) and len(text) < limit:
+                text, size, at = text + decoder.decode(chunk), size + len(chunk), 0
+                while (match := head.match(text, at)) and match[1] == opening:
+                    try:
+                        value, end = decode(text, match.end())
+                    except json.JSONDecodeError:  # not whole in the buffer yet
+                        break
+                    yield json.loads(match[2]), value, size
+                    opening, size, at = ",", 0, end
+                text = text[at:]
+        except UnicodeDecodeError:
+            text = "not UTF-8"
+        if "".join(text.split()) != ("}" if opening == "," else "{}"):
+            at = max(0, f.tell() - len(chunk) - len(text))
+            raise SystemExit(f"{path}: not a JSON object {{video id: captions}}, or malformed or cut off "
+                             f"behind byte {at}; fetch or write it anew")
+
+
+# ---------------------------------------------------------------------------- vocabulary
+
+
+def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
+    """Trains a WordPiece vocabulary of `size` tokens on text or caption.json files -> Vocab and file `out`.
+
+    Deterministic: the trainer numbers continuing letters in the order of a hash map, so a first pass collects
+    them and the second is given them in sorted order. (At most 1,000 different characters are kept, the most
+    frequent.)
+    """
+    check_sources(sources)
+    refuse_existing(out)
+
+    total = sum(Path(path).stat().st_size for path in sources)
+
+    def lines(bar):
+        for path in sources:
+            for text, size in read_text(path):
+                bar.update(size)
+                yield from text.split("\n")  # lines, so that all cores have work
+
+    def train(what, first, size):
+        tokenizer = wordpiece(models.WordPiece(unk_token="[UNK]"), lower, lower)
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, limit_alphabet=1000,
+                                            show_progress=False)
+        with progress(None, total, "B", f"vocab: {what}", unit_scale=True) as bar:
+            tokenizer.train_from_iterator(lines(bar), trainer)
+        return sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+
+    letters = train("letters", list(SPECIALS), 0)
+    if size <= len(letters):
+        raise SystemExit(f"--size {size}: the characters alone take {len(letters)} tokens; give more")
+    tokens = train("words", list(SPECIALS) + sorted(t for t in letters if t.startswith("##")), size)
+    with staged(out) as (_, part):
+        part.write_text("".join(token + "\n" for token in tokens), encoding="utf-8")
+    print0(f"vocab: {len(tokens):,} word pieces from {total / 1e6:.1f} MB of text -> {Path(out).name}"
+           + ("" if len(tokens) == size else f"; the text has no more than these of the {size:,} asked for"))
+    return Vocab(tokens, lower, lower, str(out))
+
+
+# ---------------------------------------------------------------------------- text
+
+
+def pack_text(sources, vocab, out) -> dict:
+    """Text files -> one stream of ids in `out`, [SEP] between documents (blank lines); memory stays constant.
+
+    sources: paths of UTF-8 files, or caption.json files (a document a video). vocab: Vocab, or a path for
+    load_vocab. Returns {"tokens", "documents", "bytes", "seconds", "mb_per_s"}; MB/s = 1e6 input bytes a
+    second until the last id. Ids equal Vocab.encode of every line: see cached_words.
+    """
+    check_sources(sources)
+    refuse_existing(out)
+    vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
+    cache = {"\n": np.array([vocab.sep], vocab.dtype).tobytes()}
+
+    def encode(words):
+        return [b"".join(cached_words(words, vocab.encode_words, cache))]
+
+    return pack_words("text", sources, vocab, out, {"tokens": vocab.dtype}, separate, encode, {})
+
+
+def separate(text):
+    """Puts spaces around frequent punctuation and for tabs and returns: BERT splits there anyway.
+
+    Not around brackets, so that a literal "[SEP]" stays one word.
+    """
+    for c in ",.()\":;'-":
+        text = text.replace(c, f" {c} ")
+    return spaced(text)
+
+
+def spaced(text):
+    """Spaces for tabs and returns, white space to every tokenizer here; line ends stay."""
+    return text.replace("\t", " ").replace("\r", " ")
+
+
+def pack_xtext(sources, vocab, clip_vocab, out) -> dict:
+    """Text files -> the same text in two streams of ids in `out`, for XDBERT; memory stays constant.
+
+    tokens: as pack_text's. clip_tokens: by clip_vocab (CLIPVocab, Vocab, or a path for load_clip_vocab) from
+    the ORIGINAL words, text between ASCII white space, of which both tokenizers see one at a time; so ids
+    equal encoding whole lines. clip_counts, uint16, one for each of tokens: how many of clip_tokens start
+    with it. A word's CLIP tokens stand at its first word piece, those of a word without any at the next one
+    there is ([SEP] at the latest), and what exceeds 65,535 at the one behind it. Returns pack_text's counts
+    and those of clip_tokens and of clip_cut, for which no word piece was left.
+    """
+    check_sources(sources)
+    refuse_existing(out)
+    vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
+    clip = clip_vocab if isinstance(clip_vocab, (Vocab, CLIPVocab)) else load_clip_vocab(clip_vocab)
+    cache, most = {"\n": (np.array([vocab.sep], vocab.dtype).tobytes(), b"")}, 2 ** 16 - 1
+    left = 0  # CLIP tokens behind the last word piece so far
+
+    def both(words):
+        return zip(vocab.encode_words(words), clip.encode_words(words))
+
+    def encode(words):
+        nonlocal left
+        found = cached_words(words, both, cache)
+        ids, clip_ids = ([pair[side] for pair in found] for side in (0, 1))
+        pieces, size = (np.fromiter(map(len, part), np.int64, len(words)) // v.dtype.itemsize
+                        for part, v in ((ids, vocab), (clip_ids, clip)))
+        first = np.cumsum(pieces) - pieces  # word piece of each word, or the next one there is
+        counts = np.bincount(first, size, pieces.sum() + 1).astype(np.int64)
+        counts[0] += left
+        while len(over := np.flatnonzero(counts[:-1] > most)):
+            excess, counts[over] = counts[over] - most, most
+            counts[over + 1] += excess
+        left = int(counts[-1])
+        return b"".join(ids), b"".join(clip_ids), counts[:-1].astype(np.uint16).tobytes()
+
+    is_clip = isinstance(clip, CLIPVocab)
+    lines = "\n".join(clip.merges if is_clip else clip.tokens)
+    attributes = {"clip_hash": clip.hash} | (
+        {} if is_clip else {"clip_lower": clip.lower, "clip_strip_accents": clip.strip_accents})
+    dtypes = {"tokens": vocab.dtype, "clip_tokens": clip.dtype, "clip_counts": np.dtype(np.uint16)}
+    counts = pack_words("xtext", sources, vocab, out, dtypes, spaced, encode,
+                        {"clip_vocab": np.frombuffer(lines.encode(), np.uint8)}, **attributes)
+    if left:
+        print0(f"xtext: the last {left:,} CLIP tokens are cut: there is no word piece behind them")
+    return counts | {"clip_cut": left}
+
+
+def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attributes) -> dict:
+    """The loop of pack_text and pack_xtext over files, lines and documents.
+
+    split(text) puts spaces between words. encode(words) -> bytes of each stream in `dtypes` {name: dtype}; a
+    line end among the words ends a document. arrays, attributes: what else write_packed shall write.
+    """
+    sources = [Path(p) for p in sources]
+    total = sum(p.stat().st_size for p in sources)
+    # English has 4 to 5 bytes a token
+    check_space(out, 2 * sum(dtype.itemsize for dtype in dtypes.values()) * total // 3)
+    documents, start = 0, time.perf_counter()
+    with staged(out) as (scratch, part), ExitStack() as stack:
+        raw = [stack.enter_context(open(scratch / name, "wb")) for name in dtypes]
+
+        def write(words):
+            for f, ids in zip(raw, encode(words)):
+                f.write(ids)
+
+        bar = progress(None, total, "B", f"{kind} -> {Path(out).name}", unit_scale=True)
+        for path in sources:
+            line_start, inside = True, False  # of a line, of a document
+            for text, size in read_text(path):
+                words, lines = [], split(text).split("\n")
+                for i, line in enumerate(lines):
+                    if line and not line.isspace():
+                        words += line.split(" ")
+                        inside = True
+                    elif inside and (i > 0 or line_start) and i < len(lines) - 1:
+                        words.append("\n")
+                        inside, documents = False, documents + 1
+                line_start = not lines[-1]
+                if words:
+                    write(words)
+                bar.update(size)
+            if inside:
+                write(["\n"])
+                documents += 1
+        bar.close()
+        seconds = time.perf_counter() - start
+        sizes = {name: f.tell() // dtypes[name].itemsize for name, f in zip(dtypes, raw)}
+        if not sizes["tokens"]:
+            raise SystemExit(f"{', '.join(map(str, sources))}: no text in it")
+        stack.close()
+        check_space(out, sum(f.stat().st_size for f in scratch.iterdir()))
+        counts = {name: n for name, n in sizes.items() if name.endswith("tokens")}
+        counts |= {"documents": documents, "bytes": total}
+        write_packed(part, kind, vocab, {
+            name: (scratch / name, dtypes[name], (n,)) for name, n in sizes.items()} | arrays | {
+            "sources": np.frombuffer(json.dumps([p.name for p in sources]).encode(), np.uint8)},
+            **attributes, **counts)
+    rate = total / seconds / 1e6
+    print0(f"{kind}: {counts['tokens']:,} tokens "
+           + f"and {counts.get('clip_tokens', 0):,} of CLIP " * ("clip_tokens" in counts)
+           + f"in {documents:,} documents from {total / 1e6:.1f} MB in {duration(seconds)} "
+           f"({rate:.1f} MB/s) -> {Path(out).name}")
+    return counts | {"seconds": seconds, "mb_per_s": rate}
+
+
+def cached_words(words, encode, cache, longest=32, most=1 << 18):
+    """Words (text between spaces) -> list of what encode(new words) makes of each; most are in the cache.
+
+    Tokenizers never look across a space, so what they make of a word can be kept. The cache is bounded:
+    `most` words of up to `longest` characters.
+    """
+    new = list(set(words).difference(cache))
+    cache.update(zip(new, encode(new)))
+    out = [cache[word] for word in words]
+    for word in new if len(cache) > most else [word for word in new if len(word) > longest]:
+        del cache[word]
+    return out
+
+
+# ---------------------------------------------------------------------------- videos
+
+
+def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=False) -> dict:
+    """HowTo100M's layout -> one file: float16 frames at 1 per second, caption tokens with their seconds, ids.
+
+    captions: caption.json {video id: {"start": [s], "end": [s], "text": [...]}}. csv_file: with the columns
+    video_id and task_id; only its videos are packed, in the order of the captions. feat2d, feat3d: folders of
+    <video id>.npy, (n, D) at 1 and at 1.5 per second; 3D is resampled to 1 per second at index floor(1.5 t)
+    and put behind 2D on the channel axis (paper 4.2). Every problem is listed at once (the whole list in
+    OUT.problems.txt) and ends the program, with skip_bad it is left out instead. Returns the counts.
+    """
+    folders = [Path(folder) for folder in (feat2d, feat3d) if folder]
+    check_sources([captions, csv_file])
+    for folder in folders:
+        if not folder.is_dir():
+            raise SystemExit(f"{folder}: no such folder of features")
+    refuse_existing(out)
+    vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
+    tasks = read_tasks(csv_file)
+    widths, seconds = sample_features(folders, list(tasks))
+    check_space(out, int(2 * 2 * sum(widths) * seconds * len(tasks)))
+    problems, done, unnamed, silent = [], set(), 0, 0
+    names, task, frame_offsets, caption_offsets, tokens = [], [], [0], [0], 0
+    kinds = {"frames": np.dtype(np.float16), "tokens": vocab.dtype, "token_offsets": np.dtype(np.int64),
+             "start": np.dtype(np.float64), "end": np.dtype(np.float64)}
+    with staged(out) as (scratch, part), ExitStack() as stack:
+        raw = {name: stack.enter_context(open(scratch / name, "wb")) for name in kinds}
+        raw["token_offsets"].write(np.int64(0).tobytes())
+        bar = progress(None, len(tasks), "video", f"videos -> {Path(out).name}")
+        for video, row, _ in read_captions(captions):
+            if video not in tasks:
+                unnamed += 1
+                continue
+            bar.update()
+            if video in done:
+                problems.append(("captions", f"{video}: stands twice in {captions}"))
+                continue
+            done.add(video)
+            frames, found = video_frames(folders, video, widths)
+            start, end, texts, problem = caption_rows(row)
+            problems += found + ([("captions", f"{video}: {problem}")] if problem else [])
+            if found or problem:
+                continue
+            beyond = (start >= len(frames)) | (end > len(frames) + 2)
+            if beyond.any():
+                problems.append(("times", f"{video}: {beyond.sum()} of {len(start)} captions lie beyond the "
+                                          f"features, which end at {len(frames)} s"))
+            ids = vocab.encode(texts)
+            keep = [c for c in range(len(ids)) if ids[c] and not beyond[c]]
+            silent += sum(not i for i in ids)
+            if not any(ids):
+                problems.append(("no captions", f"{video}: no word in the {len(ids)} captions"))
+            if keep and (skip_bad or not problems):  # once nothing will be packed, only look for problems
+                lengths = np.cumsum([len(ids[c]) for c in keep])
+                for name, value in (("frames", frames), ("tokens", [i for c in keep for i in ids[c]]),
+                                    ("token_offsets", tokens + lengths),
+                                    ("start", start[keep]), ("end", end[keep])):
+                    raw[name].write(np.asarray(value, kinds[name]).tobytes())
+                tokens += int(lengths[-1])
+                frame_offsets.append(frame_offsets[-1] + len(frames))
+                caption_offsets.append(caption_offsets[-1] + len(keep))
+                names.append(video.encode())
+                task.append(tasks[video])
+        bar.close()
+        problems += [("no captions", f"{video}: in {csv_file}, not in {captions}") for video in tasks
+                     if video not in done]
+        report(problems, f"{out}.problems.txt", skip_bad, len(tasks))
+        if not names:
+            raise SystemExit(f"{out}: no video is left to pack")
+        for f in raw.values():
+            f.close()
+        n, m = caption_offsets[-1], frame_offsets[-1]
+        counts = {"videos": len(names), "captions": n, "frames": m, "tokens": tokens}
+        shapes = {"frames": (m, sum(widths)), "tokens": (tokens,), "token_offsets": (n + 1,), "start": (n,),
+                  "end": (n,)}
+        check_space(out, sum(f.stat().st_size for f in scratch.iterdir()))
+        write_packed(part, "videos", vocab, {
+            "video_id": np.array(names), "task": np.array(task, np.int64),
+            "frame_offsets": np.array(frame_offsets), "caption_offsets": np.array(caption_offsets)} | {
+            name: (scratch / name, kinds[name], shapes[name]) for name in kinds},
+            d2=widths[0], d3=sum(widths[1:]), **counts)
+    print0(f"videos: {len(names):,} videos, {n:,} captions, {m:,} frames of {' + '.join(map(str, widths))} "
+           f"channels -> {Path(out).name}"
+           + (f"; {silent:,} captions without a word left out" if silent else "")
+           + (f"; {unnamed:,} videos with captions are not in {csv_file}" if unnamed else ""))
+    return counts | {"problems": len(problems)}
+
+
+def read_tasks(path):
+    """{video id: task id} of a csv in HowTo100M_v1's columns; a video under several tasks keeps the first."""
+    tasks = {}
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        try:
+            reader = csv.DictReader(f)
+            if not {"video_id", "task_id"} <= set(reader.fieldnames or []):
+                raise SystemExit(f"{path}: no columns video_id and task_id in its first line")
+            for row in reader:
+                if not row["video_id"]:
+                    raise SystemExit(f"{path}: line {reader.line_num}: no video_id")
+                tasks.setdefault(row["video_id"], int(row["task_id"]))
+        except (ValueError, TypeError, csv.Error) as error:
+            raise SystemExit(f"{path}: line {reader.line_num}: task_id: {error}") from None
+    if not tasks:
+        raise SystemExit(f"{path}: names no video")
+    return tasks
+
+
+def sample_features(folders, videos):
+    """-> (most frequent width in each folder, mean seconds a video), from up to 100 files over the list."""
+    widths, lengths = [], []
+    for folder in folders:
+        found = Counter()
+        for video in videos[::len(videos) // 100 + 1]:
+            array, _ = read_features(folder / f"{video}.npy", mmap_mode="r")
+            if array is not None:
+                found[array.shape[1]] += 1
+                lengths += [len(array)] if folder == folders[0] else []
+        widths.append(found.most_common(1)[0][0] if found else 0)
+    return widths, float(np.mean(lengths)) if lengths else 0.0
+
+
+def read_features(path, mmap_mode=None):
+    """-> ((n, D) array, None), or (None, (kind, text)) of a missing, empty, damaged or mis-shaped file."""
+    try:
+        array = np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+    except FileNotFoundError:
+        return None, ("missing", str(path))
+    except Exception as error:  # whatever a damaged file makes numpy raise
+        if path.is_file() and not path.stat().st_size:
+            return None, ("empty", str(path))
+        return None, ("damaged", f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}")
+    if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":
+        what = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
+        return None, ("mis-shaped", f"{path}: {what}, not float (seconds, channels)")
+    if not array.size:
+        return None, ("empty", f"{path}: shape {array.shape}")
+    return array, None
+
+
+def video_frames(folders, video, widths):
+    """-> ((F, sum of widths) float16 at 1 per second, []), or (None, problems) of a video's feature files.
+
+    F: the seconds that 2D has and that 3D covers; a difference above 2 s is a problem.
+    """
+    parts, problems = [], []
+    for folder, width in zip(folders, widths):
+        path = folder / f"{video}.npy"
+        array, problem = read_features(path)
+        if array is not None and array.shape[1] != width:
+            problem = ("mis-shaped", f"{path}: {array.shape[1]} channels, the others have {width}")
+        if not problem:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float16)
+            if bad := int((~np.isfinite(array)).sum()):
+                problem = ("not finite", f"{path}: {bad} of {array.size} values are NaN or beyond 65504")
+        parts.append(array)
+        problems += [problem] if problem else []
+    if problems:
+        return None, problems
+    if len(parts) == 2:
+        seconds = [len(parts[0]), len(parts[1]) / 1.5]
+        if abs(seconds[0] - seconds[1]) > 2:
+            return None, [("mis-shaped", f"{video}: {seconds[0]} s of 2D features, {seconds[1]:.1f} s of 3D "
+                                         f"({len(parts[1])} rows at 1.5 a second)")]
+        frames = min(len(parts[0]), int(np.ceil(seconds[1])))
+        parts = [parts[0][:frames], parts[1][np.arange(frames) * 3 // 2]]
+    return np.concatenate(parts, axis=1), []
+
+
+def caption_rows(row):
+    """A video's captions -> (start, end, texts, "") sorted by start, or (None, None, None, what is wrong)."""
+    wrong = (None, None, None)
+    if not isinstance(row, dict) or not all(isinstance(row.get(k), list) for k in ("start", "end", "text")):
+        return *wrong, "not three lists start, end and text"
+    if not len(row["start"]) == len(row["end"]) == len(row["text"]):
+        return *wrong, f"{len(row['start'])} starts, {len(row['end'])} ends, {len(row['text'])} texts"
+    if not all(type(t) in (int, float) and 0 <= t < 1e9 for t in row["start"] + row["end"]):
+        return *wrong, "a time is no number of seconds"
+    if not all(isinstance(t, str) for t in row["text"]):
+        return *wrong, "a text is no string"
+    start, end = (np.array(row[k], np.float64) for k in ("start", "end"))
+    if (start > end).any():
+        return *wrong, "a caption ends before it starts"
+    order = np.argsort(start, kind="stable")
+    return start[order], end[order], [row["text"][i] for i in order], ""
+
+
+def report(problems, path, skip_bad, videos):
+    """Lists problems, 20 of each kind on the screen, all in `path`; ends the program unless skip_bad."""
+    if not problems:
+        Path(path).unlink(missing_ok=True)
+        return
+    Path(path).write_text("".join(f"{kind}: {text}\n" for kind, text in problems), encoding="utf-8")
+    kinds = Counter(kind for kind, _ in problems)
+    for kind, count in kinds.items():
+        listed = [text for k, text in problems if k == kind]
+        print0("\n".join(f"{kind}: {text}" for text in listed[:20]))
+        if count > 20:
+            print0(f"{kind}: ... and {count - 20:,} more")
+    by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
+    summary = f"{len(problems):,} problems in {videos:,} videos ({by_kind})"
+    if not skip_bad:
+        raise SystemExit(f"videos: {summary}; nothing was packed. All are listed in {path}; mend them, or "
+                         "leave them out with --skip-bad")
+    print0(f"videos: left out {summary}; all are listed in {path}")
+
+
+# ---------------------------------------------------------------------------- output
+
+
+def refuse_existing(out):
+    """Ends the program before the work where the output is there already or its folder is not."""
+    if Path(out).exists():
+        raise SystemExit(f"{out} exists; remove it or give another --out")
+    if not Path(out).parent.is_dir():
+        raise SystemExit(f"{out}: there is no folder {Path(out).parent}; make it first")
+
+
+@contextmanager
+def staged(out):
+    """Yields (scratch folder beside `out`, file in it that becomes `out` when the block ends well).
+
+    Whatever interrupts the block, nothing is ever left under the final name.
+    """
+    out = Path(out)
+    scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", suffix=".tmp", dir=out.parent))
+    try:
+        yield scratch, scratch / out.name
+        os.replace(scratch / out.name, out)
+    except OSError as error:
+        raise SystemExit(f"{out}: was not written ({error}); nothing was left there") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_space(out, need):
+    """Ends the program where the disk of `out` has less than `need` bytes free."""
+    free = shutil.disk_usage(Path(out).parent).free
+    if free < need:
+        raise SystemExit(f"{out}: needs about {need / 1e9:.1f} GB of disk (a raw copy included), "
+                         f"{free / 1e9:.1f} GB are free; free some or give another --out")
