@@ -27,7 +27,7 @@ import distill
 import finetune
 import losses
 import teacher
-from common import aligned, check_fields, duration, keyed_integers, print0, write_json
+from common import check_fields, duration, keyed_integers, print0, table, write_json
 from data import open_vocab
 from model import (BERT, LANGUAGE, XDBERT, CLIPConfig, CLIPText, MLMHead, flops_per_token, init_weights,
                    memory_report, param_groups)
@@ -365,7 +365,7 @@ def parts_table(model):
     rows = [[name, f"{n:,}"] for name, n in parts.items()] + [["total", f"{sum(parts.values()):,}"]]
     # tied weights count once, with their encoder
     rows.append(["heads, not in the total", f"{size(model) - sum(parts.values()):,}"])
-    return aligned([["", "parameters"], *rows])
+    return table([["", "parameters"], *rows])
 
 
 def dry_run(cfg):

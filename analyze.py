@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 import data
-from common import aligned
+import common
 
 # ---------------------------------------------------------------------------- what a model learned
 
@@ -71,7 +71,7 @@ def closing_table(columns, n_clips):
             rows.append([f"{name} of held-out nouns: {title}",
                          *(percent(column["probes"][name][kind]) for column in every),
                          percent(chance[kind + "_chance"])])
-    return aligned(rows)
+    return common.table(rows)
 
 
 # ---------------------------------------------------------------------------- figures
@@ -222,7 +222,7 @@ def table(runs):
         for name, found in results.get("probes", {}).items():
             row[name] = f"{100 * found['linear']:.1f} / {100 * found['neighbours']:.1f}"
         rows.append(row)
-    print(aligned([list(rows[0]), *([row.get(key, "-") for key in rows[0]] for row in rows)]))
+    print(common.table([list(rows[0]), *([row.get(key, "-") for key in rows[0]] for row in rows)]))
 
 
 def main(argv=None):

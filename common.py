@@ -1,7 +1,5 @@
-"""Plumbing of the training scripts: flags, processes, keyed randomness, schedule, checkpoints, log.
-
-Nothing here learns: models are in model.py, objectives in losses.py, and each script writes out its own loop.
-"""
+"""Plumbing without PyTorch: flags, progress, keyed random numbers, files, tables."""
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -9,7 +7,9 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -123,6 +123,14 @@ def progress(iterable, total, unit, desc, **kw):
                 disable=int(os.environ.get("RANK", 0)) != 0, **kw)
 
 
+def duration(seconds):
+    """63 -> '1m03s'."""
+    seconds = int(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
 # ---------------------------------------------------------------------------- randomness
 
 
@@ -154,40 +162,78 @@ def keyed_integers(high, *keys):
     return np.minimum((keyed_uniform(*keys) * high).astype(np.int64), np.asarray(high) - 1)
 
 
-# ---------------------------------------------------------------------------- files and tables
+# ---------------------------------------------------------------------------- files
 
 
-def duration(seconds):
-    """63 -> '1m03s'."""
-    seconds = int(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+@contextlib.contextmanager
+def atomic(path, keep=""):
+    """Yields a scratch path that becomes `path`, a file or a folder, when the block ends well.
+
+    Whatever interrupts the block, `path` holds what it held before. keep: suffix under which a former file
+    stays beside it. The scratch path is alone in a folder, whose other content is dropped. SystemExit where
+    the disk is full or read-only.
+    """
+    path = Path(path)
+    scratch = None
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))
+        part = scratch / path.name
+        yield part
+        if part.is_file():
+            with open(part, "rb") as f:
+                os.fsync(f.fileno())
+        if keep and path.exists():
+            os.replace(path, path.with_name(path.name + keep))
+        os.replace(part, path)
+    except OSError as error:
+        raise SystemExit(f"{path}: was not written ({error.strerror or error}); free disk space or choose "
+                         "another folder") from None
+    finally:
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def write_json(path, value):
-    """Atomic: readers see the old file or the new one, never a part."""
-    path = Path(path)
-    part = path.with_name(path.name + ".tmp")
-    part.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(part, path)
+    """A value as indented JSON, atomically."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path, holds):
-    """The object in a json file; SystemExit names the file that is missing, damaged or something else."""
+def read_text(path, advice="fetch it anew"):
+    """Text of a UTF-8 file without its byte-order mark; SystemExit where it is missing, empty or not UTF-8."""
     try:
-        value = json.loads(Path(path).read_bytes())
-    except FileNotFoundError:
-        raise SystemExit(f"{path}: no such file; give {holds}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path}: not readable as json ({error}); give {holds}") from None
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise SystemExit(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise SystemExit(f"{path}, line {line}: not UTF-8; convert the file first, for instance with `iconv "
+                         "-f latin1 -t utf-8`") from None
+    if not text.strip():
+        raise SystemExit(f"{path}: is empty; {advice}")
+    return text
+
+
+def read_json(path, advice="fetch it anew"):
+    """The object in a JSON file; SystemExit where it is missing, damaged or no object."""
+    try:
+        value = json.loads(read_text(path, advice))
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise SystemExit(f"{path}{where}: broken JSON ({error}); {advice}") from None
     if not isinstance(value, dict):
-        raise SystemExit(f"{path}: a json {type(value).__name__}, not an object; give {holds}")
+        raise SystemExit(f"{path}: holds a JSON {type(value).__name__}, no object; {advice}")
     return value
 
 
-def aligned(rows):
-    """Text of a table: the first column to the left, the others to the right, a line under the head."""
+# ---------------------------------------------------------------------------- tables
+
+
+def table(rows):
+    """Text of a table: the first column to the left, the others to the right, a line under the head.
+
+    rows: lists of str of one length, the head first.
+    """
     width = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join([row[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(row[1:], width[1:]))])
              for row in rows]

@@ -39,13 +39,13 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import distill
 import teacher
-from common import aligned, check_fields, duration, print0, progress, write_json
+from common import check_fields, duration, print0, progress, table, write_json
 from data import open_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, memory_report, model_config, param_groups
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
 from parts.metrics import median_run, score
 from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files, find_file, measure,
-                         read_lines, test_files, write_predictions)
+                         read_lines, unlabelled_files, write_predictions)
 from parts.vocab import Vocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
                            model_type, save_task_model)
@@ -507,7 +507,7 @@ def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
     if world.main:
         write_json(root / "results.json", summary)
     tests = {best / "submission" / task.outputs[name]: path
-             for name, path in test_files(task, data_dir).items()}
+             for name, path in unlabelled_files(task, data_dir).items()}
     left = {out: path for out, path in tests.items() if cfg.eval_only or not out.exists()}
     world.barrier()  # every rank has looked before the first file is written
     if left and not (best / "model").exists():
@@ -578,7 +578,7 @@ def results_table(summaries):
                     averaged.append(values[median])
     if len(averaged) > 1:
         rows.append([f"average of {len(averaged)} tasks", f"{np.mean(averaged):.1f}", ""])
-    return "\n".join([aligned(rows), *notes])
+    return "\n".join([table(rows), *notes])
 
 
 # ---------------------------------------------------------------------------- the demo world's table
@@ -666,7 +666,7 @@ def compared(rows, tasks, seeds):
                                  zip(*([*x, np.mean(x)] for x in cells)))])
     chance = [100 / len(task.words) for task in tasks]
     lines.append(["chance", *(f"{x:.1f}" for x in [*chance, np.mean(chance)])])
-    return aligned(lines)
+    return table(lines)
 
 
 # ---------------------------------------------------------------------------- labels for standard input

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import aligned, print0, read_json
+from common import print0, read_json, table
 from run import move
 
 # ---------------------------------------------------------------------------- retrieval and probes
@@ -425,10 +425,10 @@ def no_answer_scores(no_answer, ids, version_2):
 
 def score(predictions_path, gold_path, no_answer_path=""):
     """Prints SQuAD's official scores of a predictions.json against the official json; see squad_score."""
-    predictions = read_json(predictions_path, "predictions, {id: text}")
-    gold = read_json(gold_path, "SQuAD's official json with answers, such as dev-v2.0.json")
-    no_answer = read_json(no_answer_path, "no-answer scores, {id: number}") if no_answer_path else None
+    predictions = read_json(predictions_path, "give predictions, {id: text}")
+    gold = read_json(gold_path, "give SQuAD's official json with answers, such as dev-v2.0.json")
+    no_answer = read_json(no_answer_path, "give no-answer scores, {id: number}") if no_answer_path else None
     found = squad_score(gold, predictions, no_answer)
-    print(aligned([["SQuAD", "score"], *([name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"]
+    print(table([["SQuAD", "score"], *([name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"]
                                          for name, value in found.items())]))
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import write_json
+from common import read_text, write_json
 from parts.metrics import METRICS, collapse, diagnostic_scores, squad_score
 
 # ---------------------------------------------------------------------------- what a task is
@@ -91,21 +91,6 @@ class Rows:
 
 
 # ---------------------------------------------------------------------------- readers
-
-
-def read_text(path):
-    """Text of a UTF-8 file without its byte-order mark; one line where it is empty or not UTF-8."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise SystemExit(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise SystemExit(f"{path}, line {line}: not UTF-8; convert the file first, for instance with `iconv "
-                         "-f latin1 -t utf-8`") from None
-    if not text.strip():
-        raise SystemExit(f"{path}: is empty; fetch it anew")
-    return text
 
 
 def read_lines_of(path):
@@ -418,7 +403,7 @@ def evaluation_files(task, data_dir):
     return {which: path for which, path in paths.items() if path}
 
 
-def test_files(task, data_dir):
+def unlabelled_files(task, data_dir):
     """{set: path} of the unlabelled sets that are there."""
     paths = {which: find_file(task, data_dir, name, required=False) for which, name in task.tests.items()}
     return {which: path for which, path in paths.items() if path}

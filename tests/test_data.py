@@ -1357,7 +1357,7 @@ def test_demo_pairs_are_made_once_from_the_worlds_text(small_world, tmp_path, ca
     assert np.array_equal(pairs["tokens"], text["tokens"])
     blocks = data.PairBlocks(path, 24)
     vocab, clip = blocks.vocab, blocks.clip_vocab
-    assert vocab is clip and vocab.hash == open_vocab(folder / "corpus.h5").hash
+    assert vocab is clip and vocab.hash == data.open_vocab(folder / "corpus.h5").hash
     assert np.array_equal(pairs["clip_tokens"], text["tokens"][text["tokens"] != vocab.sep])  # words alone
     before = path.stat().st_mtime_ns
     assert demo_xtext(folder, world) == path and path.stat().st_mtime_ns == before

@@ -21,13 +21,14 @@ from test_ddp import flat, log_lines
 
 import adapt_xdbert
 import analyze
+from prepare import commands
 import bench
 import common
 import data
 import distill
 import finetune
 import teacher
-from model import BERT
+
 from parts.vocab import load_vocab
 from parts.weights import load_bert, load_mlm_head, save_bert
 from prepare.packing import pack_text
@@ -128,7 +129,7 @@ def test_video_encoder_weights_move(teacher_run):
     cfg = teacher.Config(**run["config"])
     set_seed(cfg.seed, 0)
     clips = data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, val_clips=cfg.val_clips)
-    config = teacher.load_bert(teacher_run / "model").config
+    config = load_bert(teacher_run / "model").config
     fresh = teacher.Teacher(cfg, replace(config, dropout=cfg.dropout), clips.features).state_dict()
     assert fresh.keys() == run["model"].keys()
     assert torch.equal(fresh["mlm.norm.weight"], torch.ones(cfg.hidden))  # what never moved would be found
@@ -370,7 +371,7 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
     if module := scripts.get(script):
         assert common.parse_cli(module.Config, module.PRESETS, flags)
         return
-    module, called = {"data.py": data, "analyze.py": analyze}[script], []
+    module, called = {"data.py": commands, "analyze.py": analyze}[script], []
     for name in ("make_demo", "train_vocab", "pack_text", "pack_xtext", "pack_videos",
                  "newest_run", "curves", "clips", "table"):
         if hasattr(module, name):

@@ -20,7 +20,7 @@ from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel
 from parts.examples import (ANSWER_TOKENS, EVAL_TOKENS, QUESTION_TOKENS, WINDOW_STRIDE, Order,
                             batches_by_length, load_examples, tokenized, truncate)
 from parts.tasks import (DIAGNOSTIC, TASKS, Rows, Task, evaluation_files, find_file, read_lines, read_table,
-                         test_files, write_submission)
+                         unlabelled_files, write_submission)
 from parts.vocab import SPECIALS, Vocab
 from prepare.world import draw_nouns, write_tasks
 
@@ -219,11 +219,11 @@ def test_files_are_found_in_every_place_and_missing_ones_named(tmp_path):
         assert found.pop("diagnostic", None) == (
             tmp_path / "b/glue/diagnostic/diagnostic-full.tsv" if folder == "b" else None)
         assert found == {"": tmp_path / where / names[1], "mm": tmp_path / where / names[2]}
-        assert test_files(task, tmp_path / folder) == {}
+        assert unlabelled_files(task, tmp_path / folder) == {}
     # the folder of one task does not serve another that has equal file names
     assert find_file(TASKS["rte"], tmp_path / "d/MNLI", "train.tsv", required=False) is None
     put(tmp_path / "a/MNLI/test_matched.tsv", "x")
-    assert list(test_files(task, tmp_path / "a")) == [""]
+    assert list(unlabelled_files(task, tmp_path / "a")) == [""]
     for task in TASKS.values():
         says = stop_line(find_file, task, tmp_path / "none", task.train)
         assert str(tmp_path / "none" / task.folder / task.train) in says and task.source in says
@@ -311,11 +311,11 @@ def test_real_glue_files_are_read_whole(real_data):
         paths = [find_file(task, sample, task.train),
                  *evaluation_files(task, sample).values()]
         sizes = {len(task.read(task, path, True).first) for path in paths}
-        tests = [task.read(task, path, False) for path in test_files(task, sample).values()]
+        tests = [task.read(task, path, False) for path in unlabelled_files(task, sample).values()]
         assert sizes == {2 if task.name == "cola" else 1} and {len(test.first) for test in tests} == {1}
         splits = [find_file(task, real_data, task.train),
                   *evaluation_files(task, real_data).values(),
-                  *test_files(task, real_data).values()]
+                  *unlabelled_files(task, real_data).values()]
         if task.name != "sst2":  # read in test_real_sst2_is_tokenised_once_and_batched
             assert tuple(len(task.read(task, path, "test" not in path.name).first)
                          for path in splits) == COUNTS[f"glue/{task.folder}"]

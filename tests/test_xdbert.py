@@ -16,8 +16,8 @@ import data
 import teacher
 from conftest import QUICK_TEACHER
 from data import open_vocab
-from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText
-from parts.vocab import SPECIALS, Vocab, load_vocab
+from model import BERT, BERTConfig, CLIPConfig, CLIPText
+from parts.vocab import SPECIALS, Vocab
 from parts.weights import load_bert, load_clip, load_xdbert, save_bert, save_clip
 from prepare.packing import pack_xtext
 from prepare.world import demo_xtext
