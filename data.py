@@ -56,8 +56,6 @@ def write_packed(part, kind, vocab, arrays, **attributes):
         f["vocab"] = np.frombuffer("\n".join(vocab.tokens).encode(), np.uint8)
         f.attrs.update({"kind": kind, "format": FORMAT, "vocab_hash": vocab.hash, "lower": vocab.lower,
                         "strip_accents": vocab.strip_accents, "hash": digest.hexdigest(), **attributes})
-    with open(part, "rb") as f:
-        os.fsync(f.fileno())
 
 
 def open_packed(path, kind="", vocab=None):

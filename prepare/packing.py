@@ -2,19 +2,17 @@
 import codecs
 import csv
 import json
-import os
 import re
 import shutil
-import tempfile
 import time
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 from tokenizers import models, trainers
 
-from common import duration, print0, progress
+from common import atomic, duration, print0, progress
 from data import open_vocab, write_packed
 from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
 
@@ -28,7 +26,7 @@ def check_sources(paths):
         raise SystemExit(f"{', '.join(missing)}: no such file")
 
 
-def read_text(path):
+def read_pieces(path):
     """Yields (text, bytes read) of a text file, or of a caption.json (a document a video); memory stays flat.
 
     A piece has about 1 MB and ends at the end of a line or, where a line is longer, behind a space. (A run of
@@ -107,7 +105,7 @@ def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
 
     def lines(bar):
         for path in sources:
-            for text, size in read_text(path):
+            for text, size in read_pieces(path):
                 bar.update(size)
                 yield from text.split("\n")  # lines, so that all cores have work
 
@@ -123,7 +121,7 @@ def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
     if size <= len(letters):
         raise SystemExit(f"--size {size}: the characters alone take {len(letters)} tokens; give more")
     tokens = train("words", list(SPECIALS) + sorted(t for t in letters if t.startswith("##")), size)
-    with staged(out) as (_, part):
+    with atomic(out) as part:
         part.write_text("".join(token + "\n" for token in tokens), encoding="utf-8")
     print0(f"vocab: {len(tokens):,} word pieces from {total / 1e6:.1f} MB of text -> {Path(out).name}"
            + ("" if len(tokens) == size else f"; the text has no more than these of the {size:,} asked for"))
@@ -224,7 +222,8 @@ def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attri
     # English has 4 to 5 bytes a token
     check_space(out, 2 * sum(dtype.itemsize for dtype in dtypes.values()) * total // 3)
     documents, start = 0, time.perf_counter()
-    with staged(out) as (scratch, part), ExitStack() as stack:
+    with atomic(out) as part, ExitStack() as stack:
+        scratch = part.parent
         raw = [stack.enter_context(open(scratch / name, "wb")) for name in dtypes]
 
         def write(words):
@@ -234,7 +233,7 @@ def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attri
         bar = progress(None, total, "B", f"{kind} -> {Path(out).name}", unit_scale=True)
         for path in sources:
             line_start, inside = True, False  # of a line, of a document
-            for text, size in read_text(path):
+            for text, size in read_pieces(path):
                 words, lines = [], split(text).split("\n")
                 for i, line in enumerate(lines):
                     if line and not line.isspace():
@@ -311,7 +310,8 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
     names, task, frame_offsets, caption_offsets, tokens = [], [], [0], [0], 0
     kinds = {"frames": np.dtype(np.float16), "tokens": vocab.dtype, "token_offsets": np.dtype(np.int64),
              "start": np.dtype(np.float64), "end": np.dtype(np.float64)}
-    with staged(out) as (scratch, part), ExitStack() as stack:
+    with atomic(out) as part, ExitStack() as stack:
+        scratch = part.parent
         raw = {name: stack.enter_context(open(scratch / name, "wb")) for name in kinds}
         raw["token_offsets"].write(np.int64(0).tobytes())
         bar = progress(None, len(tasks), "video", f"videos -> {Path(out).name}")
@@ -502,23 +502,6 @@ def refuse_existing(out):
         raise SystemExit(f"{out} exists; remove it or give another --out")
     if not Path(out).parent.is_dir():
         raise SystemExit(f"{out}: there is no folder {Path(out).parent}; make it first")
-
-
-@contextmanager
-def staged(out):
-    """Yields (scratch folder beside `out`, file in it that becomes `out` when the block ends well).
-
-    Whatever interrupts the block, nothing is ever left under the final name.
-    """
-    out = Path(out)
-    scratch = Path(tempfile.mkdtemp(prefix=out.name + ".", suffix=".tmp", dir=out.parent))
-    try:
-        yield scratch, scratch / out.name
-        os.replace(scratch / out.name, out)
-    except OSError as error:
-        raise SystemExit(f"{out}: was not written ({error}); nothing was left there") from None
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_space(out, need):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import duration, print0, write_json
+from common import atomic, duration, print0, write_json
 from data import open_packed
 from parts.vocab import load_vocab
-from prepare.packing import pack_text, pack_videos, pack_xtext, staged, train_vocab
+from prepare.packing import pack_text, pack_videos, pack_xtext, train_vocab
 
 WORLD = 2  # of the demo world, to be raised with any change of what it holds
 # what dropping, soaking, ... does to a material: seen in the videos, never said of a noun in any text
@@ -98,7 +98,7 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
     start = time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
     print0(f"demo: building the world of seed {seed} in {folder}")
-    with staged(folder) as (_, built):
+    with atomic(folder) as built:
         raw = built / "raw"
         raw.mkdir(parents=True)
         rng = random.Random(f"demo world {seed}")
