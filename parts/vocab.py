@@ -13,25 +13,52 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from common import write_json
+from common import atomic, read_json, read_text, write_json
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 OPENAI_CLIP = "ba973045f396e62c227cd34bb2b425324c450557f07898a7e9876075a0fb58d7"  # hash of OpenAI's own
+BERT_SOURCE = "give a BERT vocab.txt or tokenizer.json, or train one with `python data.py vocab`"
+CLIP_SOURCE = "OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz of https://github.com/openai/CLIP"
+
+
+class Tokens:
+    """What both vocabularies have: `tokens` in id order, a `tokenizer`, and its `rules`, a str."""
+
+    @property
+    def size(self):
+        return len(self.tokens)
+
+    @property
+    def dtype(self):
+        """The integer type of packed ids."""
+        return np.dtype(np.uint16 if self.size <= 2 ** 16 else np.uint32)
+
+    @cached_property
+    def hash(self):
+        """SHA-256 of the tokens in id order and the rules."""
+        return hashlib.sha256("\n".join([*self.tokens, self.rules]).encode()).hexdigest()
+
+    def encode(self, texts: list) -> list:
+        """List of str -> list of lists of ids, without a start and an end token."""
+        if sum(map(len, texts)) < 8192:  # threads cost more than they save
+            return [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
+        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
 
 # ---------------------------------------------------------------------------- WordPiece
 
 
 @dataclasses.dataclass
-class Vocab:
+class Vocab(Tokens):
     """A BERT WordPiece vocabulary (Devlin et al. 2019); ids as from BERT's own tokenizer on any text.
 
-    tokens: list of str in id order. lower, strip_accents: as in BERT's tokenizer. As in Hugging Face's, a
-    special token that stands literally in a text ("[SEP]") becomes that special id.
+    tokens: list of str in id order. lower, strip_accents: as in BERT's tokenizer; strip_accents None = as
+    lower. As in Hugging Face's, a special token that stands literally in a text ("[SEP]") becomes that id.
     """
     tokens: list
     lower: bool = True
-    strip_accents: bool = True
+    strip_accents: bool | None = True
     source: str = "vocabulary"  # named in errors
 
     def __post_init__(self):
@@ -42,6 +69,8 @@ class Vocab:
         missing = [token for token in SPECIALS if token not in ids]
         if missing:
             raise SystemExit(f"{self.source}: has no {' '.join(missing)}; give a BERT vocabulary")
+        self.strip_accents = self.lower if self.strip_accents is None else self.strip_accents
+        self.rules = f"lower {self.lower} strip_accents {self.strip_accents}"
         self.pad, self.unk, self.cls, self.sep, self.mask = self.specials = [ids[token] for token in SPECIALS]
         self.start, self.end = self.cls, self.sep  # of a segment, where a CLIP-like tower has this vocabulary
         self.tokenizer = wordpiece(models.WordPiece(ids, unk_token="[UNK]", max_input_chars_per_word=100),
@@ -50,32 +79,11 @@ class Vocab:
         # the ids that a masked token may be replaced by
         self.ordinary = np.setdiff1d(np.arange(len(self.tokens)), self.specials)
 
-    @property
-    def size(self):
-        return len(self.tokens)
-
-    @cached_property
-    def hash(self):
-        """SHA-256 of the tokens in id order plus the casing and accent flags."""
-        text = "\n".join(self.tokens) + f"\nlower {self.lower} strip_accents {self.strip_accents}"
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def dtype(self):
-        """The integer type of packed ids."""
-        return np.dtype(np.uint16 if self.size <= 2 ** 16 else np.uint32)
-
-    def encode(self, texts: list) -> list:
-        """List of str -> list of lists of ids, without [CLS] and [SEP]."""
-        if len(texts) < 64:  # threads cost more than they save
-            return [self.tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        return [e.ids for e in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-
     def encode_words(self, words) -> list:
         """Words (text between spaces) -> the ids of each, as bytes of dtype.
 
-        BERT's tokenizer never looks across a space, so they are joined by [SEP] and encoded many at a time:
-        2.5 times faster than one by one.
+        BERT's tokenizer never looks across a space, so the words are joined by [SEP] and encoded many at a
+        time: 2.5 times faster than one by one.
         """
         code, width = self.dtype.char, self.dtype.itemsize
         single = [word for word in words if "[" in word]  # may hold a special token
@@ -83,7 +91,7 @@ class Vocab:
         joined = [word for word in words if "[" not in word]
         groups = [joined[i:i + 256] for i in range(0, len(joined), 256)]
         for group, ids in zip(groups, self.encode([" [SEP] ".join(group) for group in groups])):
-            ids = np.array(ids + [self.sep], self.dtype)
+            ids = np.array([*ids, self.sep], self.dtype)
             ends = np.flatnonzero(ids == self.sep) * width
             starts, ids = [0] + (ends[:-1] + width).tolist(), ids.tobytes()
             for word, a, b in zip(group, starts, ends.tolist()):
@@ -98,7 +106,8 @@ class Vocab:
         """Writes vocab.txt and tokenizer_config.json, as Hugging Face's AutoTokenizer reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "vocab.txt").write_text("".join(token + "\n" for token in self.tokens), encoding="utf-8")
+        with atomic(folder / "vocab.txt") as part:
+            part.write_text("".join(token + "\n" for token in self.tokens), encoding="utf-8")
         names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS))
         write_json(folder / "tokenizer_config.json", names | {
             "tokenizer_class": "BertTokenizer", "do_lower_case": self.lower,
@@ -117,62 +126,69 @@ def wordpiece(model, lower, strip_accents):
 def load_vocab(path) -> Vocab:
     """Vocab from a vocab.txt, a tokenizer.json, or a folder that holds one of them.
 
-    Casing: tokenizer.json's normalizer, else the tokenizer_config.json beside vocab.txt, else lower case
-    unless some token has an upper-case letter. A tokenizer that is not BERT's ends the program with one line.
+    Casing: by tokenizer.json's normalizer, else by the tokenizer_config.json beside vocab.txt, else lower
+    case unless some token has an upper-case letter. SystemExit where the tokenizer is not BERT's.
     """
+    path = file_in(path, ("tokenizer.json", "vocab.txt"), "neither vocab.txt nor tokenizer.json")
+    if path.suffix == ".json":
+        return vocab_from_json(path, read_json(path, BERT_SOURCE))
+    tokens = read_text(path, BERT_SOURCE).replace("\r\n", "\n").removesuffix("\n").split("\n")
+    config = path.with_name("tokenizer_config.json")
+    config = read_json(config) if config.exists() else {}
+    cased = any(token != token.lower() for token in tokens if not token.startswith("["))
+    return Vocab(tokens, config.get("do_lower_case", not cased), config.get("strip_accents"), str(path))
+
+
+def file_in(path, names, missing):
+    """The path; of a folder the first of `names` that it holds. missing: said where it holds none of them."""
     path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in ("tokenizer.json", "vocab.txt") if (path / name).exists()]
-        if not found:
-            raise SystemExit(f"{path}: holds neither vocab.txt nor tokenizer.json")
-        path = found[0]
-    if not path.exists():
-        raise SystemExit(f"{path}: no such vocabulary; `python data.py vocab TEXT... --out {path}` makes one")
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            return vocab_from_json(path, json.loads(text))
-        beside = path.with_name("tokenizer_config.json")
-        config = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    except ValueError as error:
-        raise SystemExit(f"{path}: not a vocabulary ({error})") from None
-    tokens = text.removesuffix("\n").split("\n")
-    cased = any(t != t.lower() for t in tokens if not t.startswith("["))
-    lower = config.get("do_lower_case", not cased)
-    strip = config.get("strip_accents")
-    return Vocab(tokens, lower, lower if strip is None else strip, str(path))
+    if not path.is_dir():
+        return path
+    for name in names:
+        if (path / name).exists():
+            return path / name
+    raise SystemExit(f"{path}: holds {missing}")
+
+
+def check_parts(path, whose, parts, advice):
+    """SystemExit names the first of {what a tokenizer.json must have: whether it does} that is missing."""
+    for what, there in parts.items():
+        if not there:
+            raise SystemExit(f"{path}: not {whose} tokenizer, which has {what}; {advice}")
 
 
 def vocab_from_json(path, content):
-    """Vocab from the content of a tokenizer.json; refuses what is not BERT's WordPiece."""
-    content = content if isinstance(content, dict) else {}
+    """Vocab from the content of a tokenizer.json; SystemExit where it is not BERT's WordPiece."""
     parts = [content.get(k) for k in ("model", "normalizer", "pre_tokenizer")]
     model, norm, pre = (part if isinstance(part, dict) else {} for part in parts)
     ids = model.get("vocab")
-    is_wordpiece = model.get("type", "WordPiece") == "WordPiece" and isinstance(ids, dict)
-    for ok, what in ((is_wordpiece, "a WordPiece model"),
-                     (model.get("continuing_subword_prefix") == "##", "continuing pieces that start with ##"),
-                     (model.get("max_input_chars_per_word") == 100, "words of at most 100 characters"),
-                     (norm.get("type") == "BertNormalizer", "BERT's normalizer"),
-                     (norm.get("clean_text") and norm.get("handle_chinese_chars"), "BERT's cleaning of text"),
-                     (pre.get("type") == "BertPreTokenizer", "BERT's pre-tokenizer")):
-        if not ok:
-            raise SystemExit(f"{path}: not BERT's tokenizer, which has {what}; give a BERT vocab.txt or "
-                             "tokenizer.json")
+    check_parts(path, "BERT's", {
+        "a WordPiece model": model.get("type", "WordPiece") == "WordPiece" and isinstance(ids, dict),
+        "continuing pieces that start with ##": model.get("continuing_subword_prefix") == "##",
+        "words of at most 100 characters": model.get("max_input_chars_per_word") == 100,
+        "BERT's normalizer": norm.get("type") == "BertNormalizer",
+        "BERT's cleaning of text": norm.get("clean_text") and norm.get("handle_chinese_chars"),
+        "BERT's pre-tokenizer": pre.get("type") == "BertPreTokenizer"}, BERT_SOURCE)
     tokens = sorted(ids, key=ids.get)
     added = [t["content"] for t in content.get("added_tokens", []) if ids.get(t["content"]) != t["id"]]
     if added or [ids[t] for t in tokens] != list(range(len(tokens))):
         raise SystemExit(f"{path}: its ids are not 0 to {len(tokens) - 1}, or tokens were added to it "
                          f"({' '.join(added[:3])}); give the vocab.txt instead")
-    lower, strip = bool(norm.get("lowercase")), norm.get("strip_accents")
-    return Vocab(tokens, lower, lower if strip is None else strip, str(path))
+    return Vocab(tokens, bool(norm.get("lowercase")), norm.get("strip_accents"), str(path))
 
 
 # ---------------------------------------------------------------------------- CLIP's BPE
 
+# OpenAI's pattern, for text in lower case. Theirs ignores case, which has two effects left: a long s is an s,
+# and U+0345, a mark whose capital is a letter, is found by none of its parts
+CLIP_PATTERN = (r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſtmd]|'(?:re|ve|ll)|\p{L}+|\p{N}|"
+                r"[^\s\p{L}\p{N}\x{345}]+")
+CLIP_FILES = ("tokenizer.json", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt",
+              "vocab.txt")
+
 
 @dataclasses.dataclass
-class CLIPVocab:
+class CLIPVocab(Tokens):
     """OpenAI's byte-level BPE of CLIP (Radford et al. 2021); ids as from its own simple_tokenizer on any text
     that ftfy leaves unchanged.
 
@@ -182,6 +198,7 @@ class CLIPVocab:
     """
     merges: list
     source: str = "CLIP's vocabulary"  # named in errors
+    rules = "byte-level BPE"
 
     def __post_init__(self):
         letters = list(byte_letters().values())
@@ -193,51 +210,30 @@ class CLIPVocab:
                                  f"token of two that stand before it; {CLIP_SOURCE}")
             ids["".join(pair)] = len(ids)
             pairs.append(pair)
-        self.tokens = [*ids, *CLIP_SPECIALS]
         self.start, self.end = self.specials = [len(ids), len(ids) + 1]
         self.cls, self.sep, self.pad, self.unk = self.start, self.end, 0, -1  # 0 is "!": padding needs a mask
-        ids = {token: i for i, token in enumerate(self.tokens)}
+        self.tokens = [*ids, *CLIP_SPECIALS]
+        ids |= zip(CLIP_SPECIALS, self.specials)
         self.tokenizer = Tokenizer(models.BPE(ids, pairs, end_of_word_suffix="</w>"))
         self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(CLIP_PATTERN), "removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
-    @property
-    def size(self):
-        return len(self.tokens)
-
-    @cached_property
-    def hash(self):
-        """SHA-256 of the tokens in id order plus a name that no WordPiece vocabulary has."""
-        return hashlib.sha256("\n".join([*self.tokens, "byte-level BPE"]).encode()).hexdigest()
-
-    @property
-    def dtype(self):
-        """The integer type of packed ids."""
-        return np.dtype(np.uint16 if self.size <= 2 ** 16 else np.uint32)
-
     def encode(self, texts: list) -> list:
         """List of str -> list of lists of ids, without start and end.
 
-        A text is cleaned as by OpenAI, in Python, whose lower() knows the final sigma.
+        Texts are cleaned as by OpenAI, in Python, whose lower() knows the final sigma.
         """
         texts = [" ".join(html.unescape(html.unescape(text)).split()).lower() for text in texts]
-        if len(texts) < 64:  # threads cost more than they save
-            out = [self.tokenizer.encode(text).ids for text in texts]
-        else:
-            out = [e.ids for e in self.tokenizer.encode_batch(texts)]
-        for i, text in enumerate(texts):
-            if "text|>" in text:
-                out[i] = self.encode_literal(text)
-        return out
+        return [self.encode_literal(text) if "text|>" in text else ids
+                for text, ids in zip(texts, super().encode(texts))]
 
     def encode_literal(self, text):
-        """Ids of one clean text in which start or end may stand literally."""
-        special, ids = dict(zip(CLIP_SPECIALS, self.specials)), []
-        for piece, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text):
-            whole = piece in special
-            ids += [special[piece]] if whole else [token.id for token in self.tokenizer.model.tokenize(piece)]
-        return ids
+        """Ids of one clean text that may hold a literal start or end token."""
+        special, model = dict(zip(CLIP_SPECIALS, self.specials)), self.tokenizer.model
+        pieces = [piece for piece, _ in self.tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+        return [i for piece in pieces for i in (
+            [special[piece]] if piece in special else [token.id for token in model.tokenize(piece)])]
 
     def encode_words(self, words) -> list:
         """Words (text between ASCII white space) -> the ids of each, as bytes of dtype."""
@@ -253,7 +249,7 @@ class CLIPVocab:
     def save(self, folder):
         """Writes tokenizer.json and tokenizer_config.json, as Hugging Face's AutoTokenizer reads them.
 
-        Its clean-up is theirs (NFC, white space, lower case letter by letter): equal ids on plain text.
+        Its cleaning is theirs (NFC, white space, lower case letter by letter): equal ids on plain text.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,19 +261,11 @@ class CLIPVocab:
                                                                 trim_offsets=False, add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.add_special_tokens([start, end])
-        tokenizer.save(str(folder / "tokenizer.json"))
+        with atomic(folder / "tokenizer.json") as part:
+            tokenizer.save(str(part))
         write_json(folder / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "bos_token": start, "eos_token": end, "unk_token": end,
             "pad_token": end, "do_lower_case": True, "model_max_length": 77})
-
-
-# OpenAI's pattern, for text in lower case. That theirs ignores case has two effects left: a long s is an s,
-# and U+0345, a mark whose capital is a letter, is found by none of its parts
-CLIP_PATTERN = (r"<\|[sſ]tartoftext\|>|<\|endoftext\|>|'[sſtmd]|'(?:re|ve|ll)|\p{L}+|\p{N}|"
-                r"[^\s\p{L}\p{N}\x{345}]+")
-CLIP_FILES = ("tokenizer.json", "bpe_simple_vocab_16e6.txt.gz", "bpe_simple_vocab_16e6.txt", "merges.txt",
-              "vocab.txt")
-CLIP_SOURCE = "OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz of https://github.com/openai/CLIP"
 
 
 def byte_letters():
@@ -288,47 +276,44 @@ def byte_letters():
 
 
 def load_clip_vocab(path):
-    """CLIPVocab, or Vocab where a CLIP-like tower was trained on word pieces, from a file or its folder.
+    """CLIPVocab from a file or its folder; Vocab where a CLIP-like tower was trained on word pieces.
 
     path: OpenAI's merges, gzipped or not; Hugging Face's tokenizer.json or merges.txt; a vocab.txt; a folder
     that holds one of them.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = [path / name for name in CLIP_FILES if (path / name).exists()]
-        if not found:
-            raise SystemExit(f"{path}: holds no vocabulary of CLIP ({', '.join(CLIP_FILES)}); {CLIP_SOURCE}")
-        path = found[0]
-    if not path.exists():
-        raise SystemExit(f"{path}: no such vocabulary; {CLIP_SOURCE}")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-            text = f.read(1 << 26).decode("utf-8")  # CLIP's has 1 MB; a gzipped file may hold anything
-        content = json.loads(text) if path.suffix == ".json" else None
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise SystemExit(f"{path}: not a vocabulary ({error}); {CLIP_SOURCE}") from None
-    model = content.get("model") if isinstance(content, dict) else None
-    if isinstance(model, dict) and isinstance(model.get("merges"), list):
+    path = file_in(path, CLIP_FILES, f"no vocabulary of CLIP ({', '.join(CLIP_FILES)}); {CLIP_SOURCE}")
+    if path.suffix == ".json":
+        content = read_json(path, CLIP_SOURCE)
+        model = content.get("model")
+        if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
+            return vocab_from_json(path, content)
         try:
             return clip_vocab_from_json(path, content)
         except (TypeError, AttributeError, KeyError):  # lists for objects, numbers for texts
             raise SystemExit(f"{path}: not in the form of a tokenizer.json; {CLIP_SOURCE}") from None
-    if content is None and "</w>" in text:
-        # as OpenAI reads it: a header, and only the first merges of the file are CLIP's
-        lines = text.split("\n")[1:49152 - 256 - 2 + 1]
-        return CLIPVocab([line for line in lines if line.strip()], str(path))
-    return load_vocab(path)
+    if path.suffix == ".gz":
+        try:
+            with gzip.open(path) as f:
+                text = f.read(1 << 26).decode()  # CLIP's has 1 MB; a gzipped file may hold anything
+        except (ValueError, OSError, EOFError, zlib.error) as error:
+            raise SystemExit(f"{path}: not a vocabulary ({error}); {CLIP_SOURCE}") from None
+    else:
+        text = read_text(path, CLIP_SOURCE)
+    if "</w>" not in text:
+        return load_vocab(path)
+    # as OpenAI reads it: a header, and only the first merges of the file are CLIP's
+    lines = text.split("\n")[1:49152 - 256 - 2 + 1]
+    return CLIPVocab([line for line in lines if line.strip()], str(path))
 
 
 def clip_vocab_from_json(path, content):
-    """CLIPVocab from the content of a tokenizer.json; refuses what is not CLIP's."""
+    """CLIPVocab from the content of a tokenizer.json; SystemExit where it is not CLIP's."""
     model, cleaning = content["model"], json.dumps([content.get("normalizer"), content.get("pre_tokenizer")])
-    for ok, what in ((isinstance(model.get("vocab"), dict), "a vocabulary"),
-                     (model.get("end_of_word_suffix") == "</w>", "</w> at the end of words"),
-                     ('"Lowercase"' in cleaning, "text in lower case"),
-                     ('"ByteLevel"' in cleaning, "bytes for letters")):
-        if not ok:
-            raise SystemExit(f"{path}: not CLIP's tokenizer, which has {what}; {CLIP_SOURCE}")
+    check_parts(path, "CLIP's", {
+        "a vocabulary": isinstance(model.get("vocab"), dict),
+        "</w> at the end of words": model.get("end_of_word_suffix") == "</w>",
+        "text in lower case": '"Lowercase"' in cleaning,
+        "bytes for letters": '"ByteLevel"' in cleaning}, CLIP_SOURCE)
     vocab = CLIPVocab([m if isinstance(m, str) else " ".join(m) for m in model["merges"]], str(path))
     ids = model["vocab"] | {token["content"]: token["id"] for token in content.get("added_tokens", [])}
     if ids != {token: i for i, token in enumerate(vocab.tokens)}:
