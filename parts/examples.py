@@ -1,7 +1,6 @@
 """Rows of a task -> tokens -> batches -> answers."""
 import hashlib
 import math
-import os
 import unicodedata
 from contextlib import suppress
 from itertools import chain
@@ -11,10 +10,9 @@ import numpy as np
 import torch
 
 import data
-from common import hash64, keyed_uniform, print0, progress
+from common import atomic, hash64, keyed_uniform, print0, progress
 
 # ---------------------------------------------------------------------------- tokens
-
 
 FORMAT = 1  # of the cached tokens
 
@@ -51,27 +49,18 @@ def tokenize(texts, vocab, cache="", source="input", spans=False):
     tokens = {name: np.concatenate(part) for name, part in parts.items() if part}
     tokens["bounds"] = np.cumsum(tokens["bounds"], dtype=np.int64)
     if cache:
-        keep_tokens(path, tokens)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as part:
+                np.savez(part, **tokens)
+        except (OSError, SystemExit) as error:
+            print0(f"{error}; the run goes on without its cache of tokens")
     return tokens
 
 
 def flat(lists):
     """Iterable of lists of int -> one int32 array."""
     return np.fromiter(chain.from_iterable(lists), np.int32)
-
-
-def keep_tokens(path, tokens):
-    """Writes a cache file whole or not at all; a run does without where the disk is full or read-only."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at once
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            np.savez(file, **tokens)
-        os.replace(part, path)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        print0(f"{path.parent}: tokens cannot be kept there ({error.strerror or error}); the run goes on")
 
 
 def truncate(first, second, room):
@@ -86,16 +75,16 @@ def truncate(first, second, room):
 class Examples:
     """Tokenised rows; an example is [CLS] first [SEP], or [CLS] first [SEP] second [SEP] with segments 0, 1.
 
-    keep: numbers of the rows to take (default all). For choice an example has K candidates. labels: int64 or
-    float32 (n,), None without. lengths: tokens of each example with [CLS] and [SEP], int64 (n,), of choice
-    the longest candidate's. truncated: examples that were cut; unknown: share of [UNK] among all tokens.
-    beside: (CLIPConfig, vocabulary) of the tower that reads the texts, too, if there is one: `lay_out_clip`.
+    For choice an example has K candidates, each such a pair. keep: numbers of the rows to take.
+    beside: (CLIPConfig, vocabulary) of a tower that reads the texts, too: `lay_out_clip`.
+    labels: int64 or float32 (n,), or None; lengths: tokens of each example, [CLS] and [SEP] included, of
+    choice the longest candidate's, int64 (n,); truncated: number of examples that were cut; unknown: share of
+    [UNK] among all tokens.
     """
     clip, clip_truncated = None, 0
 
-    def __init__(self, task, rows, vocab, max_length, cache="", keep=None, source="input", beside=()):
+    def __init__(self, task, rows, vocab, max_length, cache, keep, source, beside):
         n, choice = len(rows.first), task.kind == "choice"
-        keep = np.arange(n) if keep is None else keep
         second = list(chain.from_iterable(rows.second)) if choice else rows.second or []
         texts = [*rows.first, *second]
         tokens = tokenize(texts, vocab, cache, source)
@@ -104,13 +93,10 @@ class Examples:
             first = keep[:, None].repeat(len(second) // n, axis=1)  # (n, K) numbers of texts
             other = n + first * first.shape[1] + np.arange(first.shape[1])
         else:
-            first, other = keep, n + keep  # (n,)
-        if second:
-            special, whole = 3, (count[first], count[other])
-            sizes = truncate(*whole, max_length - special)
-        else:
-            special, other, whole = 2, first, (count[first], np.zeros_like(first))
-            sizes = np.minimum(whole[0], max_length - special), whole[1]
+            first, other = keep, n + keep if second else keep  # (n,)
+        special = 3 if second else 2
+        whole = count[first], count[other] if second else np.zeros_like(first)
+        sizes = truncate(*whole, max_length - special)
         self.lay_out(tokens["ids"], vocab, (begin[first], begin[other]), sizes, special)
         cut = sum(sizes) < sum(whole)
         self.truncated = int((cut.any(1) if choice else cut).sum())
@@ -131,12 +117,12 @@ class Examples:
         self.unknown = float((ids == vocab.unk).mean()) if len(ids) else 0.0
 
     def lay_out_clip(self, tokens, sentences, config, vocab):
-        """CLIP's input: two segments for each sentence, of as many tokens as the tower has positions, start
-        and end included (XDBERT Appendix B): (n, 2 or 4, 77), of choice (n, K, 4, 77).
+        """CLIP's input: two segments a sentence, each as long as the tower has positions, with its own start
+        and end (XDBERT Appendix B): (n, 2 or 4, 77), of choice (n, K, 4, 77).
 
-        sentences: numbers of texts (n, 1 or 2), of choice (n, K, 2). What does not fit in a sentence's first
-        segment goes on in the second, and the rest is cut, in `clip_truncated` examples. The first is in use
-        also where the sentence is empty; a second one without a token (-1 of them) is not run.
+        sentences: numbers of texts (n, 1 or 2), of choice (n, K, 2). What the first segment cannot hold goes
+        on in the second; the rest is cut, in `clip_truncated` examples. An empty sentence has one segment of
+        start and end; a second segment without tokens (count -1) is not run.
         """
         room = config.positions - 2
         whole = np.diff(tokens["bounds"])[sentences][..., None]
@@ -153,8 +139,8 @@ class Examples:
     def batch(self, index):
         """{"ids", "mask" (True = real), "segments"}: (b, T), of choice (b, K, T); and "labels" if there are.
 
-        T is the length of the longest in this batch. For a tower beside, what data.segment_batch gives for
-        the sequences, one after the other, is among them.
+        T is the length of the longest in this batch. With CLIP beside, data.segment_batch of the b (K)
+        sequences is among them.
         """
         index = np.asarray(index)
         shape = self.length[index].shape
@@ -179,8 +165,7 @@ class Examples:
 def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0, beside=()):
     """A file -> Examples (SquadExamples for span). split: train, dev or test, which needs no labels.
 
-    cache: folder for tokens, or "". limit: that many examples, drawn by (seed, row), 0 = all; of SQuAD that
-    many questions. beside: as for Examples.
+    cache: folder for tokens, or "". limit: so many examples (SQuAD: questions), drawn by (seed, row); 0 = all.
     """
     rows = task.read(task, Path(path), split != "test")
     keep = np.arange(len(rows.first))
@@ -199,16 +184,16 @@ def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0, 
 
 
 def tokenized(task, rows, vocab, max_length, cache="", keep=None, source="standard input", beside=()):
-    """Rows -> Examples, or SquadExamples for span."""
+    """Rows -> Examples, or SquadExamples for span; the other arguments are theirs."""
     if max_length < 5:
         raise SystemExit(f"--max_length {max_length}: must be at least 5, [CLS] and two [SEP] included")
+    keep = np.arange(len(rows.first)) if keep is None else keep
     if task.kind == "span":
         return SquadExamples(task, rows, vocab, max_length, cache, keep, source)
     return Examples(task, rows, vocab, max_length, cache, keep, source, beside)
 
 
 # ---------------------------------------------------------------------------- SQuAD
-
 
 QUESTION_TOKENS, WINDOW_STRIDE, ANSWER_TOKENS = 64, 64, 30
 
@@ -222,9 +207,8 @@ class SquadExamples(Examples):
     questions of the file whose first answer is not at its answer_start, or nowhere in the context.
     """
 
-    def __init__(self, task, rows, vocab, max_length, cache="", keep=None, source="input"):
+    def __init__(self, task, rows, vocab, max_length, cache, keep, source):
         n, contexts = len(rows.first), {}  # a context is tokenised once for all of its questions
-        keep = np.arange(n) if keep is None else keep
         context = n + np.array([contexts.setdefault(text, len(contexts)) for text in rows.second])[keep]
         texts = [*rows.first, *contexts]
         tokens = tokenize(texts, vocab, cache, source, spans=True)
@@ -249,18 +233,19 @@ class SquadExamples(Examples):
         self.extra, self.skipped, self.labels = {}, 0, None
         states = rows.extra.get("answer", [])
         self.moved, self.missing = states.count("moved"), states.count("missing")
-        if rows.labels is not None:
-            characters = np.array([len(text) for text in texts])
-            characters = np.cumsum(characters) - characters  # of all texts behind one another
-            shift = np.repeat(characters, count)
-            first, behind = (np.array(rows.labels)[keep] + characters[context][:, None]).T
-            # the first token that ends behind the answer's start, the last one that starts before its end
-            first = np.searchsorted(self.ends + shift, first, "right") - begin[context]
-            last = np.searchsorted(self.starts + shift, behind, "left") - 1 - begin[context]
-            place = np.stack([first, last], 1)[of] - self.offset[:, None]  # (windows, 2)
-            # no answer, (-1, -1), ends in front of every window
-            inside = (0 <= place[:, 0]) & (place[:, 0] <= place[:, 1]) & (place[:, 1] < self.sizes[1])
-            self.labels = np.where(inside[:, None], place + size[of][:, None] + 2, 0)
+        if rows.labels is None:
+            return
+        characters = np.array([len(text) for text in texts])
+        characters = np.cumsum(characters) - characters  # of all texts behind one another
+        shift = np.repeat(characters, count)
+        first, behind = (np.array(rows.labels)[keep] + characters[context][:, None]).T
+        # the first token that ends behind the answer's start, the last one that starts before its end
+        first = np.searchsorted(self.ends + shift, first, "right") - begin[context]
+        last = np.searchsorted(self.starts + shift, behind, "left") - 1 - begin[context]
+        place = np.stack([first, last], 1)[of] - self.offset[:, None]  # (windows, 2)
+        # no answer, (-1, -1), ends in front of every window
+        inside = (0 <= place[:, 0]) & (place[:, 0] <= place[:, 1]) & (place[:, 1] < self.sizes[1])
+        self.labels = np.where(inside[:, None], place + size[of][:, None] + 2, 0)
 
     def answers(self, start, end, null_threshold=0.0):
         """Logits (windows, T), padded with -inf -> ({question id: text}, {question id: null score}).
@@ -302,9 +287,9 @@ class SquadExamples(Examples):
     def context_masks(self, T):
         """Two (windows, T) bool: a token of the context; and one that has its most context in this window.
 
-        Most is the highest min(tokens to the left, to the right) of all windows that hold the token; of equal
-        ones the first counts. (BERT's own code adds 0.01 x the window's size, which changes no order: sizes
-        differ by less than the stride of 64, and it is the last window that may be smaller.)
+        Most = the highest min(tokens to the left, to the right) of all windows that hold the token; of equal
+        ones the first counts. (BERT's own code adds 0.01 x the window's size. That changes no order: only the
+        last window may be smaller, by less than the stride of 64.)
         """
         place = np.arange(T) - self.sizes[0][:, None] - 2  # in the window's part of the context
         inside = (place >= 0) & (place < self.sizes[1][:, None])
@@ -321,7 +306,6 @@ class SquadExamples(Examples):
 
 
 # ---------------------------------------------------------------------------- order
-
 
 POOL = 50  # training batches whose examples are sorted by length together
 EVAL_TOKENS = 1 << 14  # of an evaluation batch, padding included
@@ -365,9 +349,9 @@ def batches_by_length(examples):
 
 
 def decide(task, examples, logits):
-    """Predictions from the logits: classes or candidates, scores, or {question id: text} of spans.
+    """Predictions from the logits: classes or candidates, scores, or for span (texts, null scores).
 
-    For span (texts, null scores), the texts as if every question had an answer; see `with_threshold`.
+    The texts are as if every question had an answer; see tasks.with_threshold.
     """
     if task.kind == "span":
         return examples.answers(logits[..., 0], logits[..., 1], math.inf)

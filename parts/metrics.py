@@ -1,25 +1,27 @@
-"""Measures: recall and probes of what a model learned, scores of the tasks, SQuAD's official scores."""
+"""Measures: retrieval and probes of what a model learned, scores of the tasks, SQuAD's official scores.
+
+A model comes as a function from token ids, some with a mask, to states. Nothing here reads files or prints.
+"""
 import functools
 import math
 import numbers
 import re
 import string
-from collections import Counter
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import print0, read_json, table
 from run import move
 
-# ---------------------------------------------------------------------------- retrieval and probes
+# ---------------------------------------------------------------------------- retrieval
 
 
 def recall(query, target, ks=(1, 5, 10), chunk=1024):
     """Share of the queries whose own target is among the k nearest by cosine; ties count against the query.
 
-    query, target: (n, C), row i of both belong together. Returns {"1": share, ...}; by chance it is k / n.
+    query, target: (n, C), row i of one belongs to row i of the other. -> {"1": share, ...}; chance is k / n.
     """
     query, target = F.normalize(query.float(), dim=-1), F.normalize(target.float(), dim=-1)
     ranks = []
@@ -37,9 +39,9 @@ def nearest(query, target):
 
 
 def ridge(x, y, strength=0.01):
-    """Ridge regression with intercept: (n, C) -> (n, E); returns the map as a function.
+    """Ridge regression with intercept, (n, C) -> (n, E); returns the map as a function.
 
-    Penalty = strength x the mean variance of a channel of x, so that it does not depend on the model's scale.
+    The penalty is strength x the mean variance of x's channels: a model's scale does not matter.
     """
     x, y = x.double(), y.double()
     x_mean, y_mean = x.mean(0), y.mean(0)
@@ -47,50 +49,6 @@ def ridge(x, y, strength=0.01):
     gram += strength * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
     weight = torch.linalg.solve(gram, (x - x_mean).T @ (y - y_mean) / len(x))
     return lambda new: (new.double() - x_mean) @ weight + y_mean
-
-
-def linear_probe(x_train, labels_train, x_test, labels_test):
-    """Accuracy of a linear classifier (ridge on one-hot labels) of held-out items."""
-    onehot = F.one_hot(labels_train, int(max(labels_train.max(), labels_test.max())) + 1).double()
-    return (ridge(x_train, onehot, 0.1)(x_test).argmax(1) == labels_test).float().mean().item()
-
-
-def neighbour_probe(x_train, labels_train, x_test, labels_test, k=5):
-    """Share of the k nearest training items (cosine, centred) with the test item's label; and by chance."""
-    mean = x_train.mean(0)
-    scores = F.normalize(x_test - mean, dim=-1) @ F.normalize(x_train - mean, dim=-1).T
-    near = labels_train[scores.topk(k, 1).indices]  # (n_test, k)
-    same = (labels_test[:, None] == labels_train[None]).float().mean().item()
-    return (near == labels_test[:, None]).float().mean().item(), same
-
-
-@torch.no_grad()
-def noun_vectors(encode, blocks, vocab, nouns, occurrences=20, scan=4000, batch_size=64):
-    """Mean last hidden state of each noun over its first `occurrences` in the corpus -> (nouns, C) float32.
-
-    encode: ids (b, T) -> (b, T, C). A noun of several word pieces is the mean of their states.
-    """
-    ids = blocks.batch(np.arange(min(scan, len(blocks))))["ids"].numpy()  # (n, T)
-    pieces = vocab.encode(list(nouns))
-    places = []
-    for word in pieces:
-        hit = np.ones((ids.shape[0], ids.shape[1] - len(word) + 1), bool)
-        for i, piece in enumerate(word):
-            hit &= ids[:, i:ids.shape[1] - len(word) + 1 + i] == piece
-        rows, columns = hit.nonzero()
-        if not len(rows):
-            raise SystemExit(f"the first {len(ids):,} blocks of the corpus do not hold {nouns[len(places)]}")
-        places.append((rows[:occurrences], columns[:occurrences]))
-    needed = np.unique(np.concatenate([rows for rows, _ in places]))
-    states = {}
-    for i in range(0, len(needed), batch_size):
-        chosen = needed[i:i + batch_size]
-        states |= dict(zip(chosen.tolist(), encode(torch.from_numpy(ids[chosen])).float().cpu()))
-    return torch.stack([torch.stack([states[r][c:c + len(word)].mean(0) for r, c in zip(*place)]).mean(0)
-                        for place, word in zip(places, pieces)])
-
-
-PERCEPTUAL = ("material", "colour", "size", "order")  # what the demo's videos show and its text never says
 
 
 def mean_state(h, mask):
@@ -111,10 +69,9 @@ def retrieval(bert, video, train, val, device, aligned=None, fit=4000):
     """Text-to-video recall@1/5/10 on the held-out clips, in three spaces (Fig. 4 of VidLanKD).
 
     bert: ids, mask -> (B, T, C); video: frames, mask -> (B, C_v); train, val: data.VideoClips. aligned: the
-    maps (text, clip) from h, mask and from v into the space in which the objective compares them, or None.
-    -> {"aligned": ..., "mean state": the paper's recipe, None where the widths differ, "ridge": after one
-    ridge map from mean state to v, fitted on `fit` training clips, alike for every model}, each {k: share},
-    and "nearest": each caption's first clip, aligned where there is such a space, else after the ridge map.
+    maps (text, clip), of h, mask and of v, into the space in which the objective compares them, or None.
+    -> {"aligned": recall there, "mean state": the paper's recipe, "ridge": after a ridge map from mean state
+    to v, fitted on `fit` training clips, "nearest": first clip of each caption, aligned or else by ridge}.
     """
     def encode(batch):
         h = bert(batch["ids"], batch["mask"])
@@ -126,27 +83,71 @@ def retrieval(bert, video, train, val, device, aligned=None, fit=4000):
     x_fit, v_fit, *_ = vectors(encode, train, fit_index, device)
     x, v, query, target = vectors(encode, val, np.arange(len(val)), device)
     mapped = ridge(x_fit, v_fit)(x)
-    found = {"aligned": None, "mean state": recall(x, v) if x.shape == v.shape else None,
-             "ridge": recall(mapped, v), "nearest": nearest(mapped, v).tolist()}
-    if aligned:
-        found |= {"aligned": recall(query, target), "nearest": nearest(query, target).tolist()}
-    return found
+    if not aligned:
+        query, target = mapped, v
+    return {"aligned": recall(query, target) if aligned else None,
+            "mean state": recall(x, v) if x.shape == v.shape else None,  # None: the widths differ
+            "ridge": recall(mapped, v), "nearest": nearest(query, target).tolist()}
+
+
+# ---------------------------------------------------------------------------- probes
+
+PERCEPTUAL = ("material", "colour", "size", "order")  # what the demo's videos show and its text never says
+
+
+def linear_probe(x_train, labels_train, x_test, labels_test):
+    """Accuracy of a linear classifier (ridge on one-hot labels) on held-out items."""
+    onehot = F.one_hot(labels_train, int(max(labels_train.max(), labels_test.max())) + 1).double()
+    return (ridge(x_train, onehot, 0.1)(x_test).argmax(1) == labels_test).float().mean().item()
+
+
+def neighbour_probe(x_train, labels_train, x_test, labels_test, k=5):
+    """(share of the k nearest training items, by centred cosine, with the test item's label, by chance)."""
+    mean = x_train.mean(0)
+    scores = F.normalize(x_test - mean, dim=-1) @ F.normalize(x_train - mean, dim=-1).T
+    near = labels_train[scores.topk(k, 1).indices]  # (n_test, k)
+    same = (labels_test[:, None] == labels_train[None]).float().mean().item()
+    return (near == labels_test[:, None]).float().mean().item(), same
+
+
+@torch.no_grad()
+def noun_vectors(encode, blocks, vocab, nouns, occurrences=20, scan=4000, batch_size=64):
+    """Mean last hidden state of each noun over its first `occurrences` in the corpus -> (nouns, C) float32.
+
+    encode: ids (b, T) -> (b, T, C). A noun of several word pieces is the mean of their states.
+    """
+    ids = blocks.batch(np.arange(min(scan, len(blocks))))["ids"].numpy()  # (n, T)
+    pieces = vocab.encode(list(nouns))
+    places = []
+    for noun, word in zip(nouns, pieces):
+        parts = np.lib.stride_tricks.sliding_window_view(ids, len(word), axis=1)  # (n, T', pieces)
+        rows, columns = (parts == word).all(-1).nonzero()
+        if not len(rows):
+            raise SystemExit(f"the first {len(ids):,} blocks of the corpus do not hold {noun}")
+        places.append((rows[:occurrences], columns[:occurrences]))
+    needed = np.unique(np.concatenate([rows for rows, _ in places]))
+    states = {}
+    for i in range(0, len(needed), batch_size):
+        chosen = needed[i:i + batch_size]
+        states |= dict(zip(chosen.tolist(), encode(torch.from_numpy(ids[chosen])).float().cpu()))
+    return torch.stack([torch.stack([states[r][c:c + len(word)].mean(0) for r, c in zip(*place)]).mean(0)
+                        for place, word in zip(places, pieces)])
 
 
 def probes(bert, blocks, latents, device):
-    """How far a noun's vector tells its perceptual properties, for nouns held out from the probe.
+    """How far a noun's vector tells its perceptual properties, on nouns that the probe was not fitted on.
 
-    -> {property: {"linear": accuracy of a linear classifier, "neighbours": share of the same property among
-    the 5 nearest nouns of the other split, "linear_chance": 1 / values, "neighbours_chance": of any}}.
+    bert: ids (b, T) -> (b, T, C). -> {property: {"linear": accuracy, "linear_chance": 1 / values,
+    "neighbours": share of the 5 nearest nouns of the other split that have it, "neighbours_chance"}}.
     """
     nouns = sorted(latents["nouns"])
     x = noun_vectors(lambda ids: bert(ids.to(device)), blocks, blocks.vocab, nouns)
-    held_out = torch.tensor([latents["nouns"][noun]["split"] == "dev" for noun in nouns])
+    test = torch.tensor([latents["nouns"][noun]["split"] == "dev" for noun in nouns])
     found = {}
     for name in PERCEPTUAL:
         values = latents["properties"][name]
         labels = torch.tensor([values.index(latents["nouns"][noun][name]) for noun in nouns])
-        split = x[~held_out], labels[~held_out], x[held_out], labels[held_out]
+        split = x[~test], labels[~test], x[test], labels[test]
         near, chance = neighbour_probe(*split)
         found[name] = {"linear": linear_probe(*split), "linear_chance": 1 / len(values), "neighbours": near,
                        "neighbours_chance": chance}
@@ -155,10 +156,9 @@ def probes(bert, blocks, latents, device):
 
 @torch.no_grad()
 def shared_neighbours(bert, other, blocks, device, k=10, n=1000):
-    """Share of the k nearest blocks, by cosine of centred mean states, on which two models agree; n blocks,
-    None where there are fewer than k + 2.
+    """Share of a block's k nearest, by centred cosine of mean states, on which two models of any width agree.
 
-    bert, other: ids (b, T) -> (b, T, C); it compares what two models hold alike, whatever their widths.
+    bert, other: ids (b, T) -> (b, T, C). It takes the first n blocks; None where there are below k + 2.
     """
     n = min(n, len(blocks))
     if n < k + 2:
@@ -189,11 +189,10 @@ def f1(predictions, labels):
 
 
 def r3(predictions, labels):
-    """Gorodkin's R_K (Comp. Biol. Chem. 28, 2004): the correlation of two labellings in K classes, K found in
-    them; for two classes it is Matthews'.
+    """Gorodkin's R_K (Comp. Biol. Chem. 28, 2004), the correlation of two labellings in K classes.
 
-    (c s - sum_k p_k t_k) / sqrt((s^2 - sum p_k^2)(s^2 - sum t_k^2)) with s items, c of them right, p_k times
-    class k predicted, t_k times true; 0 where either holds one class only.
+    (c s - sum_k p_k t_k) / sqrt((s^2 - sum p_k^2)(s^2 - sum t_k^2)): s items, c of them right, class k
+    predicted p_k and true t_k times; 0 where either holds one class only. For two classes it is Matthews'.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     classes = np.union1d(predictions, labels)[:, None]
@@ -217,19 +216,18 @@ def rmse(predictions, labels):
     return float(np.sqrt(np.mean(np.subtract(predictions, labels, dtype=float) ** 2)))
 
 
-# name -> f(predictions, labels): classes (n,) for accuracy, f1, matthews and r3, numbers (n,) for the others;
-# fractions, not percent
-METRICS = {"accuracy": accuracy, "f1": f1, "matthews": r3,
+# name -> f(predictions (n,), labels (n,)), a fraction but for rmse
+METRICS = {"accuracy": accuracy, "f1": f1, "matthews": r3, "r3": r3, "rmse": rmse,
            "pearson": functools.partial(correlation, "pearsonr"),
-           "spearman": functools.partial(correlation, "spearmanr"), "rmse": rmse, "r3": r3}
+           "spearman": functools.partial(correlation, "spearmanr")}
 
 
 def diagnostic_scores(predictions, labels, categories):
     """GLUE diagnostics -> {category: {"accuracy", "r3", "n"}}, categories without an item left out.
 
-    predictions, labels: MNLI's words, (n,), as the order of the classes differs from model to model; where a
-    label is "not_entailment" the file is two-way, and neutral and contradiction become that. categories:
-    {name: cell per item}; an item counts in every category whose cell is not empty.
+    predictions, labels: MNLI's words, (n,). Where a label is "not_entailment" the file is two-way: neutral
+    and contradiction become that. categories: {name: a cell per item}; an item counts in every category whose
+    cell is not empty.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if "not_entailment" in labels:
@@ -245,44 +243,69 @@ def diagnostic_scores(predictions, labels, categories):
 
 
 def collapse(predictions, labels, kind):
-    """"" or the reason in words why a run learned nothing.
+    """The reason in words why a run learned nothing, or "".
 
-    kind: "classify", "choice" and "span" collapse where one prediction stands for more than 98 % of the items
-    (span: the texts, or a number for each different one; labels are not read); the first two also where
-    accuracy is not above the best constant's + 1 point; "regress" where the predictions have less than 1 % of
-    the labels' standard deviation, or are not finite.
+    classify, choice and span (texts; labels are not read): one prediction stands for more than 98 % of the
+    items. classify and choice: accuracy is at most the best constant's + 1 point. regress: the predictions
+    have less than 1 % of the labels' standard deviation, or are not finite.
     """
     n = len(predictions)
     if kind == "regress":
         if not np.isfinite(predictions).all():
             return "a prediction is not a finite number"
         spread, true = np.std(predictions, dtype=float), np.std(labels, dtype=float)
-        if spread < 0.01 * true:
-            return f"the predictions have {100 * spread / true:.2g} % of the labels' spread"
-        return ""
+        if spread >= 0.01 * true:
+            return ""
+        return f"the predictions have {100 * spread / true:.2g} % of the labels' spread"
     often = np.unique(predictions, return_counts=True)[1].max()
     if often > 0.98 * n:
         return f"{100 * often / n:.1f} % of the predictions are the same"
     if kind == "span":
         return ""
     constant, right = np.unique(labels, return_counts=True)[1].max(), np.equal(predictions, labels).sum()
-    if right <= constant + n / 100:
-        return f"accuracy {100 * right / n:.1f} %, and {100 * constant / n:.1f} % by the best constant"
-    return ""
+    if right > constant + n / 100:
+        return ""
+    return f"accuracy {100 * right / n:.1f} %, and {100 * constant / n:.1f} % by the best constant"
 
 
 def median_run(scores):
-    """Index of the median of scores, larger = better (give a loss its minus); of an even number the lower
-    middle one. NaN and None are the worst; of equal runs the earlier comes first."""
+    """Index of the median of scores, larger = better; of an even number the lower of the middle two.
+
+    NaN and None are the worst; of equal runs the earlier comes first.
+    """
     scores = np.asarray(scores, float)
     return int(np.argsort(np.where(np.isnan(scores), -np.inf, scores), kind="stable")[(len(scores) - 1) // 2])
 
 
 # ---------------------------------------------------------------------------- SQuAD
 
-
 ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)  # ASCII only: a typographic quote stays
+Question = namedtuple("Question", "id text context answers impossible")
+
+
+def squad_questions(content, source):
+    """SQuAD's parsed json -> list of Question; SystemExit names `source` where it is not in SQuAD's form.
+
+    answers: [(text, first character)], None in a test split; impossible: 2.0's mark, None in 1.1.
+    """
+    found, where = [], "the first question"
+    try:
+        for paragraph in (p for article in content["data"] for p in article["paragraphs"]):
+            for question in paragraph["qas"]:
+                where = f"question {question['id']}"
+                texts, answers = [question["id"], question["question"], paragraph["context"]], None
+                if "answers" in question:
+                    answers = [(gold["text"], int(gold["answer_start"])) for gold in question["answers"]]
+                found.append(Question(*texts, answers, question.get("is_impossible")))
+                for value in (*texts, *(text for text, _ in answers or ())):
+                    if not isinstance(value, str):
+                        raise TypeError(f"{value!r} is no text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"{source}: not in SQuAD's form at {where} ({error!r}); fetch it anew") from None
+    if not found:
+        raise SystemExit(f"{source}: holds no question; fetch it anew")
+    return found
 
 
 def normalise(text):
@@ -320,63 +343,37 @@ def answer_score(prediction, answers, version_2):
     return exact, max(token_f1(prediction.split(), answer.split()) for answer in answers)
 
 
-def squad_questions(gold):
-    """SQuAD's parsed json -> ([(id, [text of each gold answer])], whether it is of version 2.0).
-
-    It is where its version says so, or where a question has "is_impossible" or no answer, of which 1.1 knows
-    nothing.
-    """
-    questions, version_2 = [], False
-    try:
-        for article in gold["data"]:
-            for paragraph in article["paragraphs"]:
-                for question in paragraph["qas"]:
-                    answers = [answer["text"] for answer in question["answers"]]
-                    if not all(isinstance(text, str) for text in (question["id"], *answers)):
-                        raise TypeError("an id or answer that is no text")
-                    questions.append((question["id"], answers))
-                    version_2 |= "is_impossible" in question or not answers
-    except (KeyError, TypeError) as error:
-        after = f" after question {questions[-1][0]}" if questions else ""
-        raise SystemExit(f"gold: not in SQuAD's layout{after} ({error!r}); give the official json with "
-                         "answers, such as dev-v2.0.json") from None
-    if not questions:
-        raise SystemExit('gold: "data" holds no question; give the official json with answers')
-    return questions, version_2 or re.match("v?2", str(gold.get("version"))) is not None
-
-
 def squad_score(gold, predictions, no_answer=None, threshold=1.0):
     """SQuAD's official scores in percent: equal to evaluate-v2.0.py and, for a file of 1.1, evaluate-v1.1.py.
 
     gold: the parsed official json. predictions: {id: text}, "" = no answer. no_answer (2.0): {id: score,
-    larger = less answerable}, whose order breaks ties as in the official script. threshold: a prediction
-    whose no_answer score is above it counts as ""; 1 is the official default, meant for probabilities.
-    -> {"exact", "f1", "total"}; for 2.0 also HasAns_* and NoAns_* of these where there are such questions;
-    with no_answer also best_exact, best_exact_thresh, best_f1, best_f1_thresh: the score where every question
-    up to that threshold keeps its prediction and the others count as "".
-    A missing prediction counts 0 in 1.1, which is said; in 2.0 it is an error, as the official script has no
-    score then. Other ids are left out.
+    larger = less answerable}; a prediction whose score is above threshold counts as "".
+    -> {"exact", "f1", "total"}; for 2.0 also HasAns_* and NoAns_* where there are such questions; with
+    no_answer also best_exact, best_exact_thresh, best_f1, best_f1_thresh: the highest score where all
+    questions up to that threshold keep their predictions; ties stand in the order of no_answer, as there.
+    A missing prediction counts 0 in 1.1; in 2.0 it is an error. Predictions of other ids are left out.
     """
-    questions, version_2 = squad_questions(gold)
-    if version_2:
-        questions = list(dict(questions).items())  # by id, as there; 1.1 counts each occurrence
-    n, ids = len(questions), [i for i, _ in questions]
-    check_predictions(predictions, ids, version_2)
-    raw = np.array([answer_score(predictions[i], answers, version_2) if i in predictions else (0.0, 0.0)
-                    for i, answers in questions])  # (n, 2): exact, f1
-    has_answer = np.array([bool(answers) for _, answers in questions])
+    questions = squad_questions(gold, "gold")
+    version_2 = re.match("v?2", str(gold.get("version"))) is not None or any(
+        question.impossible is not None or not question.answers for question in questions)
+    if version_2:  # counts by id; 1.1 counts each occurrence
+        questions = list({question.id: question for question in questions}.values())
+    n, ids = len(questions), [question.id for question in questions]
+    check_predictions(questions, predictions, no_answer, version_2)
+    raw = np.array([answer_score(predictions[i], [text for text, _ in question.answers], version_2)
+                    if i in predictions else (0.0, 0.0) for i, question in zip(ids, questions)])  # (n, 2)
+    has_answer = np.array([bool(question.answers) for question in questions])
     scores = raw
     if no_answer is not None:
-        doubt = no_answer_scores(no_answer, ids, version_2)
+        doubt = np.array([no_answer[i] for i in ids], float)
         scores = np.where((doubt > threshold)[:, None], ~has_answer[:, None], raw)
 
     parts = {"": slice(None)} | ({"HasAns_": has_answer, "NoAns_": ~has_answer} if version_2 else {})
     found = {}
     for name, part in parts.items():
-        if len(scores[part]):
-            exact, overlap = 100 * scores[part].mean(0)
-            found |= {name + "exact": float(exact), name + "f1": float(overlap),
-                      name + "total": len(scores[part])}
+        if size := len(scores[part]):
+            exact, overlap = (100 * scores[part].mean(0)).tolist()
+            found |= {f"{name}exact": exact, f"{name}f1": overlap, f"{name}total": size}
     if no_answer is not None:
         row = {i: k for k, i in enumerate(ids)}
         order = [row[i] for i in sorted((i for i in no_answer if i in row), key=no_answer.get)]  # stable
@@ -390,45 +387,30 @@ def squad_score(gold, predictions, no_answer=None, threshold=1.0):
     return found
 
 
-def check_predictions(predictions, ids, version_2):
-    """SystemExit where predictions cannot be scored; says how many are missing in 1.1, and left out."""
-    given = [i for i in ids if i in predictions]
-    if not given:
-        raise SystemExit(f"predictions: none for any question of gold, of which the first is {ids[0]}; give "
-                         "the file that was predicted for this gold file")
-    wrong = [i for i in given if not isinstance(predictions[i], str)]
-    if wrong:
-        raise SystemExit(f"predictions: the answer to {wrong[0]} is no text but "
-                         f"{type(predictions[wrong[0]]).__name__}; give {{id: text}}")
-    if len(given) < len(ids):
-        first = next(i for i in ids if i not in predictions)
-        missing = (f"predictions: {len(ids) - len(given):,} of {len(ids):,} questions have none, the first "
-                   f"is {first}")
-        if version_2:
-            raise SystemExit(f'{missing}; SQuAD 2.0 needs a text for each, "" for no answer')
-        print0(f"{missing}; they count 0")
-    if superfluous := len(predictions.keys() - set(ids)):
-        print0(f"predictions left out, as gold has no such question: {superfluous:,}")
-
-
-def no_answer_scores(no_answer, ids, version_2):
-    """{id: score} -> (n,) in the order of ids; SystemExit names the id that has no number."""
-    if not version_2:
-        raise SystemExit("no-answer scores: gold is SQuAD 1.1, where every question has an answer; leave "
+def check_predictions(questions, predictions, no_answer, version_2):
+    """SystemExit where predictions or no-answer scores do not fit the gold questions."""
+    missing = [question.id for question in questions if question.id not in predictions]
+    if missing and (version_2 or len(missing) == len(questions)):
+        raise SystemExit(f"predictions: {len(missing):,} of gold's {len(questions):,} questions have none, "
+                         f"the first is {missing[0]}; give what was predicted for this file")
+    if no_answer is not None and not version_2:
+        raise SystemExit("no-answer scores: gold is SQuAD 1.1, which has no unanswerable questions; leave "
                          "them out")
-    for i in ids:
-        if not isinstance(no_answer.get(i), numbers.Real) or math.isnan(no_answer[i]):
-            raise SystemExit(f"no-answer scores: {no_answer.get(i, 'none')} for question {i}; give a number "
-                             "for each question")
-    return np.array([no_answer[i] for i in ids], float)
+    for question in questions:
+        i, text = question.id, predictions.get(question.id, "")
+        if question.answers is None:
+            raise SystemExit(f"gold: question {i} has no answers; give a file with answers, such as "
+                             "dev-v2.0.json")
+        if not isinstance(text, str):
+            raise SystemExit(f"predictions: the answer to {i} is no text but {type(text).__name__}; give "
+                             "{id: text}")
+        doubt = 0.0 if no_answer is None else no_answer.get(i, "none")
+        if not isinstance(doubt, numbers.Real) or math.isnan(doubt):
+            raise SystemExit(f"no-answer scores: {doubt} for question {i}; give a number for each question")
 
 
-def score(predictions_path, gold_path, no_answer_path=""):
-    """Prints SQuAD's official scores of a predictions.json against the official json; see squad_score."""
-    predictions = read_json(predictions_path, "give predictions, {id: text}")
-    gold = read_json(gold_path, "give SQuAD's official json with answers, such as dev-v2.0.json")
-    no_answer = read_json(no_answer_path, "give no-answer scores, {id: number}") if no_answer_path else None
-    found = squad_score(gold, predictions, no_answer)
-    print(table([["SQuAD", "score"], *([name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"]
-                                         for name, value in found.items())]))
-    return found
+def __getattr__(name):  # until finetune.py imports it from parts.tasks
+    if name == "score":
+        from parts.tasks import score
+        return score
+    raise AttributeError(name)

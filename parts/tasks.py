@@ -1,5 +1,6 @@
 """The downstream tasks of both papers: their files, labels, metrics and submissions."""
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -8,14 +9,12 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from common import read_text, write_json
-from parts.metrics import METRICS, collapse, diagnostic_scores, squad_score
+from common import atomic, print0, read_json, read_text, table, write_json
+from parts.metrics import METRICS, collapse, diagnostic_scores, squad_questions, squad_score
 
 # ---------------------------------------------------------------------------- what a task is
 
@@ -54,25 +53,24 @@ class Task:
         """Names of the classes or of the candidates, () for regress and span."""
         return self.labels or tuple(map(str, range(len(self.text) - 1) if self.kind == "choice" else ()))
 
-    @cached_property
+    @functools.cached_property
     def numbers(self):
         """{a label as a file may write it: class id}."""
         return {word: i for i, word in enumerate(self.words)} | {str(i): i for i in range(len(self.words))}
 
-    def label_of(self, text, path, line):
-        """Class id or score of a label in a file; one line where the task has no such label."""
-        text = text.strip()
-        if self.kind != "regress":
-            if text in self.numbers:
-                return self.numbers[text]
-            allowed = ", ".join(self.words) + (f" (or 0 to {len(self.words) - 1})" if self.labels else "")
-        else:
+    def label_of(self, text, where):
+        """Class id or score of a label in a file; SystemExit names the place of a wrong one."""
+        text, (low, high) = text.strip(), self.bounds
+        if self.kind == "regress":
             with suppress(ValueError):
-                if self.bounds[0] <= float(text) <= self.bounds[1] and math.isfinite(float(text)):
+                if low <= float(text) <= high and math.isfinite(float(text)):
                     return float(text)
-            low, high = self.bounds
             allowed = f"numbers from {low:g} to {high:g}" if high < math.inf else "numbers"
-        raise SystemExit(f"{path}, line {line}: label {text!r}; those of {self.title} are {allowed}")
+        elif text in self.numbers:
+            return self.numbers[text]
+        else:
+            allowed = ", ".join(self.words) + f" (or 0 to {len(self.words) - 1})" * bool(self.labels)
+        raise SystemExit(f"{where}: label {text!r}; those of {self.title} are {allowed}")
 
 
 @dataclass
@@ -93,9 +91,38 @@ class Rows:
 # ---------------------------------------------------------------------------- readers
 
 
+def reader(items):
+    """Makes a reader, (task, path, labelled) -> Rows, of a generator (task, path) of a file's rows.
+
+    A row is (where: its place for errors, id or None = its number from 0, texts, label or None, {extra}).
+    """
+    @functools.wraps(items)
+    def read(task, path, labelled):
+        found = Rows([], [] if len(task.text) > 1 else None, [] if labelled else None, [])
+        for number, (where, name, (first, *others), label, extra) in enumerate(items(task, path)):
+            if labelled and label is None:
+                raise SystemExit(f"{where}: has no {task.label}, so it is an unlabelled test split; train "
+                                 f"and evaluate {task.title} on files with labels")
+            if labelled and task.unsure and label == task.unsure:
+                found.skipped += 1
+                continue
+            if labelled:
+                found.labels.append(label if task.kind == "span" else task.label_of(label, where))
+            found.ids.append(str(number) if name is None else name)
+            found.first.append(first)
+            if others:
+                found.second.append(others if task.kind == "choice" else others[0])
+            for key, value in extra.items():
+                found.extra.setdefault(key, []).append(value)
+        if not found.first:
+            raise SystemExit(f"{path}: holds no row" + " with a gold label" * bool(found.skipped))
+        return found
+    return read
+
+
 def read_lines_of(path):
     """[(line number, line)] of the lines that are not blank."""
-    # splitlines would also cut at the separators that stand inside of texts, such as U+2028
+    # splitlines would also cut at separators inside of texts, such as U+2028
     return [(n, line.rstrip("\r")) for n, line in enumerate(read_text(path).split("\n"), 1) if line.strip()]
 
 
@@ -104,12 +131,12 @@ def read_fields(path):
     if path.suffix != ".csv":
         return [(n, line.split("\t")) for n, line in read_lines_of(path)]
     rows, line = [], 1
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    table = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     try:
-        for fields in reader:
+        for fields in table:
             if fields:
                 rows.append((line, fields))
-            line = reader.line_num + 1
+            line = table.line_num + 1
     except csv.Error as error:
         raise SystemExit(f"{path}, line {line}: {error}; mend the quotes of that row") from None
     return rows
@@ -118,12 +145,12 @@ def read_fields(path):
 DIAGNOSTIC = ("Lexical Semantics", "Predicate-Argument Structure", "Logic", "Knowledge")
 
 
-def read_table(task, path, labelled):
-    """Rows of a .tsv or .csv file whose columns are found by name (GLUE, SWAG, READ).
+@reader
+def read_table(task, path):
+    """A .tsv or .csv file whose columns are found by name (GLUE, SWAG, READ); an id is "index" or "id".
 
-    The id is the column "index" or "id", else the row's number from 0. GLUE's diagnostics have names of their
-    own for MNLI's columns; a two-way label not_entailment counts as neutral there, and extra["Label"] keeps
-    the words.
+    GLUE's diagnostics have other names for MNLI's columns. Their two-way label not_entailment counts as
+    neutral; extra["Label"] keeps the words.
     """
     rows, header, text, label = read_fields(path), task.header, task.text, task.label
     if not header or set(text) <= set(rows[0][1]):  # CoLA: only the test set has a first line of names
@@ -131,10 +158,7 @@ def read_table(task, path, labelled):
     diagnostic = "Premise" in header
     if diagnostic:
         text, label = ("Premise", "Hypothesis"), "Label"
-    needed = [*text, *[task.stem] * bool(task.stem), *[label] * labelled]
-    missing = [name for name in needed if name not in header]
-    if missing == [label]:
-        raise unlabelled(task, path, f"has no column {label}")
+    missing = [name for name in (*text, task.stem) if name and name not in header]
     if missing:
         raise SystemExit(f"{path}: has no column {', '.join(missing)}, its first line is "
                          f"{' '.join(header)[:80]!r}; give the official file of {task.title}")
@@ -143,136 +167,79 @@ def read_table(task, path, labelled):
         raise SystemExit(f"{path}, line {wrong[0][0]}: {wrong[0][1]} fields where the header has "
                          f"{len(header)}, and {len(wrong) - 1} more such lines; mend or delete them (for a "
                          f".tsv file `awk -F'\\t' 'NF == {len(header)}'` prints the others)")
-    at = {name: i for i, name in enumerate(header)}
-    key, columns = next((at[name] for name in ("index", "id") if name in at), None), [at[t] for t in text]
-    found = Rows([], None if len(text) == 1 else [], [] if labelled else None, [],
-                 {name: [] for name in task.extra if name in at})
-    for number, (line, fields) in enumerate(rows):
-        if labelled:
-            word = fields[at[label]]
-            if task.unsure and word == task.unsure:
-                found.skipped += 1
-                continue
-            two_way = diagnostic and word == "not_entailment"
-            found.labels.append(task.label_of("neutral" if two_way else word, path, line))
-        found.ids.append(str(number) if key is None else fields[key])
-        first, *others = [fields[i] for i in columns]
-        found.first.append(first)
-        if task.kind == "choice":
-            stem = f"{fields[at[task.stem]]} " if task.stem else ""
-            found.second.append([stem + other for other in others])
-        elif others:
-            found.second.append(others[0])
-        for name, values in found.extra.items():
-            values.append(fields[at[name]])
-    if not found.first:
-        raise SystemExit(f"{path}: holds no row" + (" with a gold label" if found.skipped else ""))
-    return found
+    for line, fields in rows:
+        row = dict(zip(header, fields))
+        first, *others = [row[name] for name in text]
+        if task.stem:
+            others = [f"{row[task.stem]} {other}" for other in others]
+        word = row.get(label)
+        if diagnostic and word == "not_entailment":
+            word = "neutral"
+        yield (f"{path}, line {line}", row.get("index", row.get("id")), [first, *others], word,
+               {name: row[name] for name in task.extra if name in row})
 
 
-def unlabelled(task, path, why):
-    """The error for a file without labels where some are needed."""
-    return SystemExit(f"{path}: {why}, so it is an unlabelled test split; train and evaluate {task.title} on "
-                      "files with labels")
+def labels_beside(path):
+    """Path of PIQA's labels of X.jsonl: X-labels.lst."""
+    return path.with_name(f"{path.stem}-labels.lst")
 
 
-def string(value):
-    """A str from a JSON file; TypeError where it is none."""
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
-    return value
-
-
-def read_piqa(task, path, labelled):
-    """Rows of PIQA: a JSON object a line, and the labels beside X.jsonl in X-labels.lst, a line each."""
-    lines = read_lines_of(path)
-    found = Rows([], [], None, [str(i) for i in range(len(lines))])
-    for number, line in lines:
+@reader
+def read_piqa(task, path):
+    """PIQA: a JSON object a line, and beside the file another one with a label a line."""
+    lines, beside = read_lines_of(path), labels_beside(path)
+    labels = read_lines_of(beside) if beside.exists() else [(number, None) for number, _ in lines]
+    if len(labels) != len(lines):
+        raise SystemExit(f"{beside}: {len(labels)} labels for the {len(lines)} lines of {path.name}; fetch "
+                         "both anew")
+    for (number, line), (label_line, label) in zip(lines, labels):
         try:
             content = json.loads(line)
-            first, *others = [string(content[key]) for key in task.text]
+            texts = [content[key] for key in task.text]
+            "".join(texts)  # all are str
         except (ValueError, KeyError, TypeError):
             raise SystemExit(f"{path}, line {number}: not a JSON object with the texts "
                              f"{', '.join(task.text)}") from None
-        found.first.append(first)
-        found.second.append(others)
-    if labelled:
-        answers = path.with_name(f"{path.stem}-labels.lst")
-        if not answers.exists():
-            raise unlabelled(task, path, f"has no {answers.name} beside it")
-        found.labels = [task.label_of(word, answers, number) for number, word in read_lines_of(answers)]
-        if len(found.labels) != len(lines):
-            raise SystemExit(f"{answers}: {len(found.labels)} labels for the {len(lines)} lines of "
-                             f"{path.name}; fetch both anew")
-    return found
+        yield f"{beside}, line {label_line}", None, texts, label, {}
 
 
-def read_tracie(task, path, labelled):
-    """Rows of TRACIE: `event: .. story: ..`, tab, `answer: ..`; extra["comparator"] is starts or ends."""
-    found = Rows([], [], [] if labelled else None, [], {"comparator": []})
+@reader
+def read_tracie(task, path):
+    """TRACIE: `event: .. story: ..`, tab, `answer: ..`; extra["comparator"] is starts or ends."""
     for number, line in read_lines_of(path):
+        where = f"{path}, line {number}"
         match = re.fullmatch(r"event: (.*?) story: (.*?)(?:\tanswer: (.*))?", line)
         if not match:
-            raise SystemExit(f"{path}, line {number}: not of the form `event: .. story: ..`, tab, "
-                             "`answer: ..`")
-        if labelled and match[3] is None:
-            raise unlabelled(task, path, f"has no answer in line {number}")
-        found.first.append(match[1])
-        found.second.append(match[2])
-        found.ids.append(str(len(found.ids)))
-        found.extra["comparator"].append("starts" if re.search("starts (before|after)", match[1]) else "ends")
-        if labelled:
-            found.labels.append(task.label_of(match[3], path, number))
-    return found
+            raise SystemExit(f"{where}: not of the form `event: .. story: ..`, tab, `answer: ..`")
+        comparator = "starts" if re.search("starts (before|after)", match[1]) else "ends"
+        yield where, None, match.groups()[:2], match[3], {"comparator": comparator}
 
 
-def read_squad(task, path, labelled):
-    """Rows of SQuAD's json, one a question; its label is the first answer, as in BERT's own code.
+@reader
+def read_squad(task, path):
+    """SQuAD's json, a row a question; its label is the place of its first answer, as in BERT's own code.
 
     extra["answer"] says of each question: "exact", "moved" (not at its answer_start, but found elsewhere in
     the context: the nearest place counts), "missing" (nowhere in the context) or "none" (2.0's unanswerable).
     """
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}, line {error.lineno}: broken JSON ({error.msg}); fetch it anew") from None
-    found = Rows([], [], [] if labelled else None, [], {"answer": []} if labelled else {})
-    where = "the first question"
-    try:
-        for paragraph in chain.from_iterable(article["paragraphs"] for article in content["data"]):
-            for question in paragraph["qas"]:
-                where = f"question {question['id']}"
-                found.ids.append(string(question["id"]))
-                found.first.append(string(question["question"]))
-                found.second.append(string(paragraph["context"]))
-                if not labelled:
-                    continue
-                if "answers" not in question:
-                    raise unlabelled(task, path, f"has no answers ({where})")
-                answers = [] if question.get("is_impossible") else question["answers"]
-                if not answers and not task.unanswerable:
-                    raise SystemExit(f"{path}: {where} has no answer, as in SQuAD 2.0; use --tasks squad2")
-                span, state = (-1, -1), "none"
-                if answers:
-                    text, start = string(answers[0]["text"]), answers[0]["answer_start"]
-                    span, state = find_answer(paragraph["context"], text, start)
-                found.labels.append(span)
-                found.extra["answer"].append(state)
-    except (KeyError, TypeError) as error:
-        raise SystemExit(f"{path}: not in SQuAD's form at {where} ({error!r}); fetch it anew") from None
-    if not found.first:
-        raise SystemExit(f"{path}: holds no question; fetch it anew")
-    return found
+    for question in squad_questions(read_json(path), path):
+        where, span, state = f"{path}, question {question.id}", None, "none"
+        if question.answers is not None:
+            span, state = find_answer(question.context, [] if question.impossible else question.answers)
+            if state == "none" and not task.unanswerable:
+                raise SystemExit(f"{where}: has no answer, as in SQuAD 2.0; use --tasks squad2")
+        yield where, question.id, (question.text, question.context), span, {"answer": state}
 
 
-def find_answer(context, text, start):
-    """((first character, the one behind the last), "exact", "moved" or "missing"); see read_squad."""
-    if not text.strip():
-        return (-1, -1), "missing"
-    if start >= 0 and context.startswith(text, start):
+def find_answer(context, answers):
+    """((first character, the one behind the last), state) of the first answer; see read_squad."""
+    if not answers:
+        return (-1, -1), "none"
+    text, start = answers[0]
+    if start >= 0 and text.strip() and context.startswith(text, start):
         return (start, start + len(text)), "exact"
     places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
-    if not places:
+    if not places or not text.strip():
         return (-1, -1), "missing"
     nearest = min(places, key=lambda place: abs(place - start))
     return (nearest, nearest + len(text)), "moved"
@@ -281,20 +248,20 @@ def find_answer(context, text, start):
 def read_lines(task, lines, number=1):
     """Rows of lines of standard input: the task's texts separated by tabs; choice: a context and candidates.
 
-    The number of candidates is free, but alike in all lines.
+    The number of candidates is free, but alike in all lines. number: of the first line, for errors.
     """
     found = [line.rstrip("\r\n").split("\t") for line in lines]
     choice = task.kind == "choice"
     width = max(3, len(found[0])) if choice else len(task.text)
-    form = "context TAB candidate TAB candidate .." if choice else " TAB ".join(task.text)
     for line, fields in enumerate(found, number):
         if len(fields) != width or not all(text.strip() for text in fields):
+            form = "context TAB candidate TAB candidate .." if choice else " TAB ".join(task.text)
             empty = " or an empty one" if len(fields) == width else ""
             raise SystemExit(f"standard input, line {line}: {len(fields)} fields{empty} where {width} are "
                              f"wanted: {form}")
     first, *others = map(list, zip(*found))
     second = list(map(list, zip(*others))) if choice else others[0] if others else None
-    return Rows(first, second, None, [str(number) for number in range(1, len(found) + 1)])
+    return Rows(first, second, None, [str(i + 1) for i in range(len(found))])
 
 
 # ---------------------------------------------------------------------------- the table of tasks
@@ -411,14 +378,54 @@ def unlabelled_files(task, data_dir):
 
 def content_hash(path):
     """SHA-256 of a task's file, and of the file of its labels where that is another (PIQA)."""
-    digest = hashlib.sha256(path.read_bytes())
-    labels = path.with_name(f"{path.stem}-labels.lst")
-    if labels.exists():
-        digest.update(labels.read_bytes())
-    return digest.hexdigest()
+    parts = [part.read_bytes() for part in (path, labels_beside(path)) if part.exists()]
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-# ---------------------------------------------------------------------------- predictions
+# ---------------------------------------------------------------------------- scores and predictions
+
+
+def with_threshold(task, texts, null):
+    """SQuAD 2.0's answers: "" where the null score is above 0, that is where [CLS] beats the best span."""
+    return {key: "" if task.unanswerable and null[key] > 0 else text for key, text in texts.items()}
+
+
+def measure(task, examples, predictions):
+    """({metric: percent, but rmse in the label's unit}, why the run counts as collapsed, or "")."""
+    labels, extra = examples.labels, examples.extra
+    if task.kind == "span":
+        texts, null = predictions
+        threshold = dict(no_answer=null, threshold=0.0) if task.unanswerable else {}
+        scores = squad_score(read_json(examples.source), texts, **threshold)
+        return scores, collapse(list(with_threshold(task, texts, null).values()), None, "span")
+    if "Label" in extra:  # GLUE's diagnostics
+        found = diagnostic_scores([task.labels[i] for i in predictions], extra["Label"],
+                                  {name: extra[name] for name in DIAGNOSTIC})
+        return {f"{category}, {metric}": 100 * values[metric] for category, values in found.items()
+                for metric in ("accuracy", "r3")}, ""
+    scores = {name: (1 if name == "rmse" else 100) * METRICS[name](predictions, labels)
+              for name in task.metrics}
+    for word in sorted(set(extra.get("comparator", []))):  # TRACIE
+        of = np.array(extra["comparator"]) == word
+        scores[f"accuracy of {word}"] = 100 * METRICS["accuracy"](predictions[of], labels[of])
+    return scores, collapse(predictions, labels, task.kind)
+
+
+def score(predictions_path, gold_path, no_answer_path=""):
+    """Prints and returns SQuAD's official scores of a predictions.json; see squad_score."""
+    predictions = read_json(predictions_path, "give predictions, {id: text}")
+    gold = read_json(gold_path, "give SQuAD's official json with answers, such as dev-v2.0.json")
+    no_answer = read_json(no_answer_path, "give no-answer scores, {id: number}") if no_answer_path else None
+    found = squad_score(gold, predictions, no_answer)
+    ids = [question.id for question in squad_questions(gold, gold_path)]
+    if missing := [i for i in ids if i not in predictions]:
+        print0(f"predictions: {len(missing):,} of {len(ids):,} questions have none, the first is {missing[0]}"
+               "; they count 0")
+    if others := predictions.keys() - set(ids):
+        print0(f"predictions left out, as gold has no such question: {len(others):,}")
+    print0(table([["SQuAD", "score"], *([name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}"]
+                                        for name, value in found.items())]))
+    return found
 
 
 def write_submission(task, examples, predictions, path):
@@ -434,40 +441,15 @@ def write_submission(task, examples, predictions, path):
         value = min(max(value, task.bounds[0]), task.bounds[1])
         word = task.words[value] if task.words else ""
         lines.append(line.format(id=name, label=value, word=word, score=value))
-    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def with_threshold(task, texts, null):
-    """SQuAD 2.0's answers: "" where the null score is above 0, that is where [CLS] beats the best span."""
-    return {key: "" if task.unanswerable and null[key] > 0 else text for key, text in texts.items()}
-
-
-def measure(task, examples, predictions):
-    """({metric: percent, but rmse in the label's unit}, why the run counts as collapsed, or "")."""
-    if task.kind == "span":
-        texts, null = predictions
-        threshold = dict(no_answer=null, threshold=0.0) if task.unanswerable else {}
-        scores = squad_score(json.loads(read_text(examples.source)), texts, **threshold)
-        return scores, collapse(list(with_threshold(task, texts, null).values()), None, "span")
-    labels = examples.labels
-    if "Label" in examples.extra:  # GLUE's diagnostics
-        found = diagnostic_scores([task.labels[i] for i in predictions], examples.extra["Label"],
-                                  {name: examples.extra[name] for name in DIAGNOSTIC})
-        return {f"{category}, {metric}": 100 * values[metric] for category, values in found.items()
-                for metric in ("accuracy", "r3")}, ""
-    scores = {name: (1 if name == "rmse" else 100) * METRICS[name](predictions, labels)
-              for name in task.metrics}
-    for word in sorted(set(examples.extra.get("comparator", []))):  # TRACIE
-        of = np.array(examples.extra["comparator"]) == word
-        scores[f"accuracy of {word}"] = 100 * METRICS["accuracy"](predictions[of], labels[of])
-    return scores, collapse(predictions, labels, task.kind)
+    with atomic(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_predictions(task, examples, predictions, path):
-    """Predictions of an evaluation or test set in its benchmark's form.
+    """What `decide` found, in its benchmark's form.
 
-    Beside SQuAD 2.0's lie null_odds.json and answers.json, the texts before the threshold: what the official
-    script wants for its search of the best one.
+    Beside SQuAD 2.0's lie null_odds.json and answers.json, the texts before the threshold: the official
+    script's search for the best threshold reads both.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if task.kind == "span":

@@ -1,99 +1,17 @@
-"""Proves the measures of the closing table on cases worked out by hand, and that the figures are drawn.
+"""Proves that the closing table shows what was measured, and that the figures are drawn.
 
 Run: python -m pytest -q tests/test_analyze.py
 """
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 import analyze
-from parts.metrics import linear_probe, neighbour_probe, noun_vectors, recall, ridge, shared_neighbours
-
-
-def test_recall_counts_ranks_and_ties_against_the_query():
-    target = torch.eye(4)
-    query = torch.tensor([[1.0, 0, 0, 0], [1, 0.9, 0, 0], [1, 0.9, 0.8, 0], [1, 1, 1, 1]])  # the last: all tie
-    found = recall(query, target, ks=(1, 2, 3, 4), chunk=3)  # ranks 0, 1, 2, 3
-    assert found == {"1": 0.25, "2": 0.5, "3": 0.75, "4": 1.0}
-
-
-def test_recall_of_nan_and_of_constants_is_no_better_than_nothing():
-    x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
-    assert recall(torch.full_like(x, float("nan")), x)["10"] == 0
-    assert recall(x, torch.ones_like(x))["10"] == 0
-    assert recall(x, x)["1"] == 1
-
-
-def test_ridge_approaches_least_squares_and_shrinks():
-    g = torch.Generator().manual_seed(1)
-    x = torch.randn(200, 5, generator=g, dtype=torch.float64)
-    y = x @ torch.randn(5, 3, generator=g, dtype=torch.float64) + 2 + 0.1 * torch.randn(200, 3, generator=g)
-    ones = torch.cat([x, torch.ones(200, 1)], 1)
-    exact = ones @ torch.linalg.lstsq(ones, y).solution
-    torch.testing.assert_close(ridge(x, y, 1e-10)(x), exact, rtol=1e-6, atol=1e-6)
-    strong = ridge(x, y, 1e6)(x)
-    torch.testing.assert_close(strong, y.mean(0).expand_as(y), rtol=0, atol=1e-3)
-
-
-def test_ridge_does_not_depend_on_the_scale_of_a_model():
-    g = torch.Generator().manual_seed(2)
-    x, y = torch.randn(50, 6, generator=g), torch.randn(50, 2, generator=g)
-    torch.testing.assert_close(ridge(x, y)(x), ridge(100 * x, y)(100 * x))
-
-
-def test_probes_find_what_is_there_and_chance_where_nothing_is():
-    g = torch.Generator().manual_seed(3)
-    labels = torch.arange(60) % 3
-    centres = 5 * torch.randn(3, 16, generator=g)
-    known, unknown = centres[labels] + torch.randn(60, 16, generator=g), torch.randn(60, 16, generator=g)
-    split = slice(0, 40), slice(40, 60)
-    for x, low, high in ((known, 0.95, 1.0), (unknown, 0.0, 0.6)):
-        parts = x[split[0]], labels[split[0]], x[split[1]], labels[split[1]]
-        near, chance = neighbour_probe(*parts)
-        assert low <= near <= high and chance == pytest.approx(1 / 3, abs=0.02)
-        assert low <= linear_probe(*parts) <= high
-
-
-def test_neighbour_probe_by_hand():
-    x_train = torch.tensor([[1.0, 0], [0.9, 0.1], [-1, 0], [-0.9, -0.1]])
-    near, chance = neighbour_probe(x_train, torch.tensor([0, 1, 1, 1]), torch.tensor([[1.0, 0]]),
-                                           torch.tensor([0]), k=2)
-    assert near == 0.5 and chance == 0.25
-
-
-class Blocks:
-    """Blocks of 6 tokens in which noun 5 stands whole and noun (7, 8) in two pieces."""
-    vocab = SimpleNamespace(encode=lambda words: [{"mug": [5], "goblet": [7, 8]}[word] for word in words])
-    ids = torch.tensor([[2, 5, 9, 7, 8, 3], [2, 7, 8, 9, 9, 3], [2, 7, 9, 8, 5, 3]])
-
-    def __len__(self):
-        return len(self.ids)
-
-    def batch(self, index):
-        return {"ids": self.ids[index]}
-
-
-def test_noun_vectors_average_occurrences_and_pieces():
-    def encode(ids):
-        place = torch.arange(ids.shape[1]).expand_as(ids)
-        return torch.stack([ids, place], -1).double()  # (b, T, 2): the id and its place
-    found = noun_vectors(encode, Blocks(), Blocks.vocab, ["mug", "goblet"])
-    assert found.tolist() == [[5, 2.5], [7.5, (3.5 + 1.5) / 2]]
-    with pytest.raises(KeyError):
-        noun_vectors(encode, Blocks(), Blocks.vocab, ["vase"])
-
-
-def test_shared_neighbours_is_one_with_itself_and_none_without_enough():
-    class Many(Blocks):
-        ids = torch.randint(5, 50, (60, 6), generator=torch.Generator().manual_seed(4))
-    one, other = (torch.nn.Embedding(50, width) for width in (8, 4))
-    assert shared_neighbours(one, one, Many(), "cpu") == pytest.approx(1)
-    assert shared_neighbours(one, other, Many(), "cpu") < 0.6
-    assert shared_neighbours(one, one, Blocks(), "cpu") is None
+from run import FORMAT
 
 
 def results(scale):
@@ -115,25 +33,36 @@ def test_closing_table_is_aligned_and_shows_chance():
     assert "3.000" in bare and "text-to-video" not in bare
 
 
-def test_figures_and_table_are_made_from_a_run(tmp_path, capsys):
+def test_figure_of_a_run_is_drawn(tmp_path):
     run = tmp_path / "distill-nst+crd-s0"
     run.mkdir()
-    columns = {"text-only": results(1), "nst+crd": results(2)}
-    (run / "results.json").write_text(json.dumps(results(2) | {
-        "table": columns, "clips": 500, "objective": "nst+crd", "finished": 1.0}))
+    (run / "table.json").write_text(json.dumps({
+        "columns": {"text-only": results(1), "nst+crd": results(2)}, "clips": 500}))
     lines = [{"step": 0, "gradient_mlm": 1.0, "gradient_nst": 0.1}, {"step": 0, "val_mlm_loss": 6.0},
              {"step": 10, "mlm": 5.0, "nst": 0.1, "lr": 1e-3},
              {"step": 20, "mlm": 4.0, "nst": 0.05, "lr": 1e-3}]
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     analyze.main(["curves", str(run), "--out", str(tmp_path / "figures" / "curves.png")])
     assert (tmp_path / "figures" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    analyze.main(["table", str(run)])
-    assert "50.0 / 40.0" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no such file"):
+    with pytest.raises(SystemExit, match="No such file.*give the folder of a finished run"):
         analyze.main(["curves", str(tmp_path / "nowhere")])
 
 
-def test_clips_of_the_demo_are_drawn_and_described(demo, tmp_path):
+def test_tasks_table_has_medians_of_both_sets_and_chance():
+    tasks = [SimpleNamespace(name="mishap", title="mishap", words=("a", "b")),
+             SimpleNamespace(name="four", title="four endings", words=tuple("abcd"))]
+
+    def runs(*pairs):
+        return [{"scores": {"": {"accuracy": held}, "seen": {"accuracy": seen}}} for held, seen in pairs]
+    text = analyze.tasks_table({"distilled": {"mishap": runs((50, 90), (70, 80), (60, 100)),
+                                              "four": runs((30, 40), (20, 60), (40, 50))}}, tasks)
+    head, _, row, chance = text.splitlines()
+    assert head.startswith("median of 3: held-out / seen") and head.endswith("average")
+    assert re.search(r"^distilled +60.0 / 90.0 +30.0 / 50.0 +45.0 / 70.0$", row)
+    assert re.search(r"^chance +50.0 +25.0 +37.5$", chance)
+
+
+def test_clips_of_the_demo_are_drawn_and_described(demo, teacher_run, tmp_path):
     held_out = analyze.data.VideoClips(demo / "demo-s0" / "videos.h5", 24, part="val", val_clips=500)
     latents = json.loads((demo / "demo-s0" / "raw" / "latents.json").read_text())
     states = analyze.clip_states(latents, held_out)
@@ -145,8 +74,14 @@ def test_clips_of_the_demo_are_drawn_and_described(demo, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     column = results(1) | {"retrieval": {"nearest": list(range(len(held_out)))}}
-    (run / "results.json").write_text(json.dumps({"table": {"nst+crd": column}, "clips": len(held_out)}))
-    config = {"data_dir": str(demo), "seed": 0, "train": "", "block_size": 24}
-    (run / "config.json").write_text(json.dumps({"config": config}))
+    (run / "table.json").write_text(json.dumps({"columns": {"nst+crd": column}, "clips": len(held_out)}))
+    world = demo / "demo-s0"
+    shutil.copytree(teacher_run, tmp_path / "teacher-mlm+ct-s0")
+    options = json.loads((teacher_run / "model" / "clips.json").read_text()) | {"val_clips": 500}
+    (tmp_path / "teacher-mlm+ct-s0" / "model" / "clips.json").write_text(json.dumps(options))
+    (run / "results.json").write_text("{}")
+    (run / "config.json").write_text(json.dumps({
+        "format": FORMAT, "config": {"seed": 0, "block_size": 24, "val": ""},
+        "paths": {"train": str(world / "corpus.h5"), "videos": str(world / "videos.h5")}}))
     analyze.main(["clips", str(run), "--out", str(tmp_path / "clips.png")])
     assert (tmp_path / "clips.png").stat().st_size > 5000

@@ -1,5 +1,5 @@
-"""Proves the tasks' metrics against scipy, other definitions and cases worked out by hand, and SQuAD's scores
-against what the official scripts gave for the same texts.
+"""Proves retrieval's measures and probes on cases worked out by hand, the tasks' metrics against scipy and
+other definitions, and SQuAD's scores against what the official scripts gave for the same texts.
 
 Run: python -m pytest -q tests/test_metrics.py
 """
@@ -7,20 +7,161 @@ import csv
 import json
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import stats
 
 from common import keyed_integers, keyed_uniform
-from parts.metrics import METRICS, collapse, diagnostic_scores, median_run, normalise, score, squad_score
+from parts.metrics import (METRICS, PERCEPTUAL, collapse, diagnostic_scores, linear_probe, mean_state,
+                           median_run, neighbour_probe, normalise, noun_vectors, probes, recall, retrieval,
+                           ridge, shared_neighbours, squad_score)
+
+# ---------------------------------------------------------------------------- retrieval
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_recall_counts_ranks_and_ties_against_the_query():
+    query = torch.tensor([[1.0, 0, 0, 0], [1, 0.9, 0, 0], [1, 0.9, 0.8, 0], [1, 1, 1, 1]])  # last: all tie
+    found = recall(query, torch.eye(4), ks=(1, 2, 3, 4), chunk=3)  # ranks 0, 1, 2, 3
+    assert found == {"1": 0.25, "2": 0.5, "3": 0.75, "4": 1.0}
+
+
+def test_recall_of_nan_and_of_constants_is_no_better_than_nothing():
+    x = randn(40, 8)
+    assert recall(torch.full_like(x, float("nan")), x)["10"] == recall(x, torch.ones_like(x))["10"] == 0
+    assert recall(x, x)["1"] == 1
+
+
+def test_ridge_approaches_least_squares_and_shrinks():
+    x = randn(200, 5)
+    y = x @ randn(5, 3, seed=1) + 2 + 0.1 * randn(200, 3, seed=2)
+    ones = torch.cat([x, torch.ones(200, 1, dtype=x.dtype)], 1)
+    exact = ones @ torch.linalg.lstsq(ones, y).solution
+    torch.testing.assert_close(ridge(x, y, 1e-10)(x), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(ridge(x, y, 1e6)(x), y.mean(0).expand_as(y), rtol=0, atol=1e-3)
+    torch.testing.assert_close(ridge(x, y)(x), ridge(100 * x, y)(100 * x))  # whatever the scale of a model
+
+
+class Clips:
+    """Clips whose "text" and "video" are vectors."""
+
+    def __init__(self, text, video):
+        self.text, self.video = text, video
+
+    def __len__(self):
+        return len(self.text)
+
+    def clips(self, index):
+        ones = torch.ones(len(index), 2, dtype=torch.bool)
+        return {"ids": self.text[index][:, None].expand(-1, 2, -1), "mask": ones, "frames": self.video[index],
+                "frame_mask": ones}
+
+
+@pytest.mark.parametrize("width", [8, 5])
+def test_retrieval_in_each_space(width):
+    """Captions from which a linear map leads to their clips; the aligned space turns the order round."""
+    text = randn(130, 8)
+    video = text @ randn(8, width, seed=2)
+    train, val = (Clips(text[part], video[part]) for part in (slice(90), slice(90, 130)))
+    models = (lambda ids, mask: ids, lambda frames, mask: frames)
+    found = retrieval(*models, train, val, torch.device("cpu"))
+    assert found["aligned"] is None and found["ridge"]["1"] == 1 and found["nearest"] == list(range(40))
+    assert found["mean state"] is None if width == 5 else found["mean state"]["1"] < 0.5
+    turned = (mean_state, lambda v: val.text.flip(0) if len(v) == 40 else v)
+    other = retrieval(*models, train, val, torch.device("cpu"), turned)
+    assert other["nearest"] == list(range(40))[::-1] and other["aligned"]["1"] == 0
+    assert other["mean state"] == found["mean state"] and other["ridge"] == found["ridge"]
+
+
+def test_mean_state_leaves_padding_out():
+    h, mask = randn(2, 3, 4), torch.tensor([[True, True, False], [True, False, False]])
+    torch.testing.assert_close(mean_state(h, mask), torch.stack([h[0, :2].mean(0), h[1, 0]]))
+
+
+# ---------------------------------------------------------------------------- probes
+
+
+def test_probes_find_what_is_there_and_chance_where_nothing_is():
+    labels, noise = torch.arange(60) % 3, randn(60, 16)
+    for x, low, high in (((5 * randn(3, 16, seed=1))[labels] + noise, 0.95, 1.0), (noise, 0.0, 0.6)):
+        parts = x[:40], labels[:40], x[40:], labels[40:]
+        near, chance = neighbour_probe(*parts)
+        assert low <= near <= high and chance == pytest.approx(1 / 3, abs=0.02)
+        assert low <= linear_probe(*parts) <= high
+
+
+def test_neighbour_probe_by_hand():
+    x_train = torch.tensor([[1.0, 0], [0.9, 0.1], [-1, 0], [-0.9, -0.1]])
+    near, chance = neighbour_probe(x_train, torch.tensor([0, 1, 1, 1]), torch.tensor([[1.0, 0]]),
+                                   torch.tensor([0]), k=2)
+    assert near == 0.5 and chance == 0.25
+
+
+class Blocks:
+    """Blocks of 6 tokens in which noun 5 stands whole and noun (7, 8) in two pieces; 6 is nowhere."""
+    ids = torch.tensor([[2, 5, 9, 7, 8, 3], [2, 7, 8, 9, 9, 3], [2, 7, 9, 8, 5, 3]])
+    vocab = SimpleNamespace(encode=lambda words: [{"mug": [5], "goblet": [7, 8], "vase": [6]}[word]
+                                                  for word in words])
+
+    def __len__(self):
+        return len(self.ids)
+
+    def batch(self, index):
+        return {"ids": self.ids[index]}
+
+
+def test_noun_vectors_average_occurrences_and_pieces():
+    def encode(ids):
+        place = torch.arange(ids.shape[1]).expand_as(ids)
+        return torch.stack([ids, place], -1).double()  # (b, T, 2): the id and its place
+    for size in (1, 64):
+        found = noun_vectors(encode, Blocks(), Blocks.vocab, ["mug", "goblet"], batch_size=size)
+        assert found.tolist() == [[5, 2.5], [7.5, (3.5 + 1.5) / 2]]
+    first = noun_vectors(encode, Blocks(), Blocks.vocab, ["mug", "goblet"], occurrences=1)
+    assert first.tolist() == [[5, 1], [7.5, 3.5]]
+    with pytest.raises(SystemExit, match="the first 3 blocks of the corpus do not hold vase"):
+        noun_vectors(encode, Blocks(), Blocks.vocab, ["mug", "vase"])
+
+
+def test_probes_are_measured_on_the_nouns_of_dev():
+    """A noun's vector tells its material and nothing else."""
+    class Nouns(Blocks):
+        ids = torch.arange(5, 65)[:, None].expand(-1, 6)
+        vocab = SimpleNamespace(encode=lambda words: [[int(word[1:])] for word in words])
+    nouns = {f"n{i}": {name: "abc"[keyed_integers(3, name, i)] for name in PERCEPTUAL}
+             | {"split": "dev" if i % 5 == 0 else "train", "material": "abc"[i % 3]} for i in range(5, 65)}
+    states = 0.01 * randn(65, 8) + torch.eye(8, dtype=torch.float64)[torch.arange(65) % 3]
+    latents = {"nouns": nouns, "properties": dict.fromkeys(PERCEPTUAL, ["a", "b", "c"])}
+    found = probes(lambda ids: states[ids], Nouns(), latents, "cpu")
+    assert tuple(found) == PERCEPTUAL and found["material"]["linear"] == found["material"]["neighbours"] == 1
+    for name, scores in found.items():
+        test, train = ([noun[name] for noun in nouns.values() if (noun["split"] == "dev") == dev]
+                       for dev in (True, False))
+        chance = np.mean([a == b for a in test for b in train])
+        assert scores["linear_chance"] == 1 / 3 and scores["neighbours_chance"] == pytest.approx(chance)
+        assert name == "material" or scores["linear"] < 0.8
+
+
+def test_shared_neighbours_is_one_with_itself_and_none_without_enough():
+    class Many(Blocks):
+        ids = torch.randint(5, 50, (60, 6), generator=torch.Generator().manual_seed(4))
+    one, other = (torch.nn.Embedding(50, width) for width in (8, 4))
+    assert shared_neighbours(one, one, Many(), "cpu") == pytest.approx(1)
+    assert shared_neighbours(one, other, Many(), "cpu") < 0.6
+    assert shared_neighbours(one, one, Blocks(), "cpu") is None
+
+
+# ---------------------------------------------------------------------------- classes and numbers
 
 
 def classes(n, k, *keys):
     return keyed_integers(k, "test_metrics", *keys, np.arange(n))
-
-
-# ---------------------------------------------------------------------------- classes and numbers
 
 
 def test_accuracy_and_f1_by_hand():
@@ -62,11 +203,8 @@ def test_r3_by_hand_and_where_undefined():
     for constant in (np.zeros(4, int), np.full(4, 2)):
         assert METRICS["r3"](constant, labels) == 0 == METRICS["r3"](labels, constant)
         assert METRICS["matthews"](constant, constant) == 0
-
-
-def test_r3_of_many_items_does_not_overflow():
-    labels = np.arange(300_000) % 3  # s^4 is 8e21
-    assert METRICS["r3"](labels, labels) == pytest.approx(1)
+    many = np.arange(300_000) % 3  # s^4 is 8e21: no overflow
+    assert METRICS["r3"](many, many) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name, reference", [("pearson", stats.pearsonr), ("spearman", stats.spearmanr)])
@@ -329,13 +467,9 @@ def test_squad_format_follows_version_and_is_impossible(version, marked, is_2):
     assert found["f1"] == (100 if is_2 else 0) and ("HasAns_f1" in found) == is_2
 
 
-def test_missing_predictions_count_zero_in_1_1_and_are_said(capsys):
+def test_missing_predictions_count_zero_in_1_1_and_others_are_left_out():
     gold = squad({"a": ["x"], "b": ["y"], "c": ["z"], "d": ["w"]}, "1.1")
-    found = squad_score(gold, {"a": "x", "d": "w", "other": "v"})
-    assert found == {"exact": 50, "f1": 50, "total": 4}
-    out = capsys.readouterr().out
-    assert out == ("predictions: 2 of 4 questions have none, the first is b; they count 0\n"
-                   "predictions left out, as gold has no such question: 1\n")
+    assert squad_score(gold, {"a": "x", "d": "w", "other": "v"}) == {"exact": 50, "f1": 50, "total": 4}
 
 
 NO_QUESTION = {"version": "1.1", "data": []}
@@ -345,68 +479,23 @@ TEST_SPLIT = {"data": [{"paragraphs": [{"context": "c", "qas": [{"id": "q7", "qu
 @pytest.mark.parametrize("gold, predictions, no_answer, says", [
     (squad(GOLD, "v2.0"), PREDICTIONS | {"c": None}, None, "answer to c is no text but NoneType"),
     (squad(GOLD, "1.1"), PREDICTIONS | {"b": ["x"]}, None, "answer to b is no text but list"),
-    (squad(GOLD, "v2.0"), {"a": "x", "c": ""}, None, "3 of 5 questions have none, the first is b; SQuAD 2.0"),
-    (squad(GOLD, "v2.0"), {"zzz": "x"}, None, "none for any question of gold.* a;"),
-    (squad({"a": ["x"]}, "1.1"), {}, None, "predictions: none for any"),
+    (squad(GOLD, "v2.0"), {"a": "x", "c": ""}, None, "3 of gold's 5 questions have none, the first is b"),
+    (squad(GOLD, "v2.0"), {"zzz": "x"}, None, "5 of gold's 5 questions have none, the first is a; give"),
+    (squad({"a": ["x"]}, "1.1"), {}, None, "predictions: 1 of gold's 1 questions have none"),
     (squad(GOLD, "v2.0"), PREDICTIONS, {"a": 0.0}, "no-answer scores: none for question b"),
     (squad(GOLD, "v2.0"), PREDICTIONS, dict.fromkeys(GOLD, math.nan), "no-answer scores: nan for question a"),
     (squad(GOLD, "v2.0"), PREDICTIONS, dict.fromkeys(GOLD, "0.5"), "no-answer scores: 0.5 for question a"),
     (squad({"a": ["x"]}, "1.1"), {"a": "x"}, {"a": 0.5}, "gold is SQuAD 1.1"),
-    ({"q7": "text"}, PREDICTIONS, None, "gold: not in SQuAD's layout .*'data'"),
-    ({"data": {"a": 1}}, PREDICTIONS, None, "gold: not in SQuAD's layout"),
-    ([1, 2], PREDICTIONS, None, "gold: not in SQuAD's layout"),
-    (TEST_SPLIT, PREDICTIONS, None, "gold: not in SQuAD's layout .*'answers'.* with answers"),
-    (squad({"a": ["x"], "b": [7]}, "1.1"), PREDICTIONS, None, "after question a .*no text"),
+    ({"q7": "text"}, PREDICTIONS, None, "gold: not in SQuAD's form at the first question .*'data'"),
+    ({"data": {"a": 1}}, PREDICTIONS, None, "gold: not in SQuAD's form"),
+    ([1, 2], PREDICTIONS, None, "gold: not in SQuAD's form"),
+    (TEST_SPLIT, {"q7": "x"}, None, "gold: question q7 has no answers"),
+    (squad({"a": ["x"], "b": [7]}, "1.1"), PREDICTIONS, None, "at question b .*no text"),
     (NO_QUESTION, PREDICTIONS, None, "holds no question")])
 def test_wrong_squad_input_ends_in_one_line(gold, predictions, no_answer, says):
     with pytest.raises(SystemExit, match=says) as error:
         squad_score(gold, predictions, no_answer)
     assert "\n" not in str(error.value)
-
-
-# ---------------------------------------------------------------------------- --score
-
-
-def write(path, value):
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-    return path
-
-
-def test_score_prints_an_aligned_list(tmp_path, capsys):
-    gold = write(tmp_path / "dev.json", squad(GOLD, "v2.0"))
-    predictions = write(tmp_path / "predictions.json", PREDICTIONS)
-    doubt = write(tmp_path / "null.json", {"a": -2, "b": 3.5, "c": 9, "d": 0.5, "e": -1})
-    found = score(predictions, gold, doubt)
-    lines = capsys.readouterr().out.splitlines()
-    assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(found)
-    assert lines[2].split() == ["exact", "40.0000"] and lines[4].split() == ["total", "5"]
-    assert lines[-1].split() == ["best_f1_thresh", "-1.0000"]
-    write(gold, "\ufeff" + json.dumps(squad({"a": ["caf\xe9"]}, "1.1"), ensure_ascii=False))
-    write(predictions, '{"a": "Caf\\u00e9!"}')
-    assert score(str(predictions), str(gold)) == {"exact": 100, "f1": 100, "total": 1}
-
-
-@pytest.mark.parametrize("which", ["predictions", "gold", "no_answer"])
-@pytest.mark.parametrize("content, says", [
-    (None, "no such file; give"), (b"", "not readable as json"), (b'{"a": "x"', "not readable as json"),
-    (b'["x"]', "a json list, not an object"), (b"[" * 100_000, "not readable as json"),
-    (b"\xff\xfe\xff", "not readable as json")])
-def test_score_of_a_wrong_file_names_it(tmp_path, which, content, says):
-    paths = {"predictions": write(tmp_path / "predictions.json", PREDICTIONS),
-             "gold": write(tmp_path / "gold.json", squad(GOLD, "v2.0")),
-             "no_answer": write(tmp_path / "no_answer.json", dict.fromkeys(GOLD, 0.5))}
-    if content is None:
-        paths[which].unlink()
-    else:
-        paths[which].write_bytes(content)
-    with pytest.raises(SystemExit, match=rf"{which}\.json: .*{says}") as error:
-        score(*paths.values())
-    assert "\n" not in str(error.value)
-
-
-def test_score_of_a_folder_names_it(tmp_path):
-    with pytest.raises(SystemExit, match=f"{tmp_path}: not readable"):
-        score(tmp_path, tmp_path)
 
 
 def test_real_dev_files_score_as_the_data_says(real_data):
