@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import hash64, keyed_integers, keyed_uniform
+from common import hash64, keyed_integers, keyed_uniform, progress
 from parts.vocab import CLIPVocab, Vocab, load_vocab
 
 FORMAT = 1  # of the packed files; raise it with any change of what they hold
@@ -38,8 +38,8 @@ def tensors(**arrays) -> dict:
 def write_packed(part, kind, vocab, arrays, **attributes):
     """Writes an HDF5 file of contiguous datasets, among them the vocabulary, and the hash of its content.
 
-    arrays: {name: array, or (raw file, dtype, shape)}. A contiguous dataset cannot grow, so data of unknown
-    length comes as a raw file; it is copied piece by piece and removed.
+    arrays: {name: array, or (raw file, dtype, shape of a row)}. A contiguous dataset cannot grow, so data of
+    unknown length comes as a raw file; it is copied piece by piece and removed.
     """
     import h5py
     digest = hashlib.sha256(json.dumps([kind, FORMAT, vocab.hash, attributes]).encode())
@@ -50,13 +50,15 @@ def write_packed(part, kind, vocab, arrays, **attributes):
                 digest.update(np.ascontiguousarray(value))
                 continue
             raw, dtype, shape = value
-            data, width = f.create_dataset(name, shape, dtype), int(np.prod(shape[1:]))
-            rows = max(1, (1 << 24) // max(1, dtype.itemsize * width))
-            with open(raw, "rb") as source:
-                for at in range(0, shape[0], rows):
-                    piece = np.fromfile(source, dtype, min(rows, shape[0] - at) * width)
-                    data[at:at + rows] = piece.reshape(-1, *shape[1:])
+            width, size = int(np.prod(shape)), raw.stat().st_size
+            data = f.create_dataset(name, (size // (width * dtype.itemsize), *shape), dtype)
+            rows = max(1, (1 << 24) // (width * dtype.itemsize))
+            with open(raw, "rb") as source, progress(None, size, "B", name, unit_scale=True) as bar:
+                for at in range(0, len(data), rows):
+                    piece = np.fromfile(source, dtype, min(rows, len(data) - at) * width)
+                    data[at:at + rows] = piece.reshape(-1, *shape)
                     digest.update(piece)
+                    bar.update(piece.nbytes)
             raw.unlink()
         f["vocab"] = np.frombuffer("\n".join(vocab.tokens).encode(), np.uint8)
         f.attrs.update({"kind": kind, "format": FORMAT, "vocab_hash": vocab.hash, "lower": vocab.lower,

@@ -1,4 +1,4 @@
-"""Packs text, pairs of texts and videos into the files that training reads."""
+"""Packs text, pairs of texts and videos into the files that training reads. Needs no torch."""
 import codecs
 import csv
 import json
@@ -16,22 +16,33 @@ from common import atomic, duration, print0, progress
 from data import open_vocab, write_packed
 from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
 
-# ---------------------------------------------------------------------------- reading sources
+# ---------------------------------------------------------------------------- sources and output
 
 
-def check_sources(paths):
-    """Ends the program, naming them all, where some of the files are not there."""
-    missing = [str(p) for p in paths if not Path(p).is_file()]
+def check_files(sources, out):
+    """SystemExit before the work where sources are missing, `out` exists or its folder does not."""
+    missing = [str(path) for path in sources if not Path(path).is_file()]
     if missing:
         raise SystemExit(f"{', '.join(missing)}: no such file")
+    if Path(out).exists():
+        raise SystemExit(f"{out} exists; remove it or give another --out")
+    if not Path(out).parent.is_dir():
+        raise SystemExit(f"{out}: there is no folder {Path(out).parent}; make it first")
+
+
+def check_space(out, need):
+    """SystemExit where the disk of `out` has less than `need` bytes free."""
+    free = shutil.disk_usage(Path(out).parent).free
+    if free < need:
+        raise SystemExit(f"{out}: needs about {need / 1e9:.1f} GB of disk (a raw copy included), "
+                         f"{free / 1e9:.1f} GB are free; free some or give another --out")
 
 
 def read_pieces(path):
     """Yields (text, bytes read) of a text file, or of a caption.json (a document a video); memory stays flat.
 
-    A piece has about 1 MB and ends at the end of a line or, where a line is longer, behind a space. (A run of
-    4 million characters without either is cut.) Text that is not UTF-8 ends the program with the byte's
-    position.
+    A piece has about 1 MB and ends at the end of a line or, where a line is longer, behind a space. A run of
+    4 million characters without either is cut. SystemExit names the byte where the text is not UTF-8.
     """
     if Path(path).suffix == ".json":
         for video, row, size in read_captions(path):
@@ -61,8 +72,8 @@ def read_pieces(path):
 def read_captions(path):
     """Yields (video id, value, bytes read) of a JSON file {video id: value} one by one; memory stays flat.
 
-    HowTo100M's caption.json has values {"start": [s], "end": [s], "text": [...]}; the caller checks them. A
-    file that is malformed or cut off ends the program with the byte near which it is.
+    HowTo100M's caption.json has values {"start": [s], "end": [s], "text": [...]}; the caller checks them.
+    SystemExit names the byte near which the file is malformed or cut off.
     """
     head = re.compile(r'\s*([{,])\s*("(?:[^"\\]|\\.)*")\s*:\s*')  # { "id":   or   , "id":
     limit = 1 << 24  # characters; no video has so many, so what does not parse by then never will
@@ -95,23 +106,21 @@ def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
     """Trains a WordPiece vocabulary of `size` tokens on text or caption.json files -> Vocab and file `out`.
 
     Deterministic: the trainer numbers continuing letters in the order of a hash map, so a first pass collects
-    them and the second is given them in sorted order. (At most 1,000 different characters are kept, the most
-    frequent.)
+    them and the second gets them in sorted order. At most 1,000 different characters are kept, the most
+    frequent.
     """
-    check_sources(sources)
-    refuse_existing(out)
-
+    check_files(sources, out)
     total = sum(Path(path).stat().st_size for path in sources)
 
     def lines(bar):
         for path in sources:
-            for text, size in read_pieces(path):
-                bar.update(size)
+            for text, read in read_pieces(path):
+                bar.update(read)
                 yield from text.split("\n")  # lines, so that all cores have work
 
-    def train(what, first, size):
+    def train(what, given, size):
         tokenizer = wordpiece(models.WordPiece(unk_token="[UNK]"), lower, lower)
-        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=first, limit_alphabet=1000,
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=given, limit_alphabet=1000,
                                             show_progress=False)
         with progress(None, total, "B", f"vocab: {what}", unit_scale=True) as bar:
             tokenizer.train_from_iterator(lines(bar), trainer)
@@ -135,11 +144,10 @@ def pack_text(sources, vocab, out) -> dict:
     """Text files -> one stream of ids in `out`, [SEP] between documents (blank lines); memory stays constant.
 
     sources: paths of UTF-8 files, or caption.json files (a document a video). vocab: Vocab, or a path for
-    load_vocab. Returns {"tokens", "documents", "bytes", "seconds", "mb_per_s"}; MB/s = 1e6 input bytes a
+    open_vocab. Returns {"tokens", "documents", "bytes", "seconds", "mb_per_s"}; MB/s = 1e6 input bytes a
     second until the last id. Ids equal Vocab.encode of every line: see cached_words.
     """
-    check_sources(sources)
-    refuse_existing(out)
+    check_files(sources, out)
     vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
     cache = {"\n": np.array([vocab.sep], vocab.dtype).tobytes()}
 
@@ -160,7 +168,7 @@ def separate(text):
 
 
 def spaced(text):
-    """Spaces for tabs and returns, white space to every tokenizer here; line ends stay."""
+    """Spaces for tabs and returns, which are white space to every tokenizer here; line ends stay."""
     return text.replace("\t", " ").replace("\r", " ")
 
 
@@ -168,106 +176,106 @@ def pack_xtext(sources, vocab, clip_vocab, out) -> dict:
     """Text files -> the same text in two streams of ids in `out`, for XDBERT; memory stays constant.
 
     tokens: as pack_text's. clip_tokens: by clip_vocab (CLIPVocab, Vocab, or a path for load_clip_vocab) from
-    the ORIGINAL words, text between ASCII white space, of which both tokenizers see one at a time; so ids
-    equal encoding whole lines. clip_counts, uint16, one for each of tokens: how many of clip_tokens start
-    with it. A word's CLIP tokens stand at its first word piece, those of a word without any at the next one
-    there is ([SEP] at the latest), and what exceeds 65,535 at the one behind it. Returns pack_text's counts
+    the ORIGINAL words, text between ASCII white space. Both tokenizers see one word at a time, and ids equal
+    encoding whole lines. clip_counts, uint16, one for each of tokens: how many of clip_tokens start with it.
+    A word's CLIP tokens stand at its first word piece. Those of a word without any stand at the next word
+    piece ([SEP] at the latest), and what exceeds 65,535 stands at the one behind. Returns pack_text's counts
     and those of clip_tokens and of clip_cut, for which no word piece was left.
     """
-    check_sources(sources)
-    refuse_existing(out)
+    check_files(sources, out)
     vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
-    clip = clip_vocab if isinstance(clip_vocab, (Vocab, CLIPVocab)) else load_clip_vocab(clip_vocab)
+    tower = clip_vocab if isinstance(clip_vocab, (Vocab, CLIPVocab)) else load_clip_vocab(clip_vocab)
     cache, most = {"\n": (np.array([vocab.sep], vocab.dtype).tobytes(), b"")}, 2 ** 16 - 1
-    left = 0  # CLIP tokens behind the last word piece so far
+    waiting = 0  # CLIP tokens behind the last word piece so far
 
     def both(words):
-        return zip(vocab.encode_words(words), clip.encode_words(words))
+        return zip(vocab.encode_words(words), tower.encode_words(words))
 
     def encode(words):
-        nonlocal left
-        found = cached_words(words, both, cache)
-        ids, clip_ids = ([pair[side] for pair in found] for side in (0, 1))
-        pieces, size = (np.fromiter(map(len, part), np.int64, len(words)) // v.dtype.itemsize
-                        for part, v in ((ids, vocab), (clip_ids, clip)))
-        first = np.cumsum(pieces) - pieces  # word piece of each word, or the next one there is
-        counts = np.bincount(first, size, pieces.sum() + 1).astype(np.int64)
-        counts[0] += left
+        nonlocal waiting
+        sides = list(zip(*cached_words(words, both, cache)))
+        pieces, size = (np.fromiter(map(len, ids), np.int64, len(words)) // v.dtype.itemsize
+                        for ids, v in zip(sides, (vocab, tower)))
+        place = np.cumsum(pieces) - pieces  # a word's first word piece, or the next one there is
+        counts = np.bincount(place, size, pieces.sum() + 1).astype(np.int64)
+        counts[0] += waiting
         while len(over := np.flatnonzero(counts[:-1] > most)):
             excess, counts[over] = counts[over] - most, most
             counts[over + 1] += excess
-        left = int(counts[-1])
-        return b"".join(ids), b"".join(clip_ids), counts[:-1].astype(np.uint16).tobytes()
+        waiting = int(counts[-1])
+        return *map(b"".join, sides), counts[:-1].astype(np.uint16).tobytes()
 
-    is_clip = isinstance(clip, CLIPVocab)
-    lines = "\n".join(clip.merges if is_clip else clip.tokens)
-    attributes = {"clip_hash": clip.hash} | (
-        {} if is_clip else {"clip_lower": clip.lower, "clip_strip_accents": clip.strip_accents})
-    dtypes = {"tokens": vocab.dtype, "clip_tokens": clip.dtype, "clip_counts": np.dtype(np.uint16)}
+    if isinstance(tower, CLIPVocab):
+        lines, attributes = tower.merges, {"clip_hash": tower.hash}
+    else:
+        lines, attributes = tower.tokens, {"clip_hash": tower.hash, "clip_lower": tower.lower,
+                                           "clip_strip_accents": tower.strip_accents}
+    dtypes = {"tokens": vocab.dtype, "clip_tokens": tower.dtype, "clip_counts": np.dtype(np.uint16)}
     counts = pack_words("xtext", sources, vocab, out, dtypes, spaced, encode,
-                        {"clip_vocab": np.frombuffer(lines.encode(), np.uint8)}, **attributes)
-    if left:
-        print0(f"xtext: the last {left:,} CLIP tokens are cut: there is no word piece behind them")
-    return counts | {"clip_cut": left}
+                        {"clip_vocab": np.frombuffer("\n".join(lines).encode(), np.uint8)}, **attributes)
+    if waiting:
+        print0(f"xtext: the last {waiting:,} CLIP tokens are cut: there is no word piece behind them")
+    return counts | {"clip_cut": waiting}
 
 
 def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attributes) -> dict:
-    """The loop of pack_text and pack_xtext over files, lines and documents.
+    """The work of pack_text and pack_xtext: files -> words -> streams of ids -> the packed file.
 
-    split(text) puts spaces between words. encode(words) -> bytes of each stream in `dtypes` {name: dtype}; a
-    line end among the words ends a document. arrays, attributes: what else write_packed shall write.
+    split: as in words_of. encode(words) -> bytes of each stream in `dtypes` {name: dtype}. arrays,
+    attributes: what else write_packed shall write.
     """
     sources = [Path(p) for p in sources]
     total = sum(p.stat().st_size for p in sources)
     # English has 4 to 5 bytes a token
     check_space(out, 2 * sum(dtype.itemsize for dtype in dtypes.values()) * total // 3)
-    documents, start = 0, time.perf_counter()
+    print0(f"{kind}: packing {total / 1e6:.1f} MB with {vocab.size:,} word pieces")
+    documents, begin = 0, time.perf_counter()
     with atomic(out) as part, ExitStack() as stack:
-        scratch = part.parent
-        raw = [stack.enter_context(open(scratch / name, "wb")) for name in dtypes]
-
-        def write(words):
-            for f, ids in zip(raw, encode(words)):
-                f.write(ids)
-
-        bar = progress(None, total, "B", f"{kind} -> {Path(out).name}", unit_scale=True)
-        for path in sources:
-            line_start, inside = True, False  # of a line, of a document
-            for text, size in read_pieces(path):
-                words, lines = [], split(text).split("\n")
-                for i, line in enumerate(lines):
-                    if line and not line.isspace():
-                        words += line.split(" ")
-                        inside = True
-                    elif inside and (i > 0 or line_start) and i < len(lines) - 1:
-                        words.append("\n")
-                        inside, documents = False, documents + 1
-                line_start = not lines[-1]
-                if words:
-                    write(words)
-                bar.update(size)
-            if inside:
-                write(["\n"])
-                documents += 1
-        bar.close()
-        seconds = time.perf_counter() - start
-        sizes = {name: f.tell() // dtypes[name].itemsize for name, f in zip(dtypes, raw)}
-        if not sizes["tokens"]:
+        raw = {name: stack.enter_context(open(part.with_name(f"{name}.raw"), "wb")) for name in dtypes}
+        with progress(None, total, "B", kind, unit_scale=True) as bar:
+            for path in sources:
+                for words, ended, size in words_of(path, split):
+                    documents += ended
+                    for f, ids in zip(raw.values(), encode(words) if words else ()):
+                        f.write(ids)
+                    bar.update(size)
+        seconds = time.perf_counter() - begin
+        counts = {name: raw[name].tell() // dtypes[name].itemsize for name in raw if name.endswith("tokens")}
+        counts |= {"documents": documents, "bytes": total}
+        if not counts["tokens"]:
             raise SystemExit(f"{', '.join(map(str, sources))}: no text in it")
         stack.close()
-        check_space(out, sum(f.stat().st_size for f in scratch.iterdir()))
-        counts = {name: n for name, n in sizes.items() if name.endswith("tokens")}
-        counts |= {"documents": documents, "bytes": total}
-        write_packed(part, kind, vocab, {
-            name: (scratch / name, dtypes[name], (n,)) for name, n in sizes.items()} | arrays | {
-            "sources": np.frombuffer(json.dumps([p.name for p in sources]).encode(), np.uint8)},
-            **attributes, **counts)
+        check_space(out, sum(f.stat().st_size for f in part.parent.iterdir()))
+        names = np.frombuffer(json.dumps([p.name for p in sources]).encode(), np.uint8)
+        write_packed(part, kind, vocab, {name: (Path(f.name), dtypes[name], ()) for name, f in raw.items()}
+                     | arrays | {"sources": names}, **attributes, **counts)
     rate = total / seconds / 1e6
     print0(f"{kind}: {counts['tokens']:,} tokens "
            + f"and {counts.get('clip_tokens', 0):,} of CLIP " * ("clip_tokens" in counts)
            + f"in {documents:,} documents from {total / 1e6:.1f} MB in {duration(seconds)} "
            f"({rate:.1f} MB/s) -> {Path(out).name}")
     return counts | {"seconds": seconds, "mb_per_s": rate}
+
+
+def words_of(path, split):
+    """Yields (words, documents that end among them, bytes read) of the pieces of a file.
+
+    split(text) puts spaces between words. The word "\\n" stands behind each document.
+    """
+    line_start, inside = True, False  # of a line, of a document
+    for text, size in read_pieces(path):
+        words, ended, lines = [], 0, split(text).split("\n")
+        for i, line in enumerate(lines):
+            if line and not line.isspace():
+                words += line.split(" ")
+                inside = True
+            elif inside and (i > 0 or line_start) and i < len(lines) - 1:
+                words.append("\n")
+                inside, ended = False, ended + 1
+        line_start = not lines[-1]
+        yield words, ended, size
+    if inside:
+        yield ["\n"], 1, 0
 
 
 def cached_words(words, encode, cache, longest=32, most=1 << 18):
@@ -278,7 +286,7 @@ def cached_words(words, encode, cache, longest=32, most=1 << 18):
     """
     new = list(set(words).difference(cache))
     cache.update(zip(new, encode(new)))
-    out = [cache[word] for word in words]
+    out = list(map(cache.__getitem__, words))
     for word in new if len(cache) > most else [word for word in new if len(word) > longest]:
         del cache[word]
     return out
@@ -293,28 +301,26 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
     captions: caption.json {video id: {"start": [s], "end": [s], "text": [...]}}. csv_file: with the columns
     video_id and task_id; only its videos are packed, in the order of the captions. feat2d, feat3d: folders of
     <video id>.npy, (n, D) at 1 and at 1.5 per second; 3D is resampled to 1 per second at index floor(1.5 t)
-    and put behind 2D on the channel axis (paper 4.2). Every problem is listed at once (the whole list in
-    OUT.problems.txt) and ends the program, with skip_bad it is left out instead. Returns the counts.
+    and put behind 2D on the channel axis (paper 4.2). All problems are listed at once, the whole list in
+    OUT.problems.txt; they end the program, or with skip_bad are left out. Returns the counts.
     """
     folders = [Path(folder) for folder in (feat2d, feat3d) if folder]
-    check_sources([captions, csv_file])
+    check_files([captions, csv_file], out)
     for folder in folders:
         if not folder.is_dir():
             raise SystemExit(f"{folder}: no such folder of features")
-    refuse_existing(out)
     vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
     tasks = read_tasks(csv_file)
     widths, seconds = sample_features(folders, list(tasks))
     check_space(out, int(2 * 2 * sum(widths) * seconds * len(tasks)))
     problems, done, unnamed, silent = [], set(), 0, 0
     names, task, frame_offsets, caption_offsets, tokens = [], [], [0], [0], 0
-    kinds = {"frames": np.dtype(np.float16), "tokens": vocab.dtype, "token_offsets": np.dtype(np.int64),
-             "start": np.dtype(np.float64), "end": np.dtype(np.float64)}
+    dtypes = {"frames": np.dtype(np.float16), "tokens": vocab.dtype, "token_offsets": np.dtype(np.int64),
+              "start": np.dtype(np.float64), "end": np.dtype(np.float64)}
     with atomic(out) as part, ExitStack() as stack:
-        scratch = part.parent
-        raw = {name: stack.enter_context(open(scratch / name, "wb")) for name in kinds}
+        raw = {name: stack.enter_context(open(part.with_name(f"{name}.raw"), "wb")) for name in dtypes}
         raw["token_offsets"].write(np.int64(0).tobytes())
-        bar = progress(None, len(tasks), "video", f"videos -> {Path(out).name}")
+        bar = stack.enter_context(progress(None, len(tasks), "video", "videos"))
         for video, row, _ in read_captions(captions):
             if video not in tasks:
                 unnamed += 1
@@ -343,32 +349,28 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
                 for name, value in (("frames", frames), ("tokens", [i for c in keep for i in ids[c]]),
                                     ("token_offsets", tokens + lengths),
                                     ("start", start[keep]), ("end", end[keep])):
-                    raw[name].write(np.asarray(value, kinds[name]).tobytes())
+                    raw[name].write(np.asarray(value, dtypes[name]).tobytes())
                 tokens += int(lengths[-1])
                 frame_offsets.append(frame_offsets[-1] + len(frames))
                 caption_offsets.append(caption_offsets[-1] + len(keep))
                 names.append(video.encode())
                 task.append(tasks[video])
-        bar.close()
+        stack.close()
         problems += [("no captions", f"{video}: in {csv_file}, not in {captions}") for video in tasks
                      if video not in done]
         report(problems, f"{out}.problems.txt", skip_bad, len(tasks))
         if not names:
             raise SystemExit(f"{out}: no video is left to pack")
-        for f in raw.values():
-            f.close()
-        n, m = caption_offsets[-1], frame_offsets[-1]
-        counts = {"videos": len(names), "captions": n, "frames": m, "tokens": tokens}
-        shapes = {"frames": (m, sum(widths)), "tokens": (tokens,), "token_offsets": (n + 1,), "start": (n,),
-                  "end": (n,)}
-        check_space(out, sum(f.stat().st_size for f in scratch.iterdir()))
+        counts = {"videos": len(names), "captions": caption_offsets[-1], "frames": frame_offsets[-1],
+                  "tokens": tokens}
+        check_space(out, sum(f.stat().st_size for f in part.parent.iterdir()))
         write_packed(part, "videos", vocab, {
             "video_id": np.array(names), "task": np.array(task, np.int64),
             "frame_offsets": np.array(frame_offsets), "caption_offsets": np.array(caption_offsets)} | {
-            name: (scratch / name, kinds[name], shapes[name]) for name in kinds},
-            d2=widths[0], d3=sum(widths[1:]), **counts)
-    print0(f"videos: {len(names):,} videos, {n:,} captions, {m:,} frames of {' + '.join(map(str, widths))} "
-           f"channels -> {Path(out).name}"
+            name: (Path(f.name), dtypes[name], (sum(widths),) if name == "frames" else ())
+            for name, f in raw.items()}, d2=widths[0], d3=sum(widths[1:]), **counts)
+    print0(f"videos: {len(names):,} videos, {counts['captions']:,} captions, {counts['frames']:,} frames of "
+           f"{' + '.join(map(str, widths))} channels -> {Path(out).name}"
            + (f"; {silent:,} captions without a word left out" if silent else "")
            + (f"; {unnamed:,} videos with captions are not in {csv_file}" if unnamed else ""))
     return counts | {"problems": len(problems)}
@@ -394,7 +396,7 @@ def read_tasks(path):
 
 
 def sample_features(folders, videos):
-    """-> (most frequent width in each folder, mean seconds a video), from up to 100 files over the list."""
+    """-> (most frequent width in each folder, mean seconds a video), from about 100 files over the list."""
     widths, lengths = [], []
     for folder in folders:
         found = Counter()
@@ -474,11 +476,12 @@ def caption_rows(row):
 
 
 def report(problems, path, skip_bad, videos):
-    """Lists problems, 20 of each kind on the screen, all in `path`; ends the program unless skip_bad."""
+    """Lists problems, 20 of each kind on the screen, all in `path`; SystemExit unless skip_bad."""
     if not problems:
         Path(path).unlink(missing_ok=True)
         return
-    Path(path).write_text("".join(f"{kind}: {text}\n" for kind, text in problems), encoding="utf-8")
+    with atomic(path) as part:
+        part.write_text("".join(f"{kind}: {text}\n" for kind, text in problems), encoding="utf-8")
     kinds = Counter(kind for kind, _ in problems)
     for kind, count in kinds.items():
         listed = [text for k, text in problems if k == kind]
@@ -491,22 +494,3 @@ def report(problems, path, skip_bad, videos):
         raise SystemExit(f"videos: {summary}; nothing was packed. All are listed in {path}; mend them, or "
                          "leave them out with --skip-bad")
     print0(f"videos: left out {summary}; all are listed in {path}")
-
-
-# ---------------------------------------------------------------------------- output
-
-
-def refuse_existing(out):
-    """Ends the program before the work where the output is there already or its folder is not."""
-    if Path(out).exists():
-        raise SystemExit(f"{out} exists; remove it or give another --out")
-    if not Path(out).parent.is_dir():
-        raise SystemExit(f"{out}: there is no folder {Path(out).parent}; make it first")
-
-
-def check_space(out, need):
-    """Ends the program where the disk of `out` has less than `need` bytes free."""
-    free = shutil.disk_usage(Path(out).parent).free
-    if free < need:
-        raise SystemExit(f"{out}: needs about {need / 1e9:.1f} GB of disk (a raw copy included), "
-                         f"{free / 1e9:.1f} GB are free; free some or give another --out")
