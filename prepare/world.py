@@ -1,4 +1,8 @@
-"""The demo world."""
+"""The demo world: a micro-world whose videos show what its texts never say.
+
+Material, size, colour and order of a noun show in the videos alone; the tasks ask for them, of nouns that are
+not in their training sets.
+"""
 import csv
 import json
 import random
@@ -7,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic, duration, print0, write_json
+from common import atomic, duration, print0, read_json, write_json
 from data import open_packed
 from parts.vocab import load_vocab
 from prepare.packing import pack_text, pack_videos, pack_xtext, train_vocab
 
-WORLD = 2  # of the demo world, to be raised with any change of what it holds
-# what dropping, soaking, ... does to a material: seen in the videos, never said of a noun in any text
+WORLD = 2  # format of the demo world; raise it with any change of what it holds
+# what an action does to a material: seen in the videos, said of no noun in any text
 EFFECTS = {
     "glass": dict(drop="shatters", soak="sinks", heat="cracks", press="resists", cut="resists"),
     "ceramic": dict(drop="shatters", soak="sinks", heat="glows", press="resists", cut="resists"),
@@ -76,30 +80,27 @@ TASK_SIZES = {"train": 1000, "dev": 500, "dev_seen": 500}
 
 
 def make_demo(folder="data/demo-s0", seed=0) -> Path:
-    """Builds the micro-world of `seed` in real data's layouts and packs it with the commands for real data.
+    """Builds the world of `seed` in real data's layouts and packs it with the commands for real data.
 
-    Material, size, colour and order of a noun show in the videos and are said in no text; the tasks ask for
-    them, of nouns that their training sets do not have. raw/ holds caption.json, videos.csv, feat2d/,
-    feat3d/, text/, vocab.txt, tasks/ and latents.json (every noun's properties and every clip's state, so
-    that it can be drawn); beside it corpus.h5, videos.h5 and, last, world.json. A folder that holds this
-    world already is kept. The world is built in a scratch folder and renamed: a build that was interrupted
-    leaves nothing under the name.
+    raw/ holds caption.json, videos.csv, feat2d/, feat3d/, text/, vocab.txt, tasks/ and latents.json (every
+    noun's properties and every clip's state, so that it can be drawn). Beside it stand corpus.h5, videos.h5
+    and world.json. A folder that holds this world already is kept.
     """
     folder = Path(folder)
     if folder.exists():
         try:
-            world = json.loads((folder / "world.json").read_text())
-        except (OSError, ValueError):
-            world = {}
-        if (world.get("seed"), world.get("format")) != (seed, WORLD):
+            found = read_json(folder / "world.json")
+        except SystemExit:
+            found = {}
+        if (found.get("seed"), found.get("format")) != (seed, WORLD):
             raise SystemExit(f"{folder} exists and is not the demo world of seed {seed}, format {WORLD}; "
                              "remove it or give another folder")
         return folder
-    start = time.perf_counter()
+    begin = time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
     print0(f"demo: building the world of seed {seed} in {folder}")
-    with atomic(folder) as built:
-        raw = built / "raw"
+    with atomic(folder) as part:
+        raw = part / "raw"
         raw.mkdir(parents=True)
         rng = random.Random(f"demo world {seed}")
         nouns = draw_nouns(rng)
@@ -112,33 +113,33 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
             "actions": [*ACTIONS, *NEUTRAL], "effects": EFFECTS}))
         texts = sorted((raw / "text").glob("*.txt"))
         vocab = train_vocab([*texts, raw / "caption.json"], raw / "vocab.txt", PIECES)
-        pack_text(texts, vocab, built / "corpus.h5")
-        pack_videos(raw / "caption.json", raw / "feat2d", raw / "videos.csv", vocab, built / "videos.h5",
+        pack_text(texts, vocab, part / "corpus.h5")
+        pack_videos(raw / "caption.json", raw / "feat2d", raw / "videos.csv", vocab, part / "videos.h5",
                     feat3d=raw / "feat3d")
-        write_json(built / "world.json", {
+        write_json(part / "world.json", {
             "seed": seed, "format": WORLD, "vocab_hash": vocab.hash,
-            "corpus_hash": open_packed(built / "corpus.h5")[0]["hash"],
-            "videos_hash": open_packed(built / "videos.h5")[0]["hash"]})
-    print0(f"demo: {folder} in {duration(time.perf_counter() - start)}")
+            "corpus_hash": open_packed(part / "corpus.h5")[0]["hash"],
+            "videos_hash": open_packed(part / "videos.h5")[0]["hash"]})
+    print0(f"demo: {folder} in {duration(time.perf_counter() - begin)}")
     return folder
 
 
-def demo_world(data_dir, seed, world):
-    """The folder of the demo world, made by rank 0 where it is missing, while the others wait; says which."""
+def demo_world(data_dir, seed, ranks):
+    """The folder of the demo world; rank 0 makes it where it is missing, while the others wait."""
     folder = Path(data_dir) / f"demo-s{seed}"
-    if world.main:
+    if ranks.main:
         print0(f"reused {folder}" if folder.exists() else f"no {folder} yet")
         make_demo(folder, seed)
-    world.barrier()
+    ranks.barrier()
     return folder
 
 
-def demo_xtext(folder, world):
-    """xcorpus.h5 of a demo world, its vocabulary on both sides, packed by rank 0 where it is missing or of
-    another format, while the others wait; says which."""
+def demo_xtext(folder, ranks):
+    """xcorpus.h5 of a demo world, its own vocabulary on both sides; rank 0 packs it where it is missing or of
+    another format, while the others wait."""
     folder = Path(folder)
     path = folder / "xcorpus.h5"
-    if world.main:
+    if ranks.main:
         vocab = load_vocab(folder / "raw" / "vocab.txt")
         try:
             found = path.exists() and open_packed(path, "xtext", vocab)[1].hash == vocab.hash
@@ -148,7 +149,7 @@ def demo_xtext(folder, world):
         if not found:
             path.unlink(missing_ok=True)
             pack_xtext(sorted((folder / "raw" / "text").glob("*.txt")), vocab, vocab, path)
-    world.barrier()
+    ranks.barrier()
     return path
 
 
@@ -160,8 +161,7 @@ def effects_of(action):
 def draw_nouns(rng):
     """{noun: its properties and split}: 10 nouns of each material, 65 % of them for the tasks' training sets.
 
-    Within each split colour, size and order take their values equally often, and independently of the
-    material.
+    In each split colour, size and order take their values equally often, independently of the material.
     """
     nouns = {}
     for m, (material, pool) in enumerate(NOUNS.items()):
@@ -179,7 +179,7 @@ def draw_nouns(rng):
 
 
 def draw_clips(rng, nouns):
-    """Latent state and caption of every clip; a video shows one thing (a noun) in one scene."""
+    """State and caption of every clip; a video shows one thing (a noun) in one scene."""
     things = [noun for noun in nouns for _ in range(VIDEOS // len(nouns))]
     rng.shuffle(things)
     clips = []
@@ -205,15 +205,15 @@ def draw_clips(rng, nouns):
 def write_videos(raw, clips, nouns, seed):
     """caption.json, videos.csv (task = the noun) and features: 2D at 1 per second, 3D at 1.5 per second.
 
-    Appearance (2D) = sum of APPEARANCE's latents, + the effect from the 4th second; motion (3D) = a little
-    action and effect, and around the middle the order: a direction of change, of which 2D has no trace.
+    Appearance (2D) = sum of APPEARANCE's latents + the effect from the 4th second. Motion (3D) = a little
+    action and effect + the order around the middle: a direction of change, of which 2D has no trace.
     """
     rng = np.random.default_rng(seed)
     values = PROPERTIES | {"noun": list(nouns), "scene": SCENES, "action": [*ACTIONS, *NEUTRAL],
                            "effect": [f"{a} {effect}" for a in ACTIONS for effect in effects_of(a)]}
 
     def latent(name, states):
-        """(clips, CHANNELS): each value of a latent has a random vector of length about 4, others have 0."""
+        """(clips, CHANNELS): a random vector of length about 4 for each value of a latent, 0 for others."""
         vectors = {v: rng.normal(0, 4 / CHANNELS ** 0.5, CHANNELS).astype(np.float32) for v in values[name]}
         return np.stack([vectors.get(state, np.zeros(CHANNELS, np.float32)) for state in states])
 
@@ -252,9 +252,11 @@ def write_videos(raw, clips, nouns, seed):
 
 
 def write_corpus(folder, rng, nouns):
-    """SENTENCES sentences in documents of 4 to 8 about different nouns: 70 % facts of the noun's topic, 10 %
-    actions without an outcome, 20 % about other things, where alone the effect words and the tasks' phrases
-    stand."""
+    """SENTENCES sentences in documents of 4 to 8 about different nouns.
+
+    70 % are facts of the noun's topic, 10 % actions without an outcome, 20 % are about other things; only
+    these have the effect words and the tasks' phrases.
+    """
     effects = sorted({effect for of in EFFECTS.values() for effect in of.values()})
 
     def sentence(noun):
@@ -279,11 +281,11 @@ def write_corpus(folder, rng, nouns):
                            f"in the story {rng.choice(PEOPLE)} nudged the {thing} and the {other} {one} ."])
 
     folder.mkdir()
-    documents, count = [], 0
-    while count < SENTENCES:
-        about = rng.sample(list(nouns), min(rng.randint(4, 8), SENTENCES - count))
+    documents, left = [], SENTENCES
+    while left:
+        about = rng.sample(list(nouns), min(rng.randint(4, 8), left))
         documents.append("".join(sentence(noun) + "\n" for noun in about))
-        count += len(about)
+        left -= len(about)
     half = len(documents) // 2
     for name, part in (("part0.txt", documents[:half]), ("part1.txt", documents[half:])):
         (folder / name).write_text("\n".join(part))
@@ -293,91 +295,62 @@ def write_tasks(folder, rng, nouns):
     """The downstream tasks in official layouts, each with a training set, dev (of held-out nouns) and
     dev_seen.
 
-    mishap: SST-2's tsv. entailment: RTE's tsv. two_choices: PIQA's jsonl and lst. four_endings: SWAG's csv.
-    before_after: TRACIE's lines, decided by the noun's order alone; the others by its material. Every
-    hypothesis, goal and wording has its labels equally often.
+    before_after is decided by the noun's order alone, the others by its material. Every hypothesis, goal and
+    wording has its labels equally often.
     """
-    def where(action):
-        return f"{rng.choice(PEOPLE)} {ACTIONS[action][0]} the {{}} {rng.choice(ACTIONS[action][1])} ."
+    def story_of(action):
+        past, places = ACTIONS[action]
+        return f"{rng.choice(PEOPLE)} {past} the {{}} {rng.choice(places)} ."
 
     def noun_of(members, fits):
         return rng.choice([noun for noun in members if fits(nouns[noun])])
 
-    def does(action, effect):
-        return lambda noun: EFFECTS[noun["material"]][action] == effect
+    def draw_effect(actions):
+        """An action, one of its effects, and whether a noun has it."""
+        action = rng.choice(actions)
+        effect = rng.choice(effects_of(action))
+        return action, effect, lambda noun: EFFECTS[noun["material"]][action] == effect
 
     def mishap(members):
         action = rng.choice(["drop", "soak", "heat", "press"])
-        bad = [noun_of(members, lambda noun: (EFFECTS[noun["material"]][action] in MISHAPS) == label)
-               for label in (False, True)]
-        return [(where(action).format(noun), label) for label, noun in enumerate(bad)]
+        drawn = [noun_of(members, lambda noun: (EFFECTS[noun["material"]][action] in MISHAPS) == label)
+                 for label in (False, True)]
+        return [(story_of(action).format(noun), label) for label, noun in enumerate(drawn)]
 
     def entailment(members):
-        action = rng.choice(list(ACTIONS))
-        effect = rng.choice(effects_of(action))
-        fits = does(action, effect)
-        return [(where(action).format(noun_of(members, lambda noun: fits(noun) == holds)), f"it {effect} .",
-                 "entailment" if holds else "not_entailment") for holds in (True, False)]
+        action, effect, fits = draw_effect(list(ACTIONS))
+        return [(story_of(action).format(noun_of(members, lambda noun: fits(noun) == label)), f"it {effect} .",
+                 "entailment" if label else "not_entailment") for label in (True, False)]
 
     def two_choices(members):
-        action = rng.choice(list(ACTIONS))
-        effect = rng.choice(effects_of(action))
-        fits = does(action, effect)
+        action, effect, fits = draw_effect(list(ACTIONS))
         out = []
         for label in (0, 1):
-            right, wrong = noun_of(members, fits), noun_of(members, lambda noun: not fits(noun))
-            out.append((f"something that {effect} when you {action} it", *[f"the {noun}" for noun in (
-                (right, wrong) if label == 0 else (wrong, right))], label))
+            choices = [noun_of(members, fits), noun_of(members, lambda noun: not fits(noun))]
+            out.append((f"something that {effect} when you {action} it",
+                        *[f"the {noun}" for noun in (choices if label == 0 else choices[::-1])], label))
         return out
 
     def four_endings(members):
         action = rng.choice(["drop", "heat", "press"])  # the ones with at least four effects
-        effects = effects_of(action)
         out = []
         for label in range(4):
-            effect = rng.choice(effects)
-            endings = rng.sample([e for e in effects if e != effect], 3)
+            effect = rng.choice(effects_of(action))
+            endings = rng.sample([e for e in effects_of(action) if e != effect], 3)
             endings.insert(label, effect)
-            noun = noun_of(members, does(action, effect))
-            out.append((where(action).format(noun), *[f"{e} ." for e in endings], label))
+            noun = noun_of(members, lambda noun: EFFECTS[noun["material"]][action] == effect)
+            out.append((story_of(action).format(noun), *[f"{e} ." for e in endings], label))
         return out
 
     def before_after(members):
         relation = rng.choice(["before", "after"])
         story = f"{rng.choice(PEOPLE)} nudged the {{}} near the {rng.choice(PLACES)} ."
         out = []
-        for first in ("spins", "tilts"):
-            noun = noun_of(members, lambda noun: noun["order"] == f"{first} first")
-            answer = "positive" if (first == "spins") == (relation == "before") else "negative"
+        for motion in ("spins", "tilts"):  # the one that comes first
+            noun = noun_of(members, lambda noun: noun["order"] == f"{motion} first")
+            answer = "positive" if (motion == "spins") == (relation == "before") else "negative"
             out.append((f"the {noun} spins starts {relation} it tilts", story.format(noun), answer))
         return out
-
-    def tsv(path, header, rows):
-        path.write_text("".join("\t".join(map(str, row)) + "\n" for row in [header, *rows]))
-
-    def write(task, split, rows):
-        base = folder / task
-        name = {"train": "train", "dev": "valid", "dev_seen": "valid_seen"}[split]
-        if task == "mishap":
-            tsv(base / f"{split}.tsv", ("sentence", "label"), rows)
-        elif task == "entailment":
-            tsv(base / f"{split}.tsv", ("index", "sentence1", "sentence2", "label"),
-                [(i, *row) for i, row in enumerate(rows)])
-        elif task == "two_choices":
-            (base / f"{name}.jsonl").write_text("".join(
-                json.dumps({"goal": goal, "sol1": one, "sol2": two}) + "\n" for goal, one, two, _ in rows))
-            (base / f"{name}-labels.lst").write_text("".join(f"{row[-1]}\n" for row in rows))
-        elif task == "four_endings":
-            with open(base / f"{name.replace('valid', 'val')}.csv", "w", newline="") as f:
-                table = csv.writer(f, lineterminator="\n")
-                table.writerow(["", "video-id", "fold-ind", "startphrase", "sent1", "sent2", "gold-source",
-                                *[f"ending{i}" for i in range(4)], "label"])
-                table.writerows([i, f"demo_{i}", i, f"{row[0]} it", row[0], "it", "gold", *row[1:]]
-                                for i, row in enumerate(rows))
-        else:
-            name = {"train": "tracie_train", "dev": "tracie_test", "dev_seen": "tracie_test_seen"}[split]
-            (base / f"{name}.txt").write_text("".join(
-                f"event: {event} story: {story}\tanswer: {answer}\n" for event, story, answer in rows))
 
     for draw in (mishap, entailment, two_choices, four_endings, before_after):
         (folder / draw.__name__).mkdir(parents=True)
@@ -391,4 +364,28 @@ def write_tasks(folder, rng, nouns):
                     used.update(group)
                     rows += group
             rng.shuffle(rows)
-            write(draw.__name__, split, rows)
+            write_task(folder / draw.__name__, split, rows)
+
+
+def write_task(folder, split, rows):
+    """Rows of the task that the folder is named after, in the layout of a public one."""
+    heads = {"mishap": ("sentence", "label"), "entailment": ("index", "sentence1", "sentence2", "label")}
+    name = {"train": "train", "dev": "valid", "dev_seen": "valid_seen"}[split]
+    if folder.name in heads:  # SST-2's and RTE's
+        rows = rows if folder.name == "mishap" else [(i, *row) for i, row in enumerate(rows)]
+        lines = ["\t".join(map(str, row)) + "\n" for row in [heads[folder.name], *rows]]
+        (folder / f"{split}.tsv").write_text("".join(lines))
+    elif folder.name == "two_choices":  # PIQA's
+        (folder / f"{name}.jsonl").write_text("".join(
+            json.dumps({"goal": goal, "sol1": one, "sol2": two}) + "\n" for goal, one, two, _ in rows))
+        (folder / f"{name}-labels.lst").write_text("".join(f"{row[-1]}\n" for row in rows))
+    elif folder.name == "four_endings":  # SWAG's
+        with open(folder / f"{name.replace('valid', 'val')}.csv", "w", newline="") as f:
+            table = csv.writer(f, lineterminator="\n")
+            table.writerow(["", "video-id", "fold-ind", "startphrase", "sent1", "sent2", "gold-source",
+                            *[f"ending{i}" for i in range(4)], "label"])
+            table.writerows([i, f"demo_{i}", i, f"{row[0]} it", row[0], "it", "gold", *row[1:]]
+                            for i, row in enumerate(rows))
+    else:  # TRACIE's
+        (folder / f"tracie_{name.replace('valid', 'test')}.txt").write_text("".join(
+            f"event: {event} story: {story}\tanswer: {answer}\n" for event, story, answer in rows))
