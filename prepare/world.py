@@ -298,56 +298,57 @@ def write_tasks(folder, rng, nouns):
     before_after is decided by the noun's order alone, the others by its material. Every hypothesis, goal and
     wording has its labels equally often.
     """
+    def noun_of(members, fits):
+        return rng.choice([noun for noun in members if fits(noun)])
+
+    def effect_of(noun, action):
+        return EFFECTS[nouns[noun]["material"]][action]
+
     def story_of(action):
         past, places = ACTIONS[action]
         return f"{rng.choice(PEOPLE)} {past} the {{}} {rng.choice(places)} ."
 
-    def noun_of(members, fits):
-        return rng.choice([noun for noun in members if fits(nouns[noun])])
-
-    def draw_effect(actions):
-        """An action, one of its effects, and whether a noun has it."""
-        action = rng.choice(actions)
-        effect = rng.choice(effects_of(action))
-        return action, effect, lambda noun: EFFECTS[noun["material"]][action] == effect
-
     def mishap(members):
         action = rng.choice(["drop", "soak", "heat", "press"])
-        drawn = [noun_of(members, lambda noun: (EFFECTS[noun["material"]][action] in MISHAPS) == label)
+        drawn = [noun_of(members, lambda noun: (effect_of(noun, action) in MISHAPS) == label)
                  for label in (False, True)]
         return [(story_of(action).format(noun), label) for label, noun in enumerate(drawn)]
 
     def entailment(members):
-        action, effect, fits = draw_effect(list(ACTIONS))
-        return [(story_of(action).format(noun_of(members, lambda noun: fits(noun) == label)), f"it {effect} .",
-                 "entailment" if label else "not_entailment") for label in (True, False)]
+        action = rng.choice(list(ACTIONS))
+        effect, out = rng.choice(effects_of(action)), []
+        for label in ("entailment", "not_entailment"):
+            story, true = story_of(action), label == "entailment"
+            noun = noun_of(members, lambda noun: (effect_of(noun, action) == effect) == true)
+            out.append((story.format(noun), f"it {effect} .", label))
+        return out
 
     def two_choices(members):
-        action, effect, fits = draw_effect(list(ACTIONS))
-        out = []
+        action = rng.choice(list(ACTIONS))
+        effect, out = rng.choice(effects_of(action)), []
         for label in (0, 1):
-            choices = [noun_of(members, fits), noun_of(members, lambda noun: not fits(noun))]
+            right, wrong = (noun_of(members, lambda noun: (effect_of(noun, action) == effect) == true)
+                            for true in (True, False))
+            choices = (right, wrong) if label == 0 else (wrong, right)
             out.append((f"something that {effect} when you {action} it",
-                        *[f"the {noun}" for noun in (choices if label == 0 else choices[::-1])], label))
+                        *[f"the {noun}" for noun in choices], label))
         return out
 
     def four_endings(members):
-        action = rng.choice(["drop", "heat", "press"])  # the ones with at least four effects
-        out = []
+        action, out = rng.choice(["drop", "heat", "press"]), []  # the ones with at least four effects
         for label in range(4):
             effect = rng.choice(effects_of(action))
             endings = rng.sample([e for e in effects_of(action) if e != effect], 3)
             endings.insert(label, effect)
-            noun = noun_of(members, lambda noun: EFFECTS[noun["material"]][action] == effect)
+            noun = noun_of(members, lambda noun: effect_of(noun, action) == effect)
             out.append((story_of(action).format(noun), *[f"{e} ." for e in endings], label))
         return out
 
     def before_after(members):
-        relation = rng.choice(["before", "after"])
+        relation, out = rng.choice(["before", "after"]), []
         story = f"{rng.choice(PEOPLE)} nudged the {{}} near the {rng.choice(PLACES)} ."
-        out = []
         for motion in ("spins", "tilts"):  # the one that comes first
-            noun = noun_of(members, lambda noun: noun["order"] == f"{motion} first")
+            noun = noun_of(members, lambda noun: nouns[noun]["order"] == f"{motion} first")
             answer = "positive" if (motion == "spins") == (relation == "before") else "negative"
             out.append((f"the {noun} spins starts {relation} it tilts", story.format(noun), answer))
         return out
@@ -360,7 +361,7 @@ def write_tasks(folder, rng, nouns):
             rows = []
             while len(rows) < size:
                 group = draw(members)  # one row of each label
-                if len(used.union(group)) == len(used) + len(group):
+                if len(used.union(group)) == len(used) + len(group):  # no row stands twice
                     used.update(group)
                     rows += group
             rng.shuffle(rows)
