@@ -1,4 +1,4 @@
-"""Every objective of teacher and student; each function returns the sum over its items / count.
+"""Every objective of teacher and student. A loss returns its sum over items / divisor, in float32.
 
 teacher (VidLanKD, Tang et al. 2021; c(x, y): cosine, a: margin, x': another text, v': another video)
   mlm             - log softmax(logits)[target]                                          per masked position
@@ -9,19 +9,14 @@ teacher (VidLanKD, Tang et al. 2021; c(x, y): cosine, a: margin, x': another tex
 student (s, t: states of student and teacher, d_s and d_t wide; the teacher is frozen)
   soft            - sum_z P_t(z) log P_s(z), P = softmax(logits / tau)                   Eq. 5, per token
   l2              |s - t|^2                                                              Eq. 6, per token
-  nst             sum k(s_i, s_j) / d_s^2 + sum k(t_i, t_j) / d_t^2 - 2 sum k(s_i, t_j) / (d_s d_t)
-                                                                                         Eq. 7, per sequence
-  crd             softplus(-l_positive) + sum softplus(l_negative), both directions,
-                  l = z_s.z_t / tau - log Z - log(N / M)                                 Eq. 8, per anchor
+  nst             squared MMD of the neurons s_i and t_j under a Gaussian kernel         Eq. 7, per sequence
+  crd             softplus(-l_positive) + sum softplus(l_negative), both directions      Eq. 8, per anchor
   voken           - log softmax(head(s))[argmax_k c(t, video_k)]                         Eq. 9, per token
 
-The papers write sums over items; here `count` is the divisor. None: the items present, which makes the mean.
-A script passes the GLOBAL count / world size, so that all ranks and micro-batches together make exactly the
-step of one process on the whole batch; 1 / world size makes the papers' sums.
-
-All is computed in float32, also under autocast and for half-precision inputs (float64 stays float64). nst,
-crd, soft and voken compute their gradient together with their value: no large intermediate is kept, and
-backward only scales. They can be differentiated once.
+divisor: None = the number of items present, which makes the mean. A script passes the items of the GLOBAL
+batch / number of ranks: ranks and micro-batches together then make the step of one process on the whole
+batch. 1 / number of ranks makes the papers' sums. float64 stays float64. nst, crd, soft and voken compute
+their gradient with their value: no large intermediate is kept, backward only scales, once.
 
 Shapes: B sequences, T tokens, C hidden, V vocabulary, K vokens, A anchors, N negatives, E projection, M bank
 rows. mask: bool (B, T), True = real token. _s student, _t teacher.
@@ -29,19 +24,19 @@ rows. mask: bool (B, T), True = real token. _s student, _t teacher.
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from common import keyed_integers
-
-# ---------------------------------------------------------------------------- precision, gradients, counts
+# ---------------------------------------------------------------------------- precision, gradients, divisor
 
 
 def float32(loss):
-    """Decorator: autocast is off inside, half-precision tensors are upcast (gradients return as they are)."""
+    """Decorator: autocast is off inside; half-precision tensors are upcast, and their gradients cast back."""
     def upcast(x):
         return x.float() if torch.is_tensor(x) and x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -55,7 +50,7 @@ def float32(loss):
 
 @contextlib.contextmanager
 def no_tf32():
-    """CUDA products with all bits of float32: TF32's 10 are too few for the differences that nst takes."""
+    """CUDA products with all bits of float32: TF32 keeps 10, too few for the differences in nst and crd."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -78,13 +73,13 @@ class Fused(torch.autograd.Function):
         return None, None, *(upstream * grad for grad in ctx.saved_tensors)
 
 
-def per_item(total, items, count):
-    """total / count; where count is None, / items (a number or a 0-d tensor; 0 items: total)."""
-    return total / (torch.as_tensor(items).clamp(min=1) if count is None else count)
+def per_item(total, items, divisor):
+    """total / divisor; where that is None, / items (a number or a 0-d tensor; 0 items: total)."""
+    return total / (torch.as_tensor(items).clamp(min=1) if divisor is None else divisor)
 
 
 def to_device(array, device):
-    """numpy -> tensor; non_blocking, because the plain copy waits for everything that the GPU has queued."""
+    """numpy -> tensor. A blocking copy would wait for all that the GPU has queued."""
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
@@ -92,30 +87,31 @@ def to_device(array, device):
 
 
 @float32
-def mlm(logits: torch.Tensor, targets: torch.Tensor, count: float | None = None) -> torch.Tensor:
+def mlm(logits: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor:
     """Masked-language modelling: cross-entropy at the masked positions only (Devlin et al. 2019).
 
-    logits: (n, V) at the n masked positions; targets: int64 (n,). items: masked positions.
-    n may be 0: an exact 0 that still has a graph.
+    logits (n, V) at the n masked positions, targets int64 (n,). items: masked positions. n = 0 gives an exact
+    0 with a graph.
     """
-    return per_item(F.cross_entropy(logits, targets, reduction="sum"), len(targets), count)
+    return per_item(F.cross_entropy(logits, targets, reduction="sum"), len(targets), divisor)
 
 
-def hinge_partners(text_mask: torch.Tensor, seed: int, step: int, positions: np.ndarray) -> tuple:
-    """Draws for hinge: x' and v' of each item, independent of each other, uniform among the OTHER items.
+def hinge_partners(text_mask: Tensor, draw: Callable, seed: int, step: int, positions: np.ndarray) -> tuple:
+    """Draws for hinge: x' and v' of each item, independent, each uniform among the micro-batch's OTHER items.
 
-    text_mask: (B, T) on the CPU, B >= 2, each row with a real token. positions: int (B,), the items' places
-    in the global batch; with seed and step they key the draws. The partners are of this micro-batch.
-    Returns int64 partner (B,), partner_v (B,) and partner_token (B, T): token i of x' where that is real,
-    else a uniformly drawn real token of x'.
+    text_mask (B, T) on the CPU, B >= 2, a real token in each row. draw(high, *keys): uniform integers in
+    [0, high), a function of the keys (common.keyed_integers); keys: seed, step and positions, int (B,), the
+    items' places in the global batch.
+    -> int64 partner (B,), partner_v (B,), partner_token (B, T): i where token i of x' is real, else the place
+    of a uniformly drawn real token of x'.
     """
     mask = text_mask.numpy()
     B, T = mask.shape
     assert B > 1 and mask.any(1).all(), f"hinge: needs 2 texts, none empty; got {mask.sum(1).tolist()}"
-    partner, partner_v = ((np.arange(B) + 1 + keyed_integers(B - 1, name, seed, step, positions)) % B
+    partner, partner_v = ((np.arange(B) + 1 + draw(B - 1, name, seed, step, positions)) % B
                           for name in ("hinge text", "hinge video"))
     real = mask[partner]
-    drawn = keyed_integers(real.sum(1)[:, None], "hinge token", seed, step, positions[:, None], np.arange(T))
+    drawn = draw(real.sum(1)[:, None], "hinge token", seed, step, positions[:, None], np.arange(T))
     real_first = np.argsort(~real, axis=1, kind="stable")
     partner_token = np.where(real, np.arange(T), np.take_along_axis(real_first, drawn, 1))
     return tuple(torch.from_numpy(x) for x in (partner, partner_v, partner_token))
@@ -128,32 +124,29 @@ def cosines(h, v):
 
 
 @float32
-def hinge(h: torch.Tensor, v: torch.Tensor, text_mask: torch.Tensor, partner: torch.Tensor,
-          partner_v: torch.Tensor, partner_token: torch.Tensor, margin: float = 1.0,
-          count: float | None = None) -> torch.Tensor:
+def hinge(h: Tensor, v: Tensor, text_mask: Tensor, partner: Tensor, partner_v: Tensor, partner_token: Tensor,
+          margin: float = 1.0, divisor: float | None = None) -> Tensor:
     """Token-level contrastive hinge with one negative text and one negative video, VidLanKD Eq. 3:
 
         max(0, a - cos(h_i, v) + cos(h'_i, v)) + max(0, a - cos(h_i, v) + cos(h_i, v'))
-
-    h: (B, T, C) token states; v: (B, C) videos; text_mask: (B, T), real tokens without [CLS] and [SEP];
-    partner, partner_v (B,): rows of x' and v'; partner_token (B, T): the token of x' that stands for h'_i
-    (hinge_partners draws all three). items: tokens of text_mask. The released code has the second term only.
+    h (B, T, C) token states, v (B, C) videos, text_mask (B, T): real tokens without [CLS] and [SEP].
+    partner, partner_v (B,): rows of x' and v'; partner_token (B, T): the token of x' that is h'_i (see
+    hinge_partners). items: tokens of text_mask. The released code has the second term only.
     """
     b = torch.arange(len(v), device=v.device)
     cos, own = cosines(h, v)
     text = (margin - own + cos[partner[:, None], partner_token, b[:, None]]).clamp(min=0)
     video = (margin - own + cos[b, :, partner_v]).clamp(min=0)
-    return per_item(((text + video) * text_mask).sum(), text_mask.sum(), count)
+    return per_item(((text + video) * text_mask).sum(), text_mask.sum(), divisor)
 
 
 @float32
-def hinge_all(h: torch.Tensor, v: torch.Tensor, text_mask: torch.Tensor, margin: float = 1.0,
-              count: float | None = None) -> torch.Tensor:
-    """Eq. 3 with every other item of the batch as negative: hinge's expectation without its draws' variance.
+def hinge_all(h: Tensor, v: Tensor, text_mask: Tensor, margin: float = 1.0,
+              divisor: float | None = None) -> Tensor:
+    """Eq. 3 with every other item of the batch as a negative: hinge's expectation without its variance.
 
-    First term: mean over the other texts whose token i is real, 0 where there is none (so the expectations
-    are equal where the texts are equally long). Second: mean over all other videos.
-    Arguments, items: as in hinge.
+    First term: mean over the other texts whose token i is real, 0 where there is none (the expectations are
+    equal if the texts are equally long). Second: mean over all other videos. Arguments, items: as in hinge.
     """
     B = len(v)
     cos, own = cosines(h, v)
@@ -163,40 +156,37 @@ def hinge_all(h: torch.Tensor, v: torch.Tensor, text_mask: torch.Tensor, margin:
     text = (text * same_place).sum(-1) / same_place.sum(-1).clamp(min=1)
     video = (margin - own[..., None] + cos).clamp(min=0)                        # (B, T, B), last: video c
     video = (video * others).sum(-1) / (B - 1)
-    return per_item(((text + video) * text_mask).sum(), text_mask.sum(), count)
+    return per_item(((text + video) * text_mask).sum(), text_mask.sum(), divisor)
 
 
 @float32
-def infonce_tokens(h: torch.Tensor, v: torch.Tensor, text_mask: torch.Tensor, temperature: float = 0.07,
-                   count: float | None = None) -> torch.Tensor:
+def infonce_tokens(h: Tensor, v: Tensor, text_mask: Tensor, temperature: float = 0.07,
+                   divisor: float | None = None) -> Tensor:
     """Token-level InfoNCE in the hinge's place, e_bic = exp(cos(h_bi, v_c) / temperature):
 
         - 1/2 log(e_bib / sum_c e_bic) - 1/2 log(e_bib / sum_c e_cib)
-
-    first over all videos c, then over the texts c whose token i is real (same-position pairs).
-    Arguments, items: as in hinge.
+    The first sum is over all videos c, the second over the texts c whose token i is real. Arguments, items:
+    as in hinge.
     """
     cos, own = cosines(h, v)
     texts = (cos.transpose(0, 2) / temperature).masked_fill(~text_mask.T, -math.inf)    # (B, T, B)
-    # a padded token may find no text at all: a finite stand-in keeps NaN out of the gradient
+    # where token i is padding in all texts, -inf everywhere would make the gradient NaN
     texts = torch.where(text_mask[..., None], texts, 0.0)
     loss = ((cos / temperature).logsumexp(-1) + texts.logsumexp(-1)) / 2 - own / temperature
-    return per_item((loss * text_mask).sum(), text_mask.sum(), count)
+    return per_item((loss * text_mask).sum(), text_mask.sum(), divisor)
 
 
 @float32
-def clip(z_text: torch.Tensor, z_video: torch.Tensor, log_scale: torch.Tensor,
-         count: float | None = None) -> torch.Tensor:
+def clip(z_text: Tensor, z_video: Tensor, log_scale: Tensor, divisor: float | None = None) -> Tensor:
     """Sentence-level symmetric InfoNCE with a learned temperature (Radford et al. 2021), at c = b:
 
         - 1/2 log softmax_c(r cos(text_b, video_c)) - 1/2 log softmax_c(r cos(text_c, video_b))
-
-    z_text, z_video: (B, E), normalised here; log_scale: 0-d, r = exp(log_scale), at most 100. items: pairs.
+    z_text, z_video (B, E), normalised here; log_scale: 0-d, r = min(100, exp(log_scale)). items: pairs.
     """
     scale = log_scale.exp().clamp(max=100)
     scores = scale * F.normalize(z_text, dim=-1) @ F.normalize(z_video, dim=-1).T
     loss = (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - scores.diagonal()
-    return per_item(loss.sum(), len(loss), count)
+    return per_item(loss.sum(), len(loss), divisor)
 
 
 # ---------------------------------------------------------------------------- student: words, vokens, l2
@@ -204,10 +194,10 @@ def clip(z_text: torch.Tensor, z_video: torch.Tensor, log_scale: torch.Tensor,
 
 @float32
 def chunked_cross_entropy(h, W, b, target, chunk):
-    """Summed cross-entropy of softmax(h W' + b); the (n, V) logits exist `chunk` rows at a time.
+    """Summed cross-entropy of softmax(h W' + b); of the (n, V) logits `chunk` rows exist at a time.
 
-    h (n, C), W (V, C), b (V,): gradients to all three, d loss / d logits = softmax(logits) - target.
-    target(rows): the (c, V) probabilities or the (c,) labels of a slice of rows, without gradient.
+    h (n, C), W (V, C), b (V,) get gradients, by d loss / d logits = softmax(logits) - target.
+    target(rows): (c, V) probabilities or (c,) labels of a slice of rows.
     """
     with torch.no_grad():
         total, dh, dW, db = h.new_zeros(()), *(torch.zeros_like(x) for x in (h, W, b))
@@ -217,13 +207,12 @@ def chunked_cross_entropy(h, W, b, target, chunk):
             logits = torch.addmm(b, h[rows], W.T)
             log_sum = logits.logsumexp(1, keepdim=True)
             if wanted.dim() == 2:
-                chosen = torch.einsum("nv,nv->n", wanted, logits)
+                total += log_sum.sum() - torch.einsum("nv,nv->n", wanted, logits).sum()
                 delta = logits.sub_(log_sum).exp_().sub_(wanted)
             else:
-                chosen = logits.gather(1, wanted[:, None])
+                total += log_sum.sum() - logits.gather(1, wanted[:, None]).sum()
                 delta = logits.sub_(log_sum).exp_()
-                delta.scatter_add_(1, wanted[:, None], -torch.ones_like(chosen))
-            total += log_sum.sum() - chosen.sum()
+                delta.scatter_add_(1, wanted[:, None], torch.full_like(log_sum, -1))
             dh[rows] = delta @ W
             dW.addmm_(delta.T, h[rows])
             db += delta.sum(0)
@@ -231,47 +220,45 @@ def chunked_cross_entropy(h, W, b, target, chunk):
 
 
 @float32
-def soft(h_s: torch.Tensor, W_s: torch.Tensor, b_s: torch.Tensor, h_t: torch.Tensor, W_t: torch.Tensor,
-         b_t: torch.Tensor, tau: float = 2.0, count: float | None = None, chunk: int = 256) -> torch.Tensor:
+def soft(h_s: Tensor, W_s: Tensor, b_s: Tensor, h_t: Tensor, W_t: Tensor, b_t: Tensor, tau: float = 2.0,
+         divisor: float | None = None, chunk: int = 256) -> Tensor:
     """Soft labels: cross-entropy of the teacher's and the student's word distributions, VidLanKD Eq. 5:
 
         - sum_z P_t(z) log P_s(z),  P = softmax((h W' + b) / tau), without a factor tau^2
-
-    h_s (n, C_s), h_t (n, C_t): the n real tokens behind the LM heads' dense, GELU and LayerNorm;
-    W_s (V, C_s), W_t (V, C_t), b_s, b_t (V,): the heads' decoders. Gradients to h_s, W_s, b_s. items: tokens.
-    chunk: rows of logits that exist at a time; 4 chunk V floats at the peak.
+    h_s (n, C_s), h_t (n, C_t): n real tokens after the LM heads' dense, GELU and LayerNorm; W_s (V, C_s),
+    W_t (V, C_t), b_s, b_t (V,): the heads' decoders. Gradients to h_s, W_s, b_s. items: tokens.
+    chunk: rows of logits at a time; memory peaks at 4 chunk V floats.
     """
     h_t, W_t, b_t = h_t.detach() / tau, W_t.detach(), b_t.detach() / tau
 
     def teacher(rows):
         return torch.addmm(b_t, h_t[rows], W_t.T).softmax(1)
-    return per_item(chunked_cross_entropy(h_s / tau, W_s, b_s / tau, teacher, chunk), len(h_s), count)
+    return per_item(chunked_cross_entropy(h_s / tau, W_s, b_s / tau, teacher, chunk), len(h_s), divisor)
 
 
-def voken(h_s: torch.Tensor, W: torch.Tensor, b: torch.Tensor, h_t: torch.Tensor, videos: torch.Tensor,
-          count: float | None = None, chunk: int = 256) -> torch.Tensor:
-    """Vokens: for each token, classify the video nearest to the teacher's state, VidLanKD Eq. 9:
+def voken(h_s: Tensor, W: Tensor, b: Tensor, h_t: Tensor, videos: Tensor,
+          divisor: float | None = None, chunk: int = 256) -> Tensor:
+    """Vokens: each token's label is the video nearest to the teacher's state, VidLanKD Eq. 9:
 
         - log softmax(W h_s + b)[argmax_k cos(h_t, videos_k)]
-
-    h_s (n, C_s), h_t (n, C_t): states of the n real tokens; W (K, C_s), b (K,): the voken head;
-    videos (K, C_t): L2-normalised rows, scored in their own precision. Gradients to h_s, W, b. items: tokens.
-    chunk: as in soft.
+    h_s (n, C_s), h_t (n, C_t): states of n real tokens; W (K, C_s), b (K,): the voken head; videos (K, C_t):
+    L2-normalised rows, compared in their own precision. Gradients to h_s, W, b. items: tokens. chunk: as in
+    soft.
     """
     h_t = h_t.detach().to(videos.dtype)
 
     def nearest(rows):
         return (h_t[rows] @ videos.T).argmax(1)
-    return per_item(chunked_cross_entropy(h_s, W, b, nearest, chunk), len(h_s), count)
+    return per_item(chunked_cross_entropy(h_s, W, b, nearest, chunk), len(h_s), divisor)
 
 
 @float32
-def l2(s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, count: float | None = None) -> torch.Tensor:
+def l2(s: Tensor, t: Tensor, mask: Tensor, divisor: float | None = None) -> Tensor:
     """Squared distance of the last hidden states, summed over channels: |s_i - t_i|^2, VidLanKD Eq. 6.
 
-    s, t: (B, T, C), of equal width (the distillation head sees to it). Gradient to s. items: real tokens.
+    s, t (B, T, C), equally wide. Gradient to s. items: real tokens.
     """
-    return per_item(((s - t.detach()).square().sum(-1) * mask).sum(), mask.sum(), count)
+    return per_item(((s - t.detach()).square().sum(-1) * mask).sum(), mask.sum(), divisor)
 
 
 # ---------------------------------------------------------------------------- student: nst
@@ -280,25 +267,23 @@ def l2(s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, count: float | None
 def mmd_gaussian(S, T, sigma):
     """k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). S (c, L, d_s), T (c, L, d_t): the columns are the two samples.
 
-    Returns MMD^2 (c,), its cancelling sums added in float64, and d MMD^2 / dS.
-    With g = 1/sigma^2, Z = [S, T]:
+    -> MMD^2 (c,), its cancelling sums in float64, and d MMD^2 / dS. g = 1/sigma^2, Z = [S, T], r = d_s/d_t:
         K  = exp(g (S'Z - |s|^2/2 - |z|^2/2))                                       one product, exp in place
-        dS = 2g/d_s^2 [S K_ss - r T K_st' - S diag(rowsum K_ss - r rowsum K_st)]    one product, r = d_s/d_t
-    No distance is ever rooted: the root's gradient at zero is NaN.
+        dS = 2g/d_s^2 [S K_ss - r T K_st' - S diag(rowsum K_ss - r rowsum K_st)]    one product
+    Distances stay squared: the root's gradient at zero is NaN.
     """
     d_s, d_t, g = S.shape[-1], T.shape[-1], sigma ** -2
+    r = d_s / d_t
     Z = torch.cat([S, T], -1)
     bias = Z.square().sum(1, keepdim=True).mul_(-g / 2)                         # (c, 1, d_s + d_t)
     tt = torch.baddbmm(bias[..., d_s:], T.mT, T, alpha=g).add_(bias[..., d_s:].mT).exp_().sum(-1)
     K = torch.baddbmm(bias, S.mT, Z, alpha=g).add_(bias[..., :d_s].mT).exp_()   # (c, d_s, d_s + d_t)
-    K.diagonal(dim1=1, dim2=2).fill_(1)     # k(s_i, s_i), or its rounding error outweighs a small gradient
+    K.diagonal(dim1=1, dim2=2).fill_(1)     # k(s_i, s_i): its rounding error can outweigh the gradient
     ss, st = K[..., :d_s].sum(-1), K[..., d_s:].sum(-1)                         # (c, d_s)
-    mmd = (ss.double().sum(-1) / d_s ** 2 + tt.double().sum(-1) / d_t ** 2
-           - 2 * st.double().sum(-1) / (d_s * d_t))
-    r = d_s / d_t
+    total_ss, total_tt, total_st = (x.double().sum(-1) for x in (ss, tt, st))   # (c,)
     Z[..., d_s:] *= -r
     dS = torch.bmm(Z, K.mT).addcmul_(S, (r * st - ss)[:, None]).mul_(2 * g / d_s ** 2)
-    return mmd, dS
+    return total_ss / d_s ** 2 + total_tt / d_t ** 2 - 2 * total_st / (d_s * d_t), dS
 
 
 def mmd_poly(S, T, sigma):
@@ -319,19 +304,18 @@ MMD = {"gaussian": mmd_gaussian, "poly": mmd_poly, "linear": mmd_linear}
 
 @float32
 @no_tf32()
-def nst(s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, kernel: str = "gaussian", sigma: float = 1.0,
-        normalize: bool = True, count: float | None = None) -> torch.Tensor:
+def nst(s: Tensor, t: Tensor, mask: Tensor, kernel: str = "gaussian", sigma: float = 1.0,
+        normalize: bool = True, divisor: float | None = None) -> Tensor:
     """Neuron selectivity transfer: squared MMD of the student's and the teacher's neurons, VidLanKD Eq. 7:
 
         sum_ij k(s_i, s_j) / d_s^2 + sum_ij k(t_i, t_j) / d_t^2 - 2 sum_ij k(s_i, t_j) / (d_s d_t)
-
     s (B, T, d_s), t (B, T, d_t): neuron i is the pattern s[b, :, i] over the tokens of ONE sequence; special
-    tokens count, padding is zeroed. kernel: gaussian, exp(-|x - y|^2 / (2 sigma^2)); poly, (x.y)^2;
-    linear, x.y. normalize: a pattern is divided by max(its norm, 1e-6), as in Huang and Wang 2017 and the
-    released code; one below 1e-6 gets no gradient. Eq. 7 itself has no normalisation, but the squared
-    distance of LayerNorm states is then about 2T, exp(-T) underflows, and so does the gradient.
-    Gradient to s. items: sequences (the released code divides by T and omits the teacher's own sum).
-    Memory: d loss / ds, and the kernel of a few sequences at a time.
+    tokens count, padding is zeroed. kernel: gaussian, exp(-|x - y|^2 / (2 sigma^2)); poly, (x.y)^2; linear,
+    x.y. normalize: a pattern is divided by max(its norm, 1e-6), as in Huang and Wang 2017 and the released
+    code; one below 1e-6 gets no gradient. Eq. 7 has no normalisation, but the squared distance of LayerNorm
+    states is about 2T: exp(-T) underflows, and so does the gradient. Gradient to s. items: sequences (the
+    released code divides by T and omits the teacher's own sum). Memory: d loss / ds and the kernel of a few
+    sequences.
     """
     B, L, d_s, d_t = *s.shape, t.shape[-1]
     # kernel entries at a time: what a CPU core's cache holds, or what fills a GPU
@@ -347,12 +331,12 @@ def nst(s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, kernel: str = "gau
                 T.div_(norm_t.clamp(min=1e-6))
             mmd, dS = MMD[kernel](S, T, sigma)
             if normalize:
-                # through s / |s|: what lies along the pattern falls away
+                # through s / |s|: the part along the pattern falls away
                 dS.addcmul_(S, (S * dS).sum(1, keepdim=True), value=-1)
                 dS.div_(norm.masked_fill_(norm < 1e-6, math.inf))
             grad[rows] = dS
             total += mmd.sum()
-    return per_item(Fused.apply(total.to(s.dtype), [grad], s), B, count)
+    return per_item(Fused.apply(total.to(s.dtype), [grad], s), B, divisor)
 
 
 # ---------------------------------------------------------------------------- student: crd
@@ -361,45 +345,42 @@ def nst(s: torch.Tensor, t: torch.Tensor, mask: torch.Tensor, kernel: str = "gau
 class CRDBank:
     """The memory of crd: the latest z_s and z_t of each data sample, M unit rows of E (Tian et al. 2020).
 
-    A sample's row, its slot, is its index mod M. In a bank with fewer rows than samples a newcomer
-    overwrites, it is never blended. Which slots are filled, and by which sample, is known on the CPU (12 M
-    bytes), so that neither drawing nor updating waits for a GPU. Not a module: as DDP's buffer, rank 0's rows
-    would overwrite the others'. Instead all ranks gather the global batch, make the same update, and draw
-    from the same keys.
+    A sample's slot is its index mod M; in a bank with fewer rows than samples a newcomer overwrites. The CPU
+    knows which slots are filled and by which sample (12 M bytes): neither draw nor update waits for a GPU. No
+    buffer of a module: DDP would overwrite the other ranks' rows with rank 0's. All ranks gather the global
+    batch, make the same update and draw with the same keys.
     """
 
     def __init__(self, rows: int, dim: int, negatives: int = 4096, tau: float = 0.07, momentum: float = 0.0,
-                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", seed: int = 0):
-        """rows M, dim E, negatives N a step, temperature tau; momentum of a row (0 at token level, 0.5 at
-        sentence level); dtype and device of the rows (scores are float32 always); seed of the draws."""
-        self.rows, self.negatives, self.tau, self.momentum, self.seed = rows, negatives, tau, momentum, seed
+                 dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+        """rows M, dim E, negatives N a step, temperature tau, momentum of a row (0 at token level, 0.5 at
+        sentence level), dtype and device of the rows; scores are always float32."""
+        self.rows, self.negatives, self.tau, self.momentum = rows, negatives, tau, momentum
         self.z_s, self.z_t = (torch.zeros(rows, dim, dtype=dtype, device=device) for _ in range(2))
-        self.sample = np.full(rows, -1, np.int64)   # the sample that a slot holds, -1: none yet
-        self.filled = np.zeros(rows, np.int32)      # the slots that hold one, in the order of their filling
-        self.size = 0                               # how many these are
+        self.sample = np.full(rows, -1, np.int64)   # the sample in a slot; -1: none yet
+        self.filled = np.zeros(rows, np.int32)      # [:size]: the slots that hold one, in order of filling
+        self.size = 0
         self.log_z = None                           # [student over teacher rows, teacher over student rows]
 
     @staticmethod
     def nbytes(rows: int, dim: int, dtype: torch.dtype = torch.float32) -> int:
-        """Bytes of such a bank's rows, both sides, on its device."""
+        """Bytes of the rows of both sides on their device."""
         return 2 * rows * dim * dtype.itemsize
 
-    def draw(self, step: int) -> np.ndarray:
+    def draw(self, draw: Callable, seed: int, step: int) -> np.ndarray:
         """The step's negatives: slots (N,) int64, uniform with replacement among the filled ones.
 
-        A function of (seed, step) and of what was written: equal on all ranks and micro-batches.
+        draw(high, *keys): as in hinge_partners. All ranks and micro-batches get the same.
         """
         assert self.size > 0, "CRDBank.draw before the first update: write the first global batch, then draw"
-        drawn = keyed_integers(self.size, "crd", self.seed, step, np.arange(self.negatives))
-        return self.filled[drawn].astype(np.int64)
+        return self.filled[draw(self.size, "crd", seed, step, np.arange(self.negatives))].astype(np.int64)
 
     @torch.no_grad()
-    def update(self, index: np.ndarray, z_s: torch.Tensor, z_t: torch.Tensor) -> None:
-        """row <- normalise(m row + (1 - m) z) where the slot holds this very sample, else normalise(z).
+    def update(self, index: np.ndarray, z_s: Tensor, z_t: Tensor) -> None:
+        """row <- normalise(m row + (1 - m) z) where the slot holds the same sample, else normalise(z).
 
-        index: (n,) sample indices of the WHOLE global batch, in its order; z_s, z_t: (n, E), gathered from
-        all ranks. The last of equal slots counts. In place and on the touched rows alone: the
-        time does not depend on M.
+        index (n,): samples of the WHOLE global batch, in its order; z_s, z_t (n, E), gathered from all ranks.
+        The last of equal slots wins. In place on the touched rows: the time does not depend on M.
         """
         slot = index % self.rows
         last = np.sort(len(slot) - 1 - np.unique(slot[::-1], return_index=True)[1])
@@ -415,9 +396,9 @@ class CRDBank:
             bank.index_copy_(0, slot, F.normalize(row, dim=1).to(bank.dtype))
 
     def scores(self, z, side, slots, negatives):
-        """z (A, E) against the drawn rows of the OTHER side (side 0: z is the student's).
+        """z (A, E) against the drawn rows b (N, E) of the OTHER side (side 0: z is the student's).
 
-        Returns z.b / tau (A, N), -inf where a row is the anchor's own sample, and the rows b (N, E).
+        -> z.b / tau (A, N), -inf where a row holds the anchor's own sample, and b.
         """
         slots, negatives = (to_device(x, z.device) for x in (slots, negatives))
         rows = (self.z_t, self.z_s)[side].index_select(0, negatives).to(z.dtype)
@@ -425,12 +406,11 @@ class CRDBank:
 
     @torch.no_grad()
     @no_tf32()
-    def set_z(self, z_s: torch.Tensor, z_t: torch.Tensor, slots: np.ndarray, negatives: np.ndarray) -> None:
-        """Z = M mean exp(z.b / tau), one per direction, from the first GLOBAL batch; constant from then on.
+    def set_z(self, z_s: Tensor, z_t: Tensor, slots: np.ndarray, negatives: np.ndarray) -> None:
+        """Z = M mean exp(z.b / tau), one per direction, from the first GLOBAL batch, then constant.
 
-        z_s, z_t (A, E): its anchors, gathered from all ranks; slots (A,): their own; negatives (N,): the draw
-        of that step, after the batch was written. In l = z.b / tau - log Z - log(N / M) the M cancels; it
-        stands here as it does in the paper.
+        z_s, z_t (A, E), slots (A,): its anchors, gathered from all ranks; negatives (N,): drawn after the
+        batch was written. M cancels in l = z.b / tau - log Z - log(N / M); the paper writes it.
         """
         assert self.log_z is None, "CRDBank.set_z: Z is set already, and constant"
         self.log_z = []
@@ -441,15 +421,15 @@ class CRDBank:
             self.log_z.append(scores.logsumexp(0).item() - math.log(len(scores)) + math.log(self.rows))
 
     def state_dict(self) -> dict:
-        """The live tensors and plain numbers; torch.load(weights_only=True) reads them."""
+        """The live tensors and plain numbers, for torch.save."""
         return {"z_s": self.z_s, "z_t": self.z_t, "sample": torch.from_numpy(self.sample),
                 "filled": torch.from_numpy(self.filled), "size": self.size, "log_z": self.log_z}
 
     def load_state_dict(self, state: dict) -> None:
-        """A state_dict of a bank of the same rows and dim, any device and dtype; else SystemExit."""
+        """A state_dict of a bank of the same rows and dim, of any device and dtype; else ValueError."""
         if state["z_s"].shape != self.z_s.shape:
-            raise SystemExit(f"--crd_bank_size: the bank in the checkpoint is {tuple(state['z_s'].shape)}, "
-                             f"this run's {tuple(self.z_s.shape)}; give the size that it was trained with")
+            raise ValueError(f"a CRD bank of {tuple(state['z_s'].shape)} cannot go on as one of "
+                             f"{tuple(self.z_s.shape)}; give the rows and width that it was trained with")
         self.z_s.copy_(state["z_s"])
         self.z_t.copy_(state["z_t"])
         self.sample[:], self.filled[:] = state["sample"].numpy(), state["filled"].numpy()
@@ -458,20 +438,18 @@ class CRDBank:
 
 @float32
 @no_tf32()
-def crd(z_s: torch.Tensor, z_t: torch.Tensor, slots: np.ndarray, bank: CRDBank, negatives: np.ndarray,
-        count: float | None = None, loss: str = "nce") -> torch.Tensor:
+def crd(z_s: Tensor, z_t: Tensor, slots: np.ndarray, bank: CRDBank, negatives: np.ndarray,
+        divisor: float | None = None, loss: str = "nce") -> Tensor:
     """Contrastive representation distillation, VidLanKD Eq. 8 (Tian et al. 2020), in log space:
 
         softplus(-l_positive) + sum over N negatives of softplus(l),  l = z_s.z_t / tau - log Z - log(N / M)
-
-    that is -log h(positive) - sum log(1 - h(negative)), h = e / (e + N/M), e = exp(z_s.z_t / tau) / Z; for
-    the student's anchors over teacher rows, plus for the teacher's anchors over student rows. The paper
-    prints no tau and no Z (ours are RepDistiller's): without them h > 0.99 at any cosine, and nothing is
+    which is -log h(positive) - sum log(1 - h(negative)), h = e / (e + N/M), e = exp(z_s.z_t / tau) / Z. Two
+    directions are added: student anchors over teacher rows, teacher anchors over student rows. The paper
+    prints no tau and no Z (ours are RepDistiller's); without them h > 0.99 at any cosine and nothing is
     learned.
-    z_s, z_t (A, E): f_1 and f_2 of the anchors, L2-normalised (in float32). The positives send gradient into
-    both, the negatives, bank rows, into the anchor alone. slots (A,): the anchors' own; negatives (N,):
-    bank.draw(step), shared by the anchors, which leaves the expectation as it is; an anchor's own sample is
-    left out. items: anchors.
+    z_s, z_t (A, E): f_1 and f_2 of the anchors, L2-normalised. A positive sends gradient into both, a
+    negative, a bank row, into the anchor alone. slots (A,): the anchors' own; negatives (N,): bank.draw,
+    shared by the anchors, which keeps the expectation; an anchor's own sample is left out. items: anchors.
     loss="infonce": cross-entropy of the positive against the same negatives at the same tau, without Z.
     """
     assert loss in ("nce", "infonce"), f"crd: loss {loss!r}, not nce or infonce"
@@ -493,4 +471,4 @@ def crd(z_s: torch.Tensor, z_t: torch.Tensor, slots: np.ndarray, bank: CRDBank, 
             grads[side].addmm_(d_negative, rows, alpha=1 / bank.tau)
             grads[side].addcmul_(d_positive[:, None], other, value=1 / bank.tau)
             grads[1 - side].addcmul_(d_positive[:, None], anchor, value=1 / bank.tau)
-    return per_item(Fused.apply(total, grads, z_s, z_t), len(z_s), count)
+    return per_item(Fused.apply(total, grads, z_s, z_t), len(z_s), divisor)
