@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import hash64, keyed_integers, keyed_uniform, progress
+from common import hash64, keyed_integers, keyed_uniform
 from parts.vocab import CLIPVocab, Vocab, load_vocab
 
 FORMAT = 1  # of the packed files; raise it with any change of what they hold
@@ -39,27 +39,18 @@ def write_packed(part, kind, vocab, arrays, **attributes):
     """Writes an HDF5 file of contiguous datasets, among them the vocabulary, and the hash of its content.
 
     arrays: {name: array, or (raw file, dtype, shape of a row)}. A contiguous dataset cannot grow, so data of
-    unknown length comes as a raw file; it is copied piece by piece and removed.
+    unknown length comes as a raw file.
     """
     import h5py
     digest = hashlib.sha256(json.dumps([kind, FORMAT, vocab.hash, attributes]).encode())
     with h5py.File(part, "w") as f:
         for name, value in arrays.items():
-            if not isinstance(value, tuple):
-                f[name] = value
-                digest.update(np.ascontiguousarray(value))
-                continue
-            raw, dtype, shape = value
-            width, size = int(np.prod(shape)), raw.stat().st_size
-            data = f.create_dataset(name, (size // (width * dtype.itemsize), *shape), dtype)
-            rows = max(1, (1 << 24) // (width * dtype.itemsize))
-            with open(raw, "rb") as source, progress(None, size, "B", name, unit_scale=True) as bar:
-                for at in range(0, len(data), rows):
-                    piece = np.fromfile(source, dtype, min(rows, len(data) - at) * width)
-                    data[at:at + rows] = piece.reshape(-1, *shape)
-                    digest.update(piece)
-                    bar.update(piece.nbytes)
-            raw.unlink()
+            if isinstance(value, tuple):
+                raw, dtype, shape = value
+                value = np.memmap(raw, dtype, "r") if raw.stat().st_size else np.zeros(0, dtype)
+                value = value.reshape(-1, *shape)
+            f[name] = value
+            digest.update(np.ascontiguousarray(value))
         f["vocab"] = np.frombuffer("\n".join(vocab.tokens).encode(), np.uint8)
         f.attrs.update({"kind": kind, "format": FORMAT, "vocab_hash": vocab.hash, "lower": vocab.lower,
                         "strip_accents": vocab.strip_accents, "hash": digest.hexdigest(), **attributes})
@@ -242,8 +233,8 @@ class TextBlocks:
         if total < held_out + 1:
             raise SystemExit(f"{files[0]}: {total} blocks of {block_size} tokens are too few; lower "
                              "--block_size or pack more text")
-        held = part == "val" and not val_glob
-        self.offset, self.n = (total - held_out, held_out) if held else (0, total - held_out)
+        in_front = part == "train" or val_glob
+        self.offset, self.n = (0, total - held_out) if in_front else (total - held_out, held_out)
 
     def add_shard(self, path, attributes, maps):
         """For a subclass: reads what else the file holds."""
@@ -301,7 +292,7 @@ class PairBlocks(TextBlocks):
             raise SystemExit(f"--segments {segments} of --segment_length {length}: at least 1 of 3 (start, a "
                              "token, end)")
         self.segments, self.length, self.clip_vocab = segments, length, None
-        self.tower_tokens, self.tower_start = [], []  # of each shard: ids, where a block's begin
+        self.tower_tokens, self.tower_start = [], []  # of each shard: CLIP's ids; where each block's begin
         super().__init__(paths, block_size, part, val_glob)
         size = np.concatenate(list(map(np.diff, self.tower_start)))[self.offset:self.offset + self.n]
         self.cut = int(np.maximum(size - segments * (length - 2), 0).sum())
@@ -315,11 +306,8 @@ class PairBlocks(TextBlocks):
         if "clip_tokens" not in maps or len(maps.get("clip_counts", ())) != len(maps["tokens"]):
             raise SystemExit(f"{path}: damaged (the CLIP side does not fit the words); pack it anew")
         blocks, width = self.shards[-1].shape
-        counts = maps["clip_counts"][:blocks * width].reshape(blocks, width)
-        start, rows = np.zeros(blocks + 1, np.int64), 1 + (1 << 22) // width
-        for at in range(0, blocks, rows):  # piece by piece, so that memory stays flat
-            start[at + 1:at + 1 + rows] = counts[at:at + rows].sum(1, dtype=np.int64)
-        self.tower_start.append(np.cumsum(start, out=start))
+        counts = np.asarray(maps["clip_counts"])[:blocks * width].reshape(blocks, width)
+        self.tower_start.append(np.cumsum(np.r_[0, counts.sum(1, dtype=np.int64)]))
         self.tower_tokens.append(maps["clip_tokens"])
 
     def clip_batch(self, index) -> dict:

@@ -1,6 +1,5 @@
-"""The commands of data.py."""
+"""The commands of data.py: demo, vocab, text, xtext and videos."""
 import argparse
-import re
 import sys
 
 import data
@@ -15,16 +14,20 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(f"{self.prog}: {message}; see {self.prog} --help")
 
 
+def dashed(arg):
+    """--clip_vocab=a_b -> --clip-vocab=a_b"""
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
+
+
 def main(argv=None):
-    """The commands demo, vocab, text, xtext and videos; dashes and underscores in flags are equal."""
-    argv = [re.match("[^=]*", arg)[0].replace("_", "-") + "".join(arg.partition("=")[1:])
-            if arg.startswith("--") else arg for arg in (sys.argv[1:] if argv is None else argv)]
-    parser = Parser(prog="data.py", description=data.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Runs the command in `argv`; dashes and underscores in flags are equal."""
+    parser = Parser(prog="data.py", description=data.__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|vocab|text|xtext|videos")
 
     def command(name, text):
-        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        return sub.add_argument
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False).add_argument
 
     add = command("demo", "build and pack the demo world")
     add("--seed", type=int, default=0, help="every seed is another world (default 0)")
@@ -51,7 +54,7 @@ def main(argv=None):
     add("--vocab", required=True, help="as for text; the teacher and its students share one vocabulary")
     add("--skip-bad", action="store_true", help="leave out what is missing or broken instead of stopping")
     add("--out", required=True, help=".h5 file to write")
-    args = parser.parse_args(argv)
+    args = parser.parse_args([dashed(arg) for arg in (sys.argv[1:] if argv is None else argv)])
     try:
         if args.command == "demo":
             make_demo(args.out or f"data/demo-s{args.seed}", args.seed)

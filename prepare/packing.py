@@ -230,15 +230,15 @@ def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attri
     check_space(out, 2 * sum(dtype.itemsize for dtype in dtypes.values()) * total // 3)
     print0(f"{kind}: packing {total / 1e6:.1f} MB with {vocab.size:,} word pieces")
     documents, begin = 0, time.perf_counter()
-    with atomic(out) as part, ExitStack() as stack:
+    bar = progress(None, total, "B", kind, unit_scale=True)
+    with atomic(out) as part, bar, ExitStack() as stack:
         raw = {name: stack.enter_context(open(part.with_name(f"{name}.raw"), "wb")) for name in dtypes}
-        with progress(None, total, "B", kind, unit_scale=True) as bar:
-            for path in sources:
-                for words, ended, size in words_of(path, split):
-                    documents += ended
-                    for f, ids in zip(raw.values(), encode(words) if words else ()):
-                        f.write(ids)
-                    bar.update(size)
+        for path in sources:
+            for words, ended, size in words_of(path, split):
+                documents += ended
+                for f, ids in zip(raw.values(), encode(words) if words else ()):
+                    f.write(ids)
+                bar.update(size)
         seconds = time.perf_counter() - begin
         counts = {name: raw[name].tell() // dtypes[name].itemsize for name in raw if name.endswith("tokens")}
         counts |= {"documents": documents, "bytes": total}
@@ -246,6 +246,7 @@ def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attri
             raise SystemExit(f"{', '.join(map(str, sources))}: no text in it")
         stack.close()
         check_space(out, sum(f.stat().st_size for f in part.parent.iterdir()))
+        bar.set_description(f"{kind}: writing {Path(out).name}")
         names = np.frombuffer(json.dumps([p.name for p in sources]).encode(), np.uint8)
         write_packed(part, kind, vocab, {name: (Path(f.name), dtypes[name], ()) for name, f in raw.items()}
                      | arrays | {"sources": names}, **attributes, **counts)
@@ -317,10 +318,10 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
     names, task, frame_offsets, caption_offsets, tokens = [], [], [0], [0], 0
     dtypes = {"frames": np.dtype(np.float16), "tokens": vocab.dtype, "token_offsets": np.dtype(np.int64),
               "start": np.dtype(np.float64), "end": np.dtype(np.float64)}
-    with atomic(out) as part, ExitStack() as stack:
+    bar = progress(None, len(tasks), "video", "videos")
+    with atomic(out) as part, bar, ExitStack() as stack:
         raw = {name: stack.enter_context(open(part.with_name(f"{name}.raw"), "wb")) for name in dtypes}
         raw["token_offsets"].write(np.int64(0).tobytes())
-        bar = stack.enter_context(progress(None, len(tasks), "video", "videos"))
         for video, row, _ in read_captions(captions):
             if video not in tasks:
                 unnamed += 1
@@ -364,6 +365,7 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
         counts = {"videos": len(names), "captions": caption_offsets[-1], "frames": frame_offsets[-1],
                   "tokens": tokens}
         check_space(out, sum(f.stat().st_size for f in part.parent.iterdir()))
+        bar.set_description(f"videos: writing {Path(out).name}")
         write_packed(part, "videos", vocab, {
             "video_id": np.array(names), "task": np.array(task, np.int64),
             "frame_offsets": np.array(frame_offsets), "caption_offsets": np.array(caption_offsets)} | {
