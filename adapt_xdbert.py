@@ -8,12 +8,11 @@
 
 Both encoders read the same text, each with its tokenizer, and a small cross-modal encoder joins them. Masked
 words (MLM), whether both texts are the same (MATCH) and CLIP's tokens (CLIPTC) are predicted from its output.
-What is left is the language encoder, of unchanged size: out/xdbert-<objective>-s<seed>/model, a Hugging Face
+The run leaves the language encoder, of unchanged size: out/xdbert-<objective>-s<seed>/model, a Hugging Face
 folder. clip/ and cross.* beside its weights are the rest of the model, for finetune.py --cross.
 """
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +22,15 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import distill
-import finetune
 import losses
-import teacher
-from common import check_fields, duration, keyed_integers, print0, table, write_json
-from data import open_vocab
+from common import Switch, check_fields, duration, keyed_integers, print0, read_json, table
 from model import (BERT, LANGUAGE, XDBERT, CLIPConfig, CLIPText, MLMHead, flops_per_token, init_weights,
                    memory_report, param_groups)
-from parts.tasks import DEMO_TASKS, TASKS
+from parts.metrics import probes
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from parts.weights import load_bert, load_clip, load_mlm_head, save_bert, save_xdbert
-from prepare.world import demo_world, demo_xtext
-from run import (Interrupt, Log, check_finite, check_resume, check_weights, file_hash, finished_run,
-                 init_world, load_checkpoint, lr_at, micro_batch_size, model_folder, move, open_run,
-                 peak_flops, peak_memory_mb, restore_rng, run_script, save_checkpoint, set_seed, step_line,
-                 unfinished_run)
+from run import (Run, file_hash, init_ranks, lr_at, micro_batch_size, model_folder, move, run_script,
+                 set_seed, steps_of)
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,6 @@ class Config:
     val: str = ""  # pairs to evaluate on; empty = the last 1 % of the blocks
     block_size: int = 24  # tokens of a sequence of the language encoder, [CLS] and [SEP] included
     segments: int = 2  # of CLIP's tokens for a sequence; what does not fit is cut
-    segment_length: int = 0  # tokens of a segment, start and end included; 0 = as many as CLIP has positions
     eval_blocks: int = 500  # validation blocks that are read
     # models
     language: str = ""  # a run, a Hugging Face folder, or bert-base .. = random weights; empty = the demo's
@@ -72,7 +63,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    warmup: float = 0.05  # share of the planned steps, linear
+    warmup_steps: float = 0.05  # linear warm-up; below 1 = a share of the planned steps
     max_steps: int = 400  # 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the text, where max_steps is 0
     schedule_steps: int = 0  # steps that the learning rate is planned for; 0 = those that are run
@@ -82,7 +73,7 @@ class Config:
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile the encoders
     out_dir: str = ""  # run folder; empty = out/xdbert-<objective>-s<seed>
-    resume: bool = False  # go on from the folder's newest checkpoint
+    resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
     dry_run: bool = False  # print the parts and their parameters and stop
     table: bool = True  # on the demo: fine-tune, beside the encoder adapted on as much text alone
@@ -95,45 +86,29 @@ class Config:
     def __post_init__(self):
         chosen = self.objective.split("+")
         if not set(chosen) <= set(OBJECTIVES) or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--objective {self.objective}: write some of {', '.join(OBJECTIVES)} joined by "
-                             "+")
+            raise ValueError(f"--objective {self.objective}: write some of {', '.join(OBJECTIVES)} "
+                             "joined by +")
         check_fields(self, CHOICES, POSITIVE)
-        if self.no_clip and self.objective != "mlm":
-            raise ValueError("--no_clip needs --objective mlm: the others read CLIP's tokens")
-        if self.no_clip and self.freeze:
-            raise ValueError("--no_clip trains the language encoder alone: leave --freeze out")
+        if self.no_clip and (self.objective != "mlm" or self.freeze):
+            raise ValueError("--no_clip trains the language encoder alone: it needs --objective mlm, and no "
+                             "--freeze")
         if self.preset in ("base", "paper") and not self.train and not self.dry_run:
             raise ValueError(f"--preset {self.preset} needs --train, text packed by data.py xtext")
-        if min(self.segments, self.cross_layers) < 1:
-            raise ValueError("--segments and --cross_layers: at least 1 (--no_clip leaves CLIP out)")
         if unknown := set(filter(None, self.freeze.split(","))) - {"clip", "language"}:
             raise ValueError(f"--freeze {min(unknown)}: write clip, language or clip,language")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"--warmup {self.warmup:g}: a share of the steps, at least 0 and below 1")
-        for name in ("segment_length", "max_steps", "epochs", "schedule_steps", "dropout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name):g}: must not be negative")
-        if max(self.mask_rate, self.cliptc_rate) > 1 or self.dropout >= 1:
+        if max(self.mask_rate, self.cliptc_rate) > 1 or not 0 <= self.dropout < 1:
             raise ValueError("--mask_rate and --cliptc_rate are shares, at most 1; --dropout is below 1")
         if not self.max_steps and not self.epochs:
             raise ValueError("--max_steps 0 needs --epochs")
-        if self.max_steps and self.schedule_steps and self.max_steps > self.schedule_steps:
-            raise ValueError(f"--schedule_steps {self.schedule_steps}: the learning rate would be 0 for the "
-                             f"last of --max_steps {self.max_steps}; give as many or more")
-        for name in ("eval_every", "save_every"):
-            if getattr(self, name) % self.log_every:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every "
-                                 f"({self.log_every})")
         data.parse_split(self.mask_split)
 
 
 OBJECTIVES = ("mlm", "match", "cliptc")
-CHOICES = {"reduction": ("mean", "sum"), "dtype": ("float32", "bfloat16", "float16")}
-POSITIVE = ("eval_blocks", "mask_rate", "cliptc_rate", "batch_size", "grad_accum", "lr", "log_every",
-            "eval_every", "save_every")
+CHOICES = {"reduction": ("mean", "sum")}
+POSITIVE = ("segments", "cross_layers", "eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")
 # what a resumed run cannot change
-FIXED = ("block_size", "segments", "segment_length", "cross_layers", "no_clip", "freeze", "objective",
-         "mask_rate", "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
+FIXED = ("block_size", "segments", "cross_layers", "no_clip", "freeze", "objective", "mask_rate",
+         "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
          "schedule_steps", "seed")
 # flags that change no result: hashes tell what the models and the data are
 FREE = ("preset", "train", "val", "language", "clip", "table")
@@ -146,27 +121,24 @@ PRESETS = {"auto": lambda given: BASE if "train" in given else {}, "demo": {}, "
            "paper": BASE | dict(schedule_steps=32_000)}
 
 
-# ---------------------------------------------------------------------------- model and batch
-
-
 class Adapter(nn.Module):
     """Encoders, cross-modal encoder and heads: all that is trained, so that DDP sees every gradient.
 
-    language: BERT; clip: CLIPText, or None for the baseline; mlm: the language encoder's own MLMHead or None.
+    language: BERT; tower: CLIPText, or None for the baseline; mlm: the language encoder's MLMHead, or None.
     """
 
-    def __init__(self, cfg, language, clip, mlm):
+    def __init__(self, cfg, language, tower, mlm):
         super().__init__()
         config, chosen = language.config, cfg.objective.split("+")
         self.names = [name for name in OBJECTIVES if name in chosen]
-        self.encoder = XDBERT(language, clip, cfg.cross_layers) if clip else language
-        self.frozen = [part for name, part in (("language", language), ("clip", clip))
+        self.encoder = XDBERT(language, tower, cfg.cross_layers) if tower else language
+        self.frozen = [part for name, part in (("language", language), ("clip", tower))
                        if part and name in cfg.freeze.split(",")]
         self.reads = {"text": not {"mlm", "match"}.isdisjoint(self.names), "clip": "cliptc" in self.names}
         if language.pooler:
-            language.pooler.requires_grad_(False)  # it goes through as it is: MATCH has one of its own
-        if clip:  # DDP would wait for the gradient of what no term reads
-            clip.logit_scale.requires_grad_(False)
+            language.pooler.requires_grad_(False)  # MATCH has a pooler of its own
+        if tower:  # DDP would wait for the gradient of what no term reads
+            tower.logit_scale.requires_grad_(False)
             for name, halves in (("text", self.encoder.cross.text), ("clip", self.encoder.cross.clip)):
                 halves[-1].requires_grad_(self.reads[name])
         if "mlm" in self.names:
@@ -178,7 +150,7 @@ class Adapter(nn.Module):
             for part in (self.encoder.pooler, self.match):
                 init_weights(part, config.init_std)
         if "cliptc" in self.names:
-            self.cliptc = MLMHead(clip.width, clip.embeddings.word.weight, config.layer_norm_eps,
+            self.cliptc = MLMHead(tower.width, tower.embeddings.word.weight, config.layer_norm_eps,
                                   config.init_std)
         for part in self.frozen:
             part.requires_grad_(False)
@@ -192,8 +164,8 @@ class Adapter(nn.Module):
     def logits(self, batch):
         """{term: (items, classes)}: of masked words, of [CLS], and of CLIP's chosen tokens, there alone."""
         if isinstance(self.encoder, XDBERT):
-            clip = {key: batch[key] for key in CLIP_KEYS}
-            h, c = self.encoder.streams(batch["inputs"], **clip, **self.reads)  # (B, T, C), (B, R, P)
+            beside = {key: batch[key] for key in CLIP_KEYS}
+            h, c = self.encoder.streams(batch["inputs"], **beside, **self.reads)  # (B, T, C), (B, R, P)
         else:
             h = self.encoder(batch["inputs"])  # (B, T, C)
         found = {}
@@ -205,27 +177,31 @@ class Adapter(nn.Module):
             found["cliptc"] = self.cliptc(c.flatten(0, 1)[batch["cliptc_index"]])
         return found
 
-    def forward(self, batch, count):
-        """One micro-batch -> {term: sum of cross-entropies / count[term]}."""
-        return {name: losses.mlm(logits, batch[f"{name}_targets"], count[name])
+    def forward(self, batch, divisor):
+        """One micro-batch -> {term: sum of cross-entropies / divisor[term]}."""
+        # HACK HERE: the objective
+        return {name: losses.mlm(logits, batch[f"{name}_targets"], divisor[name])
                 for name, logits in self.logits(batch).items()}
 
 
 CLIP_KEYS = ("clip_ids", "clip_place", "clip_mask")
 
 
-def prepare(blocks, cfg, index, text, *keys):
-    """The micro-batch of blocks `index`, whose CLIP side holds the texts of blocks `text`: inputs, targets.
+def make_batch(blocks, cfg, index, *keys, text=None):
+    """Blocks `index` as a micro-batch: masked inputs, CLIP's side, targets.
 
     keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
+    text: the blocks whose text CLIP's side holds; None: with MATCH half of them are others, drawn.
     """
     batch = blocks.batch(index)
     inputs, labels = data.mask_tokens(batch["ids"], batch["mask"], blocks.vocab, cfg.mask_rate,
                                       cfg.mask_split, *keys)
-    place = (labels.flatten() != -100).nonzero()[:, 0]
-    found = {"inputs": inputs, "mlm_index": place, "mlm_targets": labels.flatten()[place]}
+    masked = (labels.flatten() != -100).nonzero()[:, 0]
+    found = {"inputs": inputs, "mlm_index": masked, "mlm_targets": labels.flatten()[masked]}
     if cfg.no_clip:
         return found
+    if text is None:
+        text = data.match_texts(index, len(blocks), *keys) if "match" in cfg.objective else index
     found |= blocks.clip_batch(text)
     # by its word pieces, not by index: a text may stand in the corpus twice
     found["match_targets"] = (blocks.batch(text)["ids"] == batch["ids"]).all(1).long()
@@ -235,10 +211,9 @@ def prepare(blocks, cfg, index, text, *keys):
 
 
 @torch.no_grad()
-def evaluate(model, blocks, cfg, world):
+def evaluate(model, blocks, cfg, ranks):
     """Loss and accuracy of every term on the first eval_blocks blocks, all draws fixed by block; over all
-    ranks. With MATCH each block is read twice, beside its own text and beside another: MLM's accuracy is
-    told for both."""
+    ranks. With MATCH each block is read twice, beside its own text and beside another."""
     model.eval()
     index = np.arange(min(len(blocks), cfg.eval_blocks))
     sides = {"matched": index}
@@ -246,10 +221,10 @@ def evaluate(model, blocks, cfg, world):
         sides["mismatched"] = (index + 1 + keyed_integers(len(blocks) - 1, "val other", index)) % len(blocks)
     # (sides, terms) x (summed loss, right, items)
     total = torch.zeros(len(sides), len(model.names), 3, dtype=torch.float64)
-    parts = np.array_split(index, max(1, len(index) * world.size * cfg.grad_accum // cfg.batch_size))
+    parts = np.array_split(index, max(1, len(index) * ranks.size * cfg.grad_accum // cfg.batch_size))
     for side, text in enumerate(sides.values()):
-        for part in parts[world.rank::world.size]:
-            batch = move(prepare(blocks, cfg, part, text[part], "val", part), world.device)
+        for part in parts[ranks.rank::ranks.size]:
+            batch = move(make_batch(blocks, cfg, part, "val", part, text=text[part]), ranks.device)
             for term, (name, logits) in enumerate(model.logits(batch).items()):
                 targets = batch[f"{name}_targets"]
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum")
@@ -257,7 +232,7 @@ def evaluate(model, blocks, cfg, world):
                 total[side, term] += torch.tensor([loss.item(), right.item(), len(targets)],
                                                   dtype=torch.float64)
     model.train()
-    world.sum(total)
+    ranks.sum(total)
     scores = {}
     for name, (loss, right, n) in zip(model.names, total.sum(0).tolist()):
         scores |= {name: loss / max(1, n), f"{name}_accuracy": right / max(1, n)}
@@ -286,8 +261,11 @@ def open_language(cfg, vocab):
     return language, load_mlm_head(folder, language), file_hash(folder)
 
 
-def open_clip(cfg):
-    """(CLIPText, hash of its weights, hash of its vocabulary) of --clip."""
+def open_tower(cfg):
+    """(CLIPText, hash of its weights, hash of its vocabulary) of --clip; None where it is random
+    or unused."""
+    if cfg.no_clip or cfg.clip == "random":
+        return None, "" if cfg.no_clip else cfg.clip, ""
     if Path(cfg.clip).is_file():  # OpenAI's comes without its tokenizer
         return load_clip(cfg.clip), file_hash(cfg.clip), OPENAI_CLIP
     folder = model_folder(cfg.clip, "--clip")
@@ -297,17 +275,9 @@ def open_clip(cfg):
 def open_parts(cfg):
     """(PairBlocks to train on and to evaluate on, BERT, its MLMHead or None, CLIPText or None, hashes) that
     the flags name; one line where they do not fit each other."""
-    clip, clip_hash, clip_vocab_hash = None, "", ""
-    if cfg.clip == "random":
-        clip_hash = cfg.clip
-    elif not cfg.no_clip:
-        clip, clip_hash, clip_vocab_hash = open_clip(cfg)
-    positions = clip.config.positions if clip else CLIPConfig.positions
-    length = cfg.segment_length or positions
-    if length > positions:
-        raise SystemExit(f"--segment_length {length}: CLIP's tower has {positions} positions; give that or "
-                         "less")
-    train, val = (data.PairBlocks(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, length)
+    tower, tower_hash, own = open_tower(cfg)
+    positions = tower.config.positions if tower else CLIPConfig.positions
+    train, val = (data.PairBlocks(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, positions)
                   for part in ("train", "val"))
     vocab, clip_vocab = train.vocab, train.clip_vocab
     if (val.vocab.hash, val.clip_vocab.hash) != (vocab.hash, clip_vocab.hash):
@@ -320,37 +290,35 @@ def open_parts(cfg):
     if cfg.block_size > language.config.max_positions:
         raise SystemExit(f"--block_size {cfg.block_size}: {cfg.language} has {language.config.max_positions} "
                          "positions; give that or less")
-    if clip and (clip_vocab_hash, clip.config.vocab_size) != (clip_vocab.hash, clip_vocab.size):
+    if tower and (own, tower.config.vocab_size) != (clip_vocab.hash, clip_vocab.size):
         raise SystemExit(f"--train {cfg.train}: packed with another tokenizer ({clip_vocab.size:,} tokens) "
-                         f"than that of --clip {cfg.clip} ({clip.config.vocab_size:,}); pack it again with "
+                         f"than that of --clip {cfg.clip} ({tower.config.vocab_size:,}); pack it again with "
                          "its --clip_vocab")
     if cfg.clip == "random" and not cfg.no_clip:
-        clip = CLIPText(CLIPConfig(vocab_size=clip_vocab.size))
-    return train, val, language, mlm, clip, {
+        tower = CLIPText(CLIPConfig(vocab_size=clip_vocab.size))
+    return train, val, language, mlm, tower, {
         "corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash,
-        "language encoder": language_hash, "CLIP": clip_hash}
+        "language encoder": language_hash, "CLIP": tower_hash}
 
 
-def demo_parts(cfg, folder, demo, world):
-    """cfg with what the demo adapts: packed pairs of texts, the text-only student, a CLIP-like tower."""
+def check_demo(cfg, vocab):
+    """One line where a model that was given cannot read the demo world, whose Vocab is `vocab`."""
     for flag, load in (("language", load_vocab), ("clip", load_clip_vocab)):
         path = getattr(cfg, flag)
         if path and path not in (*LANGUAGE, "random"):
             own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
-            if own != open_vocab(demo / "corpus.h5").hash:
+            if own != vocab.hash:
                 raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "
                                  "with `python data.py xtext`")
-    made = {"train": str(demo_xtext(demo, world))}
-    if not cfg.language:
-        student = distill.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
-                                 block_size=cfg.block_size)
-        made["language"] = str(folder.parent / f"distill-none-s{cfg.seed}")
-        distill.main(distill.text_only_run(student, made["language"]), reuse=True, alone=True)
-    if not cfg.clip and not cfg.no_clip:
-        made["clip"] = str(folder.parent / f"teacher-clip-s{cfg.seed}")
-        teacher.main(teacher.Config(objective="clip", seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
-                                    block_size=cfg.block_size, out_dir=made["clip"]), reuse=True)
-    return replace(cfg, **made)
+
+
+def on_demo(cfg, folder):
+    """cfg with the demo's text and runs where --train is empty."""
+    if cfg.train:
+        return cfg
+    runs = {"language": f"distill-none-s{cfg.seed}", "clip": f"teacher-clip-s{cfg.seed}"}
+    found = {flag: getattr(cfg, flag) or str(folder.parent / run) for flag, run in runs.items()}
+    return replace(cfg, train=str(Path(cfg.data_dir, f"demo-s{cfg.seed}", "xcorpus.h5")), **found)
 
 
 def parts_table(model):
@@ -387,15 +355,14 @@ def flops_of(model, cfg, length, used):
     total = T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.names))
     if cfg.no_clip:
         return total
-    clip, cross, R = model.encoder.clip.config, model.encoder.cross, used * cfg.segments * length
-    total += R * flops_per_token(clip, length, cfg.cliptc_rate * ("cliptc" in model.names))
-    # a cross-modal layer: a layer of each stream, and attention to the other: query and output map its own
-    # tokens, key and value the other's
-    for halves, own, other, width in ((cross.text, T, R, config.hidden), (cross.clip, R, T, clip.projection)):
-        for half in halves:
-            total += 2 * own * sum(p.numel() for p in half.layer.parameters()) + 4 * own * own * width
-            total += 4 * own * width * width + 4 * other * own * width
-            total += 4 * other * (clip.projection + config.hidden - width) * width
+    tower, cross, R = model.encoder.clip.config, model.encoder.cross, used * cfg.segments * length
+    total += R * flops_per_token(tower, length, cfg.cliptc_rate * ("cliptc" in model.names))
+    # each cross-modal layer: its linear maps, counted as if all read the stream's own tokens, and attention
+    # to its own tokens and to the other stream's
+    streams = (cross.text, T, R, config.hidden), (cross.clip, R, T, tower.projection)
+    for halves, own, other, width in streams:
+        maps = 2 * sum(p.numel() for p in halves.parameters())
+        total += own * (maps + len(halves) * 4 * (own + other) * width)
     return total
 
 
@@ -404,14 +371,11 @@ def memory(model, cfg, micro_size, length, used):
     config = model.encoder.config
     if cfg.no_clip:
         return memory_report(model, config, micro_size, cfg.block_size)
-    clip, segments = model.encoder.clip.config, max(1, round(micro_size * used * cfg.segments))
+    tower, segments = model.encoder.clip.config, max(1, round(micro_size * used * cfg.segments))
     halves = dict(layers=math.ceil(1.5 * cfg.cross_layers), intermediate=config.intermediate, vocab_size=1)
     return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate, [
-        (clip, segments, length), (replace(config, **halves), micro_size, cfg.block_size),
-        (replace(clip, **halves), micro_size, max(1, round(used * cfg.segments * length)))])
-
-
-# ---------------------------------------------------------------------------- the run
+        (tower, segments, length), (replace(config, **halves), micro_size, cfg.block_size),
+        (replace(tower, **halves), micro_size, max(1, round(used * cfg.segments * length)))])
 
 
 def run_folder(cfg):
@@ -419,208 +383,120 @@ def run_folder(cfg):
     return Path(cfg.out_dir or f"out/xdbert-{cfg.objective}{'-noclip' * cfg.no_clip}-s{cfg.seed}")
 
 
-def main(cfg, reuse=False):
-    """Adapts and saves; returns the results.
-
-    reuse: where a finished run of the same flags and data exists, it returns that one's results.
-    """
+def main(cfg):
+    """Adapts and saves; returns what the run's results.json holds."""
     if cfg.dry_run:
         return dry_run(cfg)
-    world, given = init_world(cfg.device), cfg
-    dtype = getattr(torch, cfg.dtype)
-    micro_size = micro_batch_size(cfg, world)
-    folder = run_folder(cfg)
-    saved = load_checkpoint(folder, world) if cfg.resume or cfg.eval_only else None
-
-    # data, and on the demo what is missing: world, pairs, text-only student, CLIP-like tower
-    demo = None if cfg.train else demo_world(cfg.data_dir, cfg.seed, world)
-    if demo:
-        cfg = demo_parts(cfg, folder, demo, world)
+    ranks, dtype, folder = init_ranks(cfg.device), getattr(torch, cfg.dtype), run_folder(cfg)
+    micro_size, cfg = micro_batch_size(cfg, ranks), on_demo(cfg, folder)
     for flag in ("language", "clip")[:1 if cfg.no_clip else 2]:
         if not getattr(cfg, flag):
             raise SystemExit(f"--{flag} is missing; --help tells what it may be")
-    set_seed(cfg.seed, 0)
-    train, val, language, mlm, clip, hashes = open_parts(cfg)
-    vocab, clip_vocab, length = train.vocab, train.clip_vocab, train.length
-    if reuse:
-        if before := finished_run(folder, cfg, hashes, FREE):
-            print0(f"reused {folder}")
-            return before
-        if unfinished_run(folder, cfg, hashes, FREE):
-            cfg, saved = replace(cfg, resume=True), load_checkpoint(folder, world)
-    max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
-    schedule_steps = cfg.schedule_steps or max_steps
-    warmup_steps = round(cfg.warmup * schedule_steps)
-    if max_steps > schedule_steps:
-        raise SystemExit(f"--schedule_steps {schedule_steps}: the learning rate would be 0 for the last of "
-                         f"{max_steps} steps; give as many or more")
 
-    # model and optimizer
-    model = Adapter(cfg, language, clip, mlm).to(world.device)
+    # ---- data
+    set_seed(cfg.seed, 0)
+    train, val, language, mlm, tower, hashes = open_parts(cfg)
+    run = Run(cfg, folder, ranks, hashes, FIXED, FREE, {"train": cfg.train, "language": cfg.language})
+    if cfg.resume == "auto" and (results := run.finished()):
+        print0(f"reused {run.folder}")
+        return results
+    planned, max_steps = cfg.schedule_steps, steps_of(cfg, len(train))[0]
+    if planned and max_steps > planned:
+        raise SystemExit(f"--schedule_steps {planned}: the learning rate would be 0 for the last of "
+                         f"{max_steps} steps; give as many or more")
+    planned, warmup_steps = steps_of(replace(cfg, max_steps=planned or max_steps), len(train))
+
+    # ---- models
+    model = Adapter(cfg, language, tower, mlm).to(ranks.device)
     print0(parts_table(model))
-    flops = flops_of(model, cfg, length, train.used)
-    print0(memory(model, cfg, micro_size, length, train.used))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
+    print0(memory(model, cfg, micro_size, train.length, train.used))
     names, weights = model.names, dict.fromkeys(model.names, 1.0)
 
-    # resume
-    start = 0
-    if cfg.resume or cfg.eval_only:
-        check_resume(saved["config"], cfg, saved["hashes"], hashes, FIXED)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty but in float16
-            scaler.load_state_dict(saved["scaler"])
-        start = saved["step"]
-    if cfg.eval_only:
-        scores = evaluate(model, val, cfg, world)
-        print0(val_line(start, scores))
-        return scores
-    folder = open_run(folder, cfg, world, hashes)
-    log = Log(folder, world, saved["log_lines"] if cfg.resume else 0)
-    interrupt = Interrupt(cfg.max_minutes)
-    if cfg.compile_model:
-        for part in (language, clip):
-            if part:
-                part.compile()
-    ddp = DistributedDataParallel(model) if world.size > 1 else model
-    set_seed(cfg.seed, 1 + world.rank)
-    if cfg.resume:
-        restore_rng(saved, world)
+    # ---- optimizer
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                  eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
 
-    tokens, peak = cfg.batch_size * cfg.block_size, peak_flops(world.device, dtype) * world.size
-    window = torch.zeros(cfg.log_every, len(names), device=world.device)
-    first, clock = start, None  # first step of the window; when it began, pauses left out; None: warming up
-    began, step = time.monotonic(), start
+    # ---- resume
+    step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
+    if cfg.eval_only:
+        scores = evaluate(model, val, cfg, ranks)
+        print0(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+        return scores
     print0(f"adapt: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens"
-           + ("" if cfg.no_clip else f" beside {cfg.segments} x {length} of CLIP's ({100 * train.used:.0f} % "
-              f"of the segments in use, {train.cut:,} of CLIP's tokens cut)")
-           + f", {train.dropped:,} tokens of the tail dropped"
-           + f", {max_steps:,} steps of {cfg.batch_size} ({max_steps * cfg.batch_size / len(train):.2f} "
-           "epochs)")
+           + ("" if cfg.no_clip else f" beside {cfg.segments} x {train.length} of CLIP's "
+              f"({100 * train.used:.0f} % of the segments in use, {train.cut:,} of CLIP's tokens cut)")
+           + f", {train.dropped:,} tokens of the tail dropped, {max_steps:,} steps of {cfg.batch_size} "
+           f"({max_steps * cfg.batch_size / len(train):.2f} epochs)")
+    run.begin(names, "tokens", cfg.batch_size * cfg.block_size,
+              3 * cfg.batch_size * flops_of(model, cfg, train.length, train.used))
+    if cfg.compile_model:
+        for part in filter(None, (language, tower)):
+            part.compile()
+    ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+
+    # ==== training loop ====
     while True:
-        pause = time.monotonic()
         last = step >= max_steps
-        if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume):
-            scores = evaluate(model, val, cfg, world)
-            log.write(step=step, **{f"val_{k}": v for k, v in scores.items()})
-            print0(val_line(step, scores))
-        stop = interrupt.due(world)
-        if (step % cfg.save_every == 0 and step > start) or last or stop:
-            check_finite(world.sum(window.clone()), first, names, folder)
-            check_weights(model, step, folder)
-            save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "scaler": scaler.state_dict(), "step": step, "log_lines": log.lines,
-                                     "hashes": hashes, "config": asdict(cfg)}, world)
-        if stop and not last:
-            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with "
-                   + ("the same command" if reuse else "--resume"))
-            raise SystemExit(0)
+        if run.evaluates(step, last):
+            scores = evaluate(model, val, cfg, ranks)
+            run.note(step, "val", scores)
+        run.saves(step, last)
         if last:
             break
-        clock = clock and clock + time.monotonic() - pause
 
-        # the step's micro-batches, and the items of each term over all ranks: one step on the whole batch
+        # the step's micro-batches, and what each term is divided by: its items in the global batch
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
-            index = train.index(cfg.seed, step, cfg.batch_size, rows)
-            keys = cfg.seed, step, rows
-            # without MATCH both sides always hold the same text
-            text = data.match_texts(index, len(train), *keys) if "match" in names else index
-            batch = prepare(train, cfg, index, text, *keys)
+            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            index = train.index(cfg.seed, step, cfg.batch_size, positions)
+            batch = make_batch(train, cfg, index, cfg.seed, step, positions)  # HACK HERE: the batch
             items += torch.tensor([len(batch[f"{name}_targets"]) for name in names])
-            batches.append(move(batch, world.device))
-        items = world.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        count = dict(zip(names, (items / world.size).tolist()))
-        lr = lr_at(step, cfg.lr, warmup_steps, schedule_steps)
+            batches.append(move(batch, ranks.device))
+        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
+        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        lr = lr_at(step, cfg.lr, warmup_steps, planned)  # HACK HERE: the schedule
 
-        # ---- optimizer step: these lines are the same in every script (tests/test_sync.py) ----
+        # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        window[step % cfg.log_every] = 0
         for micro, batch in enumerate(batches):
-            if world.size > 1:  # gradients travel once a step
+            if ranks.size > 1:  # gradients travel once a step
                 ddp.require_backward_grad_sync = micro == cfg.grad_accum - 1
-            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                terms = ddp(batch, count)
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                terms = ddp(batch, divisor)
             loss = sum(weights[name] * terms[name] for name in names)
             scaler.scale(loss).backward()
-            window[step % cfg.log_every] += torch.stack([terms[name].detach() for name in names])
+            run.add(step, terms)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        step += 1
+        run.tick(step, lr, norm)
         # ---- end of the optimizer step ----
 
-        step += 1
-        if step % cfg.log_every == 0:
-            values = world.sum(window.clone()) / world.size  # the window's only read of the device
-            check_finite(values, first, names, folder)
-            mean = dict(zip(names, values[first % cfg.log_every:].mean(0).tolist()))
-            now = time.monotonic()
-            speed = (step - first) / (now - clock) if clock else 0.0  # steps a second
-            mfu = speed * 3 * cfg.batch_size * flops / peak if peak else 0.0
-            rate = {"tokens_per_s": speed * tokens, "mfu": mfu} if speed else {}
-            log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), **rate,
-                      memory_mb=peak_memory_mb(world.device))
-            left = (now - began) / (step - start) * (max_steps - step)
-            print0(step_line(step, mean, lr, speed, tokens, mfu, left))
-            first, clock = step, now
-
-    interrupt.release()
-    if step == start:  # resumed behind its last step
-        scores = evaluate(model, val, cfg, world)
-    results = {"objective": cfg.objective, "no_clip": cfg.no_clip, "folder": str(folder), "steps": step,
-               "vocabulary": vocab.hash, "clip_tokens_cut": train.cut, "segments_used": train.used,
-               "tokens_dropped": train.dropped} | scores | {"finished": time.time()}
-    if world.main:
+    # ---- finish
+    seconds = run.leave_loop()
+    results = {"objective": cfg.objective, "no_clip": cfg.no_clip, "steps": step,
+               "vocabulary": train.vocab.hash, "clip_tokens_cut": train.cut, "segments_used": train.used,
+               "tokens_dropped": train.dropped}
+    results |= evaluate(model, val, cfg, ranks)
+    latents = Path(cfg.train).parent / "raw" / "latents.json"
+    if ranks.main:
+        model.eval()
         if cfg.no_clip:
-            save_bert(language, folder / "model", vocab, mlm)
+            save_bert(language, folder / "model", train.vocab, mlm)
         else:
-            save_xdbert(model.encoder, folder / "model", vocab, clip_vocab, mlm)
-        write_json(folder / "results.json", results)
-    print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
-    world.barrier()
-    if demo and cfg.table and not cfg.no_clip and not reuse:
-        compare(given, folder, demo, world)
-    return results
-
-
-def val_line(step, scores):
-    """The line printed after an evaluation."""
-    return f"step {step:6d}  val  " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
-
-
-def baseline_of(cfg, folder):
-    """Config of the same encoder adapted on as much text alone; what only CLIP's side reads is at its
-    default, so that one such run serves all."""
-    unused = ("clip", "segments", "segment_length", "cross_layers", "freeze", "cliptc_rate")
-    cfg = replace(cfg, **{name: getattr(Config, name) for name in unused}, objective="mlm", no_clip=True,
-                  resume=False, max_minutes=0.0, out_dir="")
-    return replace(cfg, out_dir=str(folder.parent / run_folder(cfg).name))
-
-
-def compare(cfg, folder, demo, world):
-    """Fine-tunes the adapted encoder and the baseline, adapted on as much text alone, on the demo's tasks."""
-    baseline, tuning = baseline_of(cfg, folder), finetune.Config(data_dir=cfg.data_dir, device=cfg.device)
-    main(baseline, reuse=True)
-    rows, tasks = {}, [TASKS[name] for name in DEMO_TASKS]
-    interrupt = Interrupt()
-    for row, run in (("as much text alone", baseline.out_dir), ("adapted", folder)):
-        start = finetune.open_start(str(run), demo=demo)
-        one = replace(tuning, out_dir=str(folder.parent / "finetune" / start.name))
-        rows[row] = {task.name: finetune.run_task(one, task, start, demo / "raw" / "tasks", world,
-                                                  interrupt)["runs"] for task in tasks}
-    interrupt.release()
-    print0(f"\n{finetune.compared(rows, tasks, finetune.PER_TASK[tuning.preset][3])}\n")
-    if world.main:
-        write_json(folder / "table.json", rows)
+            save_xdbert(model.encoder, folder / "model", train.vocab, train.clip_vocab, mlm)
+        if latents.exists():  # the demo world
+            results["probes"] = probes(language, train, read_json(latents), ranks.device)
+    print0(f"made {folder}/model in {duration(seconds)}")
+    return run.finish(results)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, PRESETS)
+    from prepare import chain
+    run_script(chain.adapt_xdbert, Config, PRESETS)

@@ -1,20 +1,153 @@
-"""Looks into trained models: retrieval, probes, metrics of the tasks, learning curves.
+"""Looks into finished runs: closing tables, retrieval, learning curves.
 
+    python analyze.py table out/distill-*   # several distillations, a row each
     python analyze.py curves                # docs/curves.png: losses and gradients of the newest run
     python analyze.py clips                 # docs/clips.png: captions and the clips that are retrieved
-    python analyze.py table out/distill-*   # results of several runs, a row each
+
+Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-import data
 import common
+import data
+import distill
+from common import print0, read_json, write_json
+from model import DistillHead
+from parts.metrics import mean_state, probes, retrieval, shared_neighbours
+from parts.weights import load_bert, load_mlm_head, load_video_encoder, read_tensors
+from run import Ranks, init_ranks, model_folder, read_run
 
 # ---------------------------------------------------------------------------- what a model learned
+
+
+def open_clips(videos, teacher, vocab):
+    """The training and the held-out clips of a packed file, cut as the teacher's; None where there are none.
+
+    teacher: its model's folder; vocab: the students' Vocab.
+    """
+    if not videos or not (teacher / "video_encoder.json").exists():
+        return None
+    options = read_json(teacher / "clips.json")
+    features = read_json(teacher / "video_encoder.json")["features"]
+    clips = [data.VideoClips(videos, part=part, **options) for part in ("train", "val")]
+    if clips[0].vocab.hash != vocab.hash or clips[0].features != features:
+        raise SystemExit(f"--videos {videos}: its vocabulary or its {clips[0].features} channels a frame are "
+                         f"not the teacher's ({features}); give the file it was trained on")
+    return clips
+
+
+def open_judge(folder, device):
+    """What a distillation is measured beside: its teacher, texts and clips, as a namespace.
+
+    A text-only run takes the teacher that lies beside it. bert, head, video, clips, latents are None where
+    there are none.
+    """
+    config, _ = read_run(folder)
+    cfg, paths = SimpleNamespace(**config["config"]), config["paths"]
+    train, val = (data.TextBlocks(paths["train"], cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    latents = Path(paths["train"]).parent / "raw" / "latents.json"
+    judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, head=None, video=None, clips=None,
+                            latents=read_json(latents) if latents.exists() else None)
+    path = paths.get("teacher") or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
+    if not Path(path).exists():
+        return judge
+    path = model_folder(path, "--teacher")
+    judge.bert = load_bert(path).to(device)
+    judge.head = load_mlm_head(path, judge.bert)
+    if (path / "video_encoder.safetensors").exists():
+        judge.video = load_video_encoder(path).to(device)
+        judge.clips = open_clips(paths["videos"], path, train.vocab)
+    return judge
+
+
+def aligned_space(folder, objective):
+    """The maps (text, clip) from h, mask and from v into the objective's space, or None.
+
+    crd: mean over real tokens of f_1(head(h)), and f_2(v); l2: mean of head(h), and v.
+    """
+    tensors = read_tensors(Path(folder) / "model" / "heads.safetensors")
+
+    def head(name):
+        parts = {key.removeprefix(f"heads.{name}."): x for key, x in tensors.items()
+                 if key.startswith(f"heads.{name}.")}
+        if not parts:
+            return lambda h: h
+        head = DistillHead(parts["0.weight"].shape[1], parts["2.weight"].shape[0])
+        head.load_state_dict(parts)
+        return head
+
+    def linear(name, x):
+        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+    if "crd" in objective.split("+"):
+        return (lambda h, mask: mean_state(linear("f1", head("crd")(h)), mask)), lambda v: linear("f2", v)
+    if "l2" in objective.split("+"):
+        return (lambda h, mask: mean_state(head("l2")(h), mask)), lambda v: v
+    return None
+
+
+def measure(folder, judge, device):
+    """{mlm_loss, mlm_accuracy, probes} of a run's results, and neighbours and retrieval beside its judge."""
+    config, results = read_run(folder)
+    bert = load_bert(Path(folder) / "model").to(device)
+    found = {name: results.get(name) for name in ("mlm_loss", "mlm_accuracy", "probes")}
+    if judge.bert:
+        found["neighbours"] = shared_neighbours(bert, judge.bert, judge.val, device)
+    if judge.clips:
+        space = aligned_space(folder, config["config"]["objective"])
+        found["retrieval"] = retrieval(bert, judge.video, *judge.clips, device, space)
+    return found
+
+
+def measure_teacher(judge, device):
+    """The same of the judge itself."""
+    found = {"mlm_loss": None, "mlm_accuracy": None}
+    if judge.head:
+        found = distill.evaluate(judge.bert, judge.head, judge.val, judge.cfg, Ranks(0, 1, device))
+    if judge.clips:
+        found["retrieval"] = retrieval(judge.bert, judge.video, *judge.clips, device,
+                                       (mean_state, lambda v: v))
+    if judge.latents:
+        found["probes"] = probes(judge.bert, judge.train, judge.latents, device)
+    return found
+
+
+def close(folder, beside, device):
+    """Prints the closing table of a distillation: its teacher, the runs `beside`, itself; and two samples.
+
+    The columns are kept in the run's table.json.
+    """
+    judge, objective = open_judge(folder, device), read_run(folder)[1]["objective"]
+    columns = {}
+    if judge.clips:
+        print0(f"measuring retrieval on {len(judge.clips[1]):,} held-out clips")
+    if judge.bert and objective != "none":
+        columns["teacher"] = measure_teacher(judge, device)
+    for run in (*beside, folder):
+        name = read_run(run)[1]["objective"]
+        columns["text-only" if name == "none" else name] = measure(run, judge, device)
+    columns = {name: column for name, column in columns.items() if any(column.values())}
+    n_clips = len(judge.clips[1]) if judge.clips else 0
+    print0(f"\n{closing_table(columns, n_clips)}\n")
+    write_json(Path(folder) / "table.json", {"columns": columns, "clips": n_clips})
+    if objective == "none" or not judge.latents:
+        return
+    bert = load_bert(Path(folder) / "model").to(device)
+    head, vocab = load_mlm_head(Path(folder) / "model", bert), judge.val.vocab
+    ids, place = judge.val.batch([0])["ids"][0], judge.cfg.block_size // 2
+    text, words = fill_in(bert, head, vocab, ids, place, device)
+    print0(f"fills in   {text}\n           " + ", ".join(f"{w} {100 * p:.0f}%" for w, p in words)
+           + f" (it was {vocab.decode([int(ids[place])])})")
+    if judge.clips:
+        states = clip_states(judge.latents, judge.clips[1])
+        found = describe(states[columns[objective]["retrieval"]["nearest"][0]])
+        print0(f"retrieves  {states[0]['text']}\n           {found}\n")
 
 
 @torch.no_grad()
@@ -43,7 +176,7 @@ def describe(state):
 
 
 def closing_table(columns, n_clips):
-    """The aligned text of the closing table.
+    """Text of the closing table.
 
     columns: {model: {"mlm_loss", "mlm_accuracy", "neighbours", "retrieval", "probes"}}, what was not measured
     missing or None; n_clips: held-out clips, 0 without retrieval. All but the loss in percent.
@@ -74,27 +207,58 @@ def closing_table(columns, n_clips):
     return common.table(rows)
 
 
+def tasks_table(rows, tasks):
+    """Text of the demo's table of tasks: accuracy on held-out / seen nouns, medians over the runs.
+
+    rows: {model: {task: results of its runs}}.
+    """
+    def median(runs, name):
+        return sorted(run["scores"][name]["accuracy"] for run in runs)[(len(runs) - 1) // 2]
+    runs = max(len(found) for row in rows.values() for found in row.values())
+    lines = [[f"median of {runs}: held-out / seen", *(task.title for task in tasks), "average"]]
+    for row, found in rows.items():
+        cells = [[median(found[task.name], name) for task in tasks] for name in ("", "seen")]  # (2, tasks)
+        lines.append([row, *(f"{held:.1f} / {seen:.1f}" for held, seen in
+                             zip(*([*x, np.mean(x)] for x in cells)))])
+    chance = [100 / len(task.words) for task in tasks]
+    lines.append(["chance", *(f"{x:.1f}" for x in [*chance, np.mean(chance)])])
+    return common.table(lines)
+
+
+def table(runs, device):
+    """Prints a row a distillation: masked words, retrieval after the ridge map, and probes of held-out nouns
+    (linear / 5 nearest), all but the loss in percent."""
+    rows = []
+    for run in common.progress(runs, len(runs), " runs", "measure"):
+        found = measure(run, open_judge(run, device), device)
+        row = {"run": Path(run).name, "mlm loss": f"{found['mlm_loss']:.3f}",
+               "accuracy": f"{100 * found['mlm_accuracy']:.1f}"}
+        if "retrieval" in found:
+            row["ridge R@10"] = f"{100 * found['retrieval']['ridge']['10']:.1f}"
+        if found.get("neighbours") is not None:
+            row["teacher's neighbours"] = f"{100 * found['neighbours']:.1f}"
+        for name, probe in (found["probes"] or {}).items():
+            row[name] = f"{100 * probe['linear']:.1f} / {100 * probe['neighbours']:.1f}"
+        rows.append(row)
+    columns = max(rows, key=len)
+    print(common.table([list(columns), *([row.get(key, "-") for key in columns] for row in rows)]))
+
+
 # ---------------------------------------------------------------------------- figures
 
 
 def newest_run(out="out"):
-    """The folder of the latest distillation on the demo with an objective, by its stored finish time."""
-    found = []
-    for path in Path(out).glob("distill-*/results.json"):
-        results = json.loads(path.read_text())
-        if "finished" in results and "table" in results and "probes" in results:
-            found.append((results["finished"], path.parent))
+    """The folder of the latest distillation with a closing table, by its stored finish time."""
+    found = [(read_json(path.with_name("results.json"))["finished"], path.parent)
+             for path in Path(out).glob("distill-*/table.json")]
     if not found:
         raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd")
     return max(found)[1]
 
 
-def finished_results(run):
-    """results.json of a finished run, or one line that says what is missing."""
-    path = Path(run) / "results.json"
-    if not path.exists():
-        raise SystemExit(f"{path}: no such file; give the folder of a finished run of distill.py")
-    return json.loads(path.read_text())
+def read_table(run):
+    """table.json of a distillation."""
+    return read_json(Path(run) / "table.json", "give the folder of a finished run of distill.py")
 
 
 def grid(rows, columns, width, height):
@@ -108,16 +272,17 @@ def grid(rows, columns, width, height):
 
 def curves(run, out):
     """PNG of a distillation: its terms, the gradient that each sends, and what each model has learned."""
-    results = finished_results(run)
+    closing = read_table(run)
     lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
     terms, gradients, validation = ([line for line in lines if key in line]
                                     for key in ("lr", "gradient_mlm", "val_mlm_loss"))
     if not terms or not gradients:
         raise SystemExit(f"{run}/log.jsonl: too few steps to draw; train for more than --log_every")
-    table = results.get("table", {results["objective"]: results})
-    has_retrieval = all(column.get("retrieval") for column in table.values())
-    figure, ((decline, gradient, *rest),) = grid(1, 2 + has_retrieval + ("probes" in results), 4.3, 3.8)
-    for name in (name for name in ("mlm", "soft", "l2", "voken", "nst", "crd") if name in terms[0]):
+    columns = closing["columns"]
+    own = list(columns.values())[-1]
+    has_retrieval = all(column.get("retrieval") for column in columns.values())
+    figure, ((decline, gradient, *rest),) = grid(1, 2 + has_retrieval + bool(own["probes"]), 4.3, 3.8)
+    for name in (key.removeprefix("gradient_") for key in gradients[0] if key != "step"):
         values = np.array([line[name] for line in terms])
         decline.plot([line["step"] for line in terms], values / values[0],
                      label=f"{name} (from {values[0]:.3g})")
@@ -131,13 +296,12 @@ def curves(run, out):
     if has_retrieval:
         bars(rest[0], "text-to-video recall after one ridge map, %", [f"R@{k}" for k in (1, 5, 10)],
              {model: [100 * column["retrieval"]["ridge"][str(k)] for k in (1, 5, 10)]
-              for model, column in table.items()},
-             [100 * k / results["clips"] for k in (1, 5, 10)])
-    if "probes" in results:
-        bars(rest[-1], "linear probe of held-out nouns, %", list(results["probes"]),
+              for model, column in columns.items()}, [100 * k / closing["clips"] for k in (1, 5, 10)])
+    if own["probes"]:
+        bars(rest[-1], "linear probe of held-out nouns, %", list(own["probes"]),
              {model: [100 * found["linear"] for found in column["probes"].values()]
-              for model, column in table.items()},
-             [100 * found["linear_chance"] for found in results["probes"].values()])
+              for model, column in columns.items()},
+             [100 * found["linear_chance"] for found in own["probes"].values()])
     for axis in figure.axes:
         axis.title.set_fontsize(10)
         axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=2 if axis in rest else 1)
@@ -183,16 +347,13 @@ def clips(run, out, rows=6):
 
     A frame is green where the clip is the caption's own, blue where it shows the same noun, grey elsewhere.
     """
-    results, config = finished_results(run), json.loads((Path(run) / "config.json").read_text())["config"]
-    world = Path(config["data_dir"]) / f"demo-s{config['seed']}"
-    if config["train"] or "table" not in results:
+    closing, judge = read_table(run), open_judge(run, torch.device("cpu"))
+    if not judge.latents or not judge.clips:
         raise SystemExit(f"{run}: not a distillation on the demo world; only its clips can be drawn")
-    held_out = data.VideoClips(world / "videos.h5", config["block_size"], part="val",
-                               val_clips=results["clips"])
-    states = clip_states(json.loads((world / "raw" / "latents.json").read_text()), held_out)
+    states = clip_states(judge.latents, judge.clips[1])
     chosen = [i for i, state in enumerate(states) if state["noun"] in state["text"]]
     chosen = chosen[::max(1, len(chosen) // rows)][:rows]
-    models = {name: column["retrieval"]["nearest"] for name, column in results["table"].items()}
+    models = {name: column["retrieval"]["nearest"] for name, column in closing["columns"].items()}
     figure, axes = grid(rows, 1 + len(models), 3.4, 1.1)
     for row, i in enumerate(chosen):
         draw_clip(axes[row, 0], states[i], "green")
@@ -205,24 +366,6 @@ def clips(run, out, rows=6):
                 axes[row, column].set_title(f"{name} retrieves", fontsize=8)
     figure.savefig(out, dpi=110)
     print(f"wrote {out}: {run}")
-
-
-def table(runs):
-    """Prints one aligned row a run: masked words, retrieval after the ridge map, and probes of held-out nouns
-    (linear / 5 nearest), all but the loss in percent."""
-    rows = []
-    for run in runs:
-        results = finished_results(run)
-        row = {"run": Path(run).name, "mlm loss": f"{results['mlm_loss']:.3f}",
-               "accuracy": f"{100 * results['mlm_accuracy']:.1f}"}
-        if "retrieval" in results:
-            row["ridge R@10"] = f"{100 * results['retrieval']['ridge']['10']:.1f}"
-        if results.get("neighbours") is not None:
-            row["teacher's neighbours"] = f"{100 * results['neighbours']:.1f}"
-        for name, found in results.get("probes", {}).items():
-            row[name] = f"{100 * found['linear']:.1f} / {100 * found['neighbours']:.1f}"
-        rows.append(row)
-    print(common.table([list(rows[0]), *([row.get(key, "-") for key in rows[0]] for row in rows)]))
 
 
 def main(argv=None):
@@ -238,7 +381,7 @@ def main(argv=None):
     command.add_argument("runs", nargs="+", help="folders of finished runs")
     args = parser.parse_args(argv)
     if args.command == "table":
-        table(args.runs)
+        table(args.runs, init_ranks().device)
     else:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         {"curves": curves, "clips": clips}[args.command](args.run or newest_run(), args.out)

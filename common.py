@@ -18,13 +18,17 @@ import numpy as np
 # ---------------------------------------------------------------------------- flags
 
 
+class Switch(str):
+    """Type of a flag that is false, true (also bare) or auto."""
+
+
 def parse_cli(Config, presets, argv=None):
     """Command line -> Config. Each field is a flag, `--name value` or `--name=value`; dashes are underscores.
 
-    Config: frozen dataclass of int, float, str and bool fields, one of them `preset`; the comment behind a
-    field is its help. presets: {name: {field: value}, or a function from the given flags to that}; flags beat
-    the preset. A text is converted by the field's type, never evaluated; a bare flag means true. A mistake
-    ends the program with one line that names the flag.
+    Config: frozen dataclass of int, float, str, bool and Switch fields, one of them `preset`; the comment
+    behind a field is its help. presets: {name: {field: value}, or a function from the given flags to that};
+    flags beat the preset. A text is converted by the field's type, never evaluated; a bare flag means true.
+    A mistake ends the program with one line that names the flag.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     args, given = list(sys.argv[1:] if argv is None else argv), {}
@@ -43,12 +47,10 @@ def parse_cli(Config, presets, argv=None):
             raise SystemExit(f"--{name} is given twice; keep one")
         kind = fields[name].type
         if not equals:
-            if kind is bool and (not args or args[0].startswith("--")):
-                text = "true"
-            elif not args or args[0].startswith("--"):
+            bare = not args or args[0].startswith("--")
+            if bare and kind not in (bool, Switch):
                 raise SystemExit(f"--{name} needs a value ({kind.__name__})")
-            else:
-                text = args.pop(0)
+            text = "true" if bare else args.pop(0)
         given[name] = convert(name, text, kind)
     preset = given.get("preset", fields["preset"].default)
     if preset not in presets:
@@ -61,11 +63,12 @@ def parse_cli(Config, presets, argv=None):
 
 
 def convert(name, text, kind):
-    """The text of flag `name` as an int, float, str or bool; SystemExit names the flag where it is none."""
-    if kind is bool:
-        if text.lower() in ("true", "false", "1", "0", "yes", "no"):
-            return text.lower() in ("true", "1", "yes")
-        raise SystemExit(f"--{name} {text}: write true or false")
+    """The text of flag `name` as its type; SystemExit names the flag where that fails."""
+    if kind in (bool, Switch):
+        word = {"1": "true", "yes": "true", "0": "false", "no": "false"}.get(text.lower(), text.lower())
+        if word in ("true", "false") or kind is Switch and word == "auto":
+            return word == "true" if kind is bool else word
+        raise SystemExit(f"--{name} {text}: write true or false" + " or auto" * (kind is Switch))
     try:
         value = kind(text)
         if kind is float and not math.isfinite(value):
@@ -79,20 +82,29 @@ def convert(name, text, kind):
 def check_fields(cfg, choices, positive):
     """For a Config's __post_init__: ValueError where a field has no allowed value.
 
-    choices: {field: allowed values}; positive: names of the fields that must be above 0. Those of the
-    optimizer that every script has are checked, too.
+    choices: {field: allowed values}; positive: fields that must be above 0. The fields that every script has
+    are checked, too.
     """
+    choices = choices | {"dtype": ("float32", "bfloat16", "float16"), "resume": ("false", "true", "auto")}
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    for name in positive:
+    for name in ("batch_size", "grad_accum", "log_every", "save_every", *positive):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
-    for name in ("grad_clip", "weight_decay", "max_minutes"):
+    for name in ("grad_clip", "weight_decay", "max_minutes", "max_steps", "warmup_steps"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
     if not 0 <= cfg.beta2 < 1:
         raise ValueError(f"--beta2 {cfg.beta2:g}: must be at least 0 and below 1")
+    if cfg.warmup_steps > 1 and cfg.warmup_steps % 1:
+        raise ValueError(f"--warmup_steps {cfg.warmup_steps:g}: a whole number of steps, or a share below 1")
+    if 0 < cfg.max_steps < cfg.warmup_steps:
+        raise ValueError(f"--warmup_steps {cfg.warmup_steps:g}: at most --max_steps ({cfg.max_steps})")
+    for name in ("grad_every", "eval_every", "save_every"):
+        if getattr(cfg, name, 0) % cfg.log_every:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be a multiple of --log_every "
+                             f"({cfg.log_every})")
 
 
 def cli_help(Config, presets):
@@ -103,7 +115,7 @@ def cli_help(Config, presets):
     for f in dataclasses.fields(Config):
         comment = re.search(rf"^ +{f.name}:.*?  # (.*)$", source, re.M)
         default, text = '""' if f.default == "" else f.default, comment.group(1) if comment else ""
-        lines.append(f"  --{f.name:<20} {f.type.__name__:<6} {default!s:<14} {text}")
+        lines.append(f"  --{f.name:<20} {f.type.__name__.lower():<6} {default!s:<14} {text}")
     return "\n".join(lines)
 
 
@@ -200,7 +212,7 @@ def write_json(path, value):
 
 
 def read_text(path, advice="fetch it anew"):
-    """Text of a UTF-8 file without its byte-order mark; SystemExit where it is missing, empty or not UTF-8."""
+    """Text of a UTF-8 file without its byte-order mark; SystemExit where there is none."""
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except OSError as error:

@@ -25,7 +25,6 @@ import math
 import re
 import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -37,9 +36,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-import distill
-import teacher
-from common import check_fields, duration, print0, progress, table, write_json
+from common import Switch, check_fields, duration, print0, progress, table, write_json
 from data import open_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, memory_report, model_config, param_groups
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
@@ -49,10 +46,8 @@ from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files
 from parts.vocab import Vocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
                            model_type, save_task_model)
-from prepare.world import demo_world
-from run import (Interrupt, Log, check_finite, check_weights, file_hash, finished_run, init_world,
-                 load_checkpoint, lr_at, micro_batch_size, model_folder, move, open_run, peak_memory_mb,
-                 restore_rng, return_freed_memory, run_script, save_checkpoint, set_seed, unfinished_run)
+from run import (FORMAT, Run, file_hash, init_ranks, lr_at, micro_batch_size, model_folder, move,
+                 return_freed_memory, run_script, set_seed, steps_of)
 
 
 @dataclass(frozen=True)
@@ -78,7 +73,7 @@ class Config:
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.999  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    warmup: float = 0.1  # share of the steps, linear
+    warmup_steps: float = 0.1  # linear warm-up; below 1 = a share of the steps
     epochs: float = 0.0  # passes over the training set; 0 = the task's own (real tasks: 3)
     max_steps: int = 0  # steps instead of epochs
     # runs
@@ -89,7 +84,7 @@ class Config:
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     out_dir: str = ""  # where <task>/s<seed> go; empty = out/finetune/<model>
     save_models: bool = True  # leave model/ in each run; false saves disk
-    resume: bool = True  # keep finished runs, go on with killed ones; false = run anew
+    resume: Switch = "auto"  # keep finished runs and go on with killed ones; false = anew, true = go on
     eval_only: bool = False  # evaluate the finished runs' models again
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     log_every: int = 50  # steps a log line
@@ -101,17 +96,12 @@ class Config:
     no_answer: str = ""  # null_odds.json, for 2.0's best thresholds; then --score the answers.json beside it
 
     def __post_init__(self):
-        check_fields(self, CHOICES, POSITIVE)
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"--warmup {self.warmup:g}: a share of the steps, at least 0 and below 1")
+        check_fields(self, {"pool": ("cls", "mean")}, ())
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer_decay {self.layer_decay:g}: above 0 and at most 1 (1 = off)")
         if self.dropout >= 1:
             raise ValueError(f"--dropout {self.dropout:g}: below 1")
-        if self.save_every % self.log_every:
-            raise ValueError(f"--save_every {self.save_every}: must be a multiple of --log_every "
-                             f"({self.log_every})")
-        for name in ("limit", "max_length", "lr", "epochs", "max_steps", "seeds"):
+        for name in ("limit", "max_length", "lr", "epochs", "seeds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if bool(self.score) != bool(self.gold):
@@ -122,18 +112,18 @@ class Config:
             raise ValueError("--cross is given in place of --model: the folder of a run of adapt_xdbert.py")
 
 
-CHOICES = {"pool": ("cls", "mean"), "dtype": ("float32", "bfloat16", "float16")}
-POSITIVE = ("batch_size", "grad_accum", "log_every", "save_every")
 # preset: (lr of RTE, MRPC and STS-B, lr of the other tasks, runs of RTE, runs of the others)
 PER_TASK = {"demo": (1e-4, 1e-4, 3, 3),
             "vidlankd": (1e-4, 1e-4, 1, 1),  # VidLanKD 4.3, which tells no number of runs
             "xdbert-base": (1e-4, 2e-5, 9, 5),  # XDBERT Table 5 and C.2
             "xdbert-large": (5e-5, 1e-5, 9, 5)}
 # warm-up of both and VidLanKD's weight decay: released code; XDBERT's "decay of 0.9" is read as layer-wise
-AS_XDBERT = dict(epochs=3.0, batch_size=32, warmup=0.1, layer_decay=0.9)
+AS_XDBERT = dict(epochs=3.0, batch_size=32, layer_decay=0.9)
 PRESETS = {"demo": {},
-           "vidlankd": dict(epochs=3.0, batch_size=32, warmup=0.1, weight_decay=0.0),
+           "vidlankd": dict(epochs=3.0, batch_size=32, weight_decay=0.0),
            "xdbert-base": AS_XDBERT, "xdbert-large": AS_XDBERT}
+# flags that change no result: hashes tell what the model and the data are
+FREE = ("model", "cross", "like", "preset", "predict", "score", "gold", "no_answer", "save_models")
 UNKNOWN = 0.3  # share of unknown tokens from which a vocabulary cannot be the texts'
 
 # ---------------------------------------------------------------------------- order, loss and evaluation
@@ -146,8 +136,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch, count):
+    def forward(self, batch, divisor):
         """Cross-entropy; squared error for regress; the mean of start's and end's cross-entropy for span."""
+        # HACK HERE: the objective
         logits, labels = self.model(**inputs(batch)), batch["labels"]
         if self.model.kind == "regress":
             loss = F.mse_loss(logits, labels, reduction="sum")
@@ -156,7 +147,7 @@ class Objective(nn.Module):
             loss = F.cross_entropy(logits, labels, reduction="sum") / 2
         else:
             loss = F.cross_entropy(logits, labels, reduction="sum")
-        return {"task": loss / count}
+        return {"loss": loss / divisor["loss"]}
 
 
 def inputs(batch):
@@ -165,7 +156,7 @@ def inputs(batch):
 
 
 @torch.no_grad()
-def evaluate(model, examples, dtype, world):
+def evaluate(model, examples, dtype, ranks):
     """Logits of every example, float32 (n, ...), in the file's order, alike on all ranks; -inf at padding.
 
     Batches are shared out whole, so that any number of ranks computes what one process does, bit for bit.
@@ -174,11 +165,11 @@ def evaluate(model, examples, dtype, world):
     shape = {"classify": (model.classifier.out_features,), "regress": (), "choice": examples.length.shape[1:],
              "span": (int(examples.lengths.max()), 2)}
     logits = torch.zeros(len(examples), *shape[model.kind])
-    parts = list(batches_by_length(examples))[world.rank::world.size]
+    parts = list(batches_by_length(examples))[ranks.rank::ranks.size]
     model.eval()
     for index in progress(parts, len(parts), " batches", "evaluate", leave=False):
-        batch = move(examples.batch(index), world.device)
-        with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
+        batch = move(examples.batch(index), ranks.device)
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             part = model(**inputs(batch))
         index = torch.from_numpy(index)
         if model.kind == "span":
@@ -188,7 +179,7 @@ def evaluate(model, examples, dtype, world):
         else:
             logits[index] = part.cpu()
     model.train(training)
-    return world.sum(logits)
+    return ranks.sum(logits)
 
 
 # ---------------------------------------------------------------------------- what a run starts from
@@ -297,134 +288,100 @@ def median_run_of(path):
 # ---------------------------------------------------------------------------- one run
 
 
-# flags that change no result: hashes tell what the model and the data are
-FREE = ("model", "cross", "like", "preset", "predict", "score", "gold", "no_answer")
-
-
-def finetune(cfg, task, start, train, evals, hashes, folder, world, interrupt):
+def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     """Fine-tunes `start` once and evaluates; returns what results.json of the run's folder holds.
 
     A finished run is kept; where the evaluation sets have changed, or with --eval_only, its model is
     evaluated again. cfg: of own_settings; train: Examples; evals: {set: Examples}; hashes: of the weights
-    and of each file; interrupt: the command's Interrupt.
+    and of each file.
     """
-    micro_size, dtype = micro_batch_size(cfg, world), getattr(torch, cfg.dtype)
+    dtype, micro_size = getattr(torch, cfg.dtype), micro_batch_size(cfg, ranks)
     trained_on = {what: hashes[what] for what in ("weights", "vocabulary", "train")}
-    before = finished_run(folder, cfg, trained_on, FREE)
+    run = Run(replace(cfg, eval_only=False), folder, ranks, trained_on, free=FREE)
+    kept = run.finished() if cfg.resume == "auto" or cfg.eval_only else None
     has_model = (folder / "model").exists()
-    keep = before and (cfg.resume or cfg.eval_only) and (has_model or not cfg.save_models)
-    current = before and before.get("hashes") == hashes
-    if world.any(world.main and bool(keep and current and not cfg.eval_only)):
+    if kept and kept["hashes"] == hashes and not cfg.eval_only and (has_model or not cfg.save_models):
         print0(f"reused {folder}")
-        return before | {"folder": str(folder)}
-    if world.any(world.main and bool(keep and has_model)):
-        model, _ = load_task_model(folder / "model")
-        results = before | assess(model.to(world.device), task, evals, dtype, world, folder)
-        results |= {"hashes": hashes, "folder": str(folder)}
-        if world.main:
-            write_json(folder / "results.json", results)
-        world.barrier()
-        return results
+        return kept
+    if kept and has_model:
+        model = load_task_model(folder / "model")[0].to(ranks.device)
+        return run.finish(kept | assess(model, task, evals, dtype, ranks, folder) | {"hashes": hashes})
     if cfg.eval_only:
         raise SystemExit(f"--eval_only: {folder} holds no finished run with its model, of these flags and "
                          "this training set; leave --eval_only out to make it")
-    go_on = cfg.resume and unfinished_run(folder, cfg, trained_on, FREE)
-    cfg = replace(cfg, resume=world.any(world.main and go_on))
-    max_steps = cfg.max_steps or math.ceil(cfg.epochs * len(train) / cfg.batch_size)
+    max_steps, warmup_steps = steps_of(cfg, len(train))
 
+    # ---- models
     set_seed(cfg.seed, 0)
     encoder = start.encoder(cfg, pooler=task.kind != "span" and cfg.pool == "cls")
-    model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(world.device)
+    model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(ranks.device)
     if task.name not in DEMO_TASKS:
         print0(memory(model, micro_size * train.length[0].size, train))
     if cfg.freeze:
         model.freeze_encoder()
+    names, weights = ["loss"], {"loss": 1.0}
+
+    # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay, cfg.layer_decay), lr=cfg.lr,
                                   betas=(0.9, cfg.beta2), eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    begin, lines, seconds = 0, 0, 0.0
-    if cfg.resume:
-        saved = load_checkpoint(folder, world)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty but in float16
-            scaler.load_state_dict(saved["scaler"])
-        begin, lines, seconds = saved["step"], saved["log_lines"], saved["seconds"]
-        print0(f"{folder}: goes on from step {begin}")
-    open_run(folder, cfg, world, trained_on)
-    log = Log(folder, world, lines)
-    objective = Objective(model)
-    ddp = DistributedDataParallel(objective) if world.size > 1 else objective
-    set_seed(cfg.seed, 1 + world.rank)
-    if cfg.resume:
-        restore_rng(saved, world)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
 
-    order = Order(train.lengths, cfg.batch_size, max_steps, cfg.seed)
-    names, weights, count = ["task"], {"task": 1.0}, cfg.batch_size / world.size
-    warmup_steps = round(cfg.warmup * max_steps)
-    window = torch.zeros(cfg.log_every, 1, device=world.device)
-    began = time.monotonic() - seconds
+    # ---- resume
+    step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
+    if run.resumes:
+        print0(f"{folder}: goes on from step {step}")
+    run.begin(names, "examples", cfg.batch_size, bar=f"{task.name} s{cfg.seed}")
+    objective, order = Objective(model), Order(train.lengths, cfg.batch_size, max_steps, cfg.seed)
+    ddp = DistributedDataParallel(objective) if ranks.size > 1 else objective
     model.train()
-    for step in progress(range(begin, max_steps), max_steps - begin, " steps", f"{task.name} s{cfg.seed}",
-                         leave=False):
-        stop = interrupt.due(world)
-        if step > begin and step % cfg.save_every == 0 or stop:
-            check_finite(world.sum(window.clone()), step - step % cfg.log_every, names, folder)
-            check_weights(model, step, folder)
-            save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "scaler": scaler.state_dict(), "step": step, "log_lines": log.lines,
-                                     "seconds": time.monotonic() - began}, world)
-        if stop:
-            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with the same command, but "
-                   "without --resume false")
-            raise SystemExit(0)
-        index = order(step)
-        rows = [data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
-                for micro in range(cfg.grad_accum)]
-        batches = [move(train.batch(index[part]), world.device) for part in rows]
-        lr = lr_at(step, cfg.lr, warmup_steps, max_steps)
 
-        # ---- optimizer step: these lines are the same in every script (tests/test_sync.py) ----
+    # ==== training loop ====
+    while True:
+        last = step >= max_steps
+        run.saves(step, last)
+        if last:
+            break
+
+        # the step's micro-batches, and what the loss is divided by: the global batch
+        index, batches, divisor = order(step), [], {"loss": cfg.batch_size / ranks.size}
+        for micro in range(cfg.grad_accum):
+            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            batches.append(move(train.batch(index[positions]), ranks.device))  # HACK HERE: the batch
+        lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
+
+        # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        window[step % cfg.log_every] = 0
         for micro, batch in enumerate(batches):
-            if world.size > 1:  # gradients travel once a step
+            if ranks.size > 1:  # gradients travel once a step
                 ddp.require_backward_grad_sync = micro == cfg.grad_accum - 1
-            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                terms = ddp(batch, count)
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                terms = ddp(batch, divisor)
             loss = sum(weights[name] * terms[name] for name in names)
             scaler.scale(loss).backward()
-            window[step % cfg.log_every] += torch.stack([terms[name].detach() for name in names])
+            run.add(step, terms)
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        step += 1
+        run.tick(step, lr, norm)
         # ---- end of the optimizer step ----
-        if (step + 1) % cfg.log_every == 0:
-            first = step + 1 - cfg.log_every  # of the window; a resumed run may begin inside of it
-            values = world.sum(window.clone()) / world.size  # the window's only read of the device
-            check_finite(values, first, names, folder)
-            log.write(step=step + 1, loss=values[max(0, begin - first):].mean().item(), lr=lr,
-                      grad_norm=norm.item(), memory_mb=peak_memory_mb(world.device))
-    seconds = time.monotonic() - began
-    check_finite(world.sum(window.clone()), max_steps - max_steps % cfg.log_every, names, folder)
-    check_weights(model, max_steps, folder)
 
-    results = {"task": task.name, "model": start.name, "seed": cfg.seed, "folder": str(folder),
-               "examples": len(train), "steps": max_steps, "seconds": seconds, "hashes": hashes,
+    # ---- finish
+    seconds = run.leave_loop()
+    results = {"task": task.name, "model": start.name, "seed": cfg.seed, "examples": len(train),
+               "steps": max_steps, "seconds": seconds, "hashes": hashes,
                "examples_per_s": max_steps * cfg.batch_size / seconds}
-    results |= assess(model, task, evals, dtype, world, folder) | {"finished": time.time()}
-    if world.main:
-        if cfg.save_models:
-            save_task_model(model, folder / "model", start.vocab, {
-                "task": task.name, "labels": list(task.labels), "max_length": cfg.max_length},
-                *start.beside[1:])
-        write_json(folder / "results.json", results)
+    results |= assess(model, task, evals, dtype, ranks, folder)
+    if ranks.main and cfg.save_models:
+        save_task_model(model, folder / "model", start.vocab, {
+            "task": task.name, "labels": list(task.labels), "max_length": cfg.max_length}, *start.beside[1:])
+    results = run.finish(results)
+    if ranks.main:
         for path in folder.glob("checkpoint.pt*"):  # three times the model, and no longer needed
             path.unlink()
-    world.barrier()
     return_freed_memory()
     return results
 
@@ -441,15 +398,15 @@ def memory(model, sequences, train):
     return memory_report(model, config, sequences, int(train.lengths.max()), logits=0.0, beside=beside)
 
 
-def assess(model, task, evals, dtype, world, folder):
+def assess(model, task, evals, dtype, ranks, folder):
     """{"scores": {set: {metric: value}}, "score": the main one, "collapsed": why, or ""}; predictions go to
     folder/predictions, in the benchmark's own form."""
     scores, reasons = {}, []
     for name, examples in evals.items():
-        predictions = decide(task, examples, evaluate(model, examples, dtype, world))
+        predictions = decide(task, examples, evaluate(model, examples, dtype, ranks))
         scores[name], reason = measure(task, examples, predictions)
         reasons.append(reason)
-        if world.main:
+        if ranks.main:
             file = task.outputs.get(name, f"{name}.txt")
             write_predictions(task, examples, predictions, folder / "predictions" / file)
     return {"scores": scores, "score": scores[""][task.metrics[0]], "collapsed": reasons[0]}
@@ -458,30 +415,25 @@ def assess(model, task, evals, dtype, world, folder):
 # ---------------------------------------------------------------------------- the runs of a task
 
 
-def own_settings(cfg, task):
-    """(Config of a task's runs, their number): what was left at 0 becomes the preset's or the task's own."""
-    lr_small, lr, seeds_rte, seeds = PER_TASK[cfg.preset]
-    lr = lr_small if task.name in ("rte", "mrpc", "stsb") else lr
-    return replace(cfg, tasks=task.name, seeds=1, lr=cfg.lr or task.lr or lr,
-                   max_length=cfg.max_length or task.max_length or 128, epochs=cfg.epochs or 3.0,
-                   max_steps=cfg.max_steps or (0 if cfg.epochs else task.steps)
-                   ), cfg.seeds or (seeds_rte if task.name == "rte" else seeds)
-
-
-def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
-    """Fine-tunes `start` with each seed; returns what results.json of the task's folder holds.
-
-    {"task", "model", "runs": results of each, "median": name of the median run's folder}. After the last
-    seed the median run's model labels the test sets that are there, into its folder's submission/.
-    """
-    root, positions = Path(cfg.out_dir or f"out/finetune/{start.name}", task.name), positions_of(start.config)
+def own_settings(cfg, task, start):
+    """(Config of a task's runs, their seeds): what was left at 0 becomes the preset's or the task's own."""
+    positions = positions_of(start.config)
     if cfg.max_length > positions:
         raise SystemExit(f"--max_length {cfg.max_length}: {start.name} has {positions} positions; give "
                          f"{positions} or less")
-    cfg, count = own_settings(cfg, task)
-    cfg = replace(cfg, max_length=min(cfg.max_length, positions))
-    seeds = seeds or range(cfg.seed, cfg.seed + count)
-    train_file, eval_files = find_file(task, data_dir, task.train), evaluation_files(task, data_dir)
+    lr_small, lr, seeds_rte, seeds = PER_TASK[cfg.preset]
+    lr = lr_small if task.name in ("rte", "mrpc", "stsb") else lr
+    seeds = cfg.seeds or (seeds_rte if task.name == "rte" else seeds)
+    return replace(cfg, tasks=task.name, seeds=1, lr=cfg.lr or task.lr or lr,
+                   max_length=min(positions, cfg.max_length or task.max_length or 128),
+                   epochs=cfg.epochs or 3.0, max_steps=cfg.max_steps or (0 if cfg.epochs else task.steps)
+                   ), range(cfg.seed, cfg.seed + seeds)
+
+
+def open_files(cfg, task, start, folder, ranks):
+    """(function that loads Examples, training file, Examples to train on, {set: Examples} to evaluate on,
+    hashes) of a task."""
+    train_file, eval_files = find_file(task, folder, task.train), evaluation_files(task, folder)
     hashes = {"weights": start.hash, "vocabulary": start.vocab.hash, "train": content_hash(train_file)}
     hashes |= {name or "dev": content_hash(path) for name, path in eval_files.items()}
 
@@ -490,36 +442,28 @@ def run_task(cfg, task, start, data_dir, world, interrupt, seeds=None):
                              beside=start.beside, **drawn)
 
     for turn in (True, False):  # the other ranks find the tokens that the first one has cached
-        if world.main == turn:
+        if ranks.main == turn:
             evals = {name: load(path, "dev") for name, path in eval_files.items()}
-            train = load(train_file, "train", limit=cfg.limit, seed=seeds[0])
-        world.barrier()
-    check_examples(task, start, train, evals, cfg)
-    runs = []
-    for seed in seeds:
-        if cfg.limit and runs:
-            train = load(train_file, "train", limit=cfg.limit, seed=seed)
-        runs.append(finetune(replace(cfg, seed=seed), task, start, train, evals, hashes, root / f"s{seed}",
-                             world, interrupt))
-        print0(run_line(task, runs[-1]))
-    best = root / f"s{seeds[middle(task.metrics[0], [run['score'] for run in runs])]}"
-    summary = {"task": task.name, "model": start.name, "median": best.name, "runs": runs}
-    if world.main:
-        write_json(root / "results.json", summary)
-    tests = {best / "submission" / task.outputs[name]: path
-             for name, path in unlabelled_files(task, data_dir).items()}
-    left = {out: path for out, path in tests.items() if cfg.eval_only or not out.exists()}
-    world.barrier()  # every rank has looked before the first file is written
-    if left and not (best / "model").exists():
-        print0(f"{best}: no model to label the test set with; leave --save_models on for that")
+            train = load(train_file, "train", limit=cfg.limit, seed=cfg.seed)
+        ranks.barrier()
+    return load, train_file, train, evals, hashes
+
+
+def label_test_sets(cfg, task, folder, data_dir, load, ranks):
+    """The median run's model labels the unlabelled sets that are there, into `folder`/submission."""
+    sets = {folder / "submission" / task.outputs[name]: path
+            for name, path in unlabelled_files(task, data_dir).items()}
+    left = {out: path for out, path in sets.items() if cfg.eval_only or not out.exists()}
+    ranks.barrier()  # every rank has looked before the first file is written
+    if left and not (folder / "model").exists():
+        print0(f"{folder}: no model to label the test set with; leave --save_models on for that")
     elif left:
-        model = load_task_model(best / "model")[0].to(world.device)
+        model = load_task_model(folder / "model")[0].to(ranks.device)
         for out, path in left.items():
             examples = load(path, "test")
-            predictions = decide(task, examples, evaluate(model, examples, getattr(torch, cfg.dtype), world))
-            if world.main:
+            predictions = decide(task, examples, evaluate(model, examples, getattr(torch, cfg.dtype), ranks))
+            if ranks.main:
                 write_predictions(task, examples, predictions, out)
-    return summary
 
 
 def middle(metric, values):
@@ -581,108 +525,20 @@ def results_table(summaries):
     return "\n".join([table(rows), *notes])
 
 
-# ---------------------------------------------------------------------------- the demo world's table
-
-
-def newest_student(cfg, vocab):
-    """distill.Config of the student of `vocab` that was distilled last; the default where there is none.
-
-    Students with a --teacher of their own are passed over: the other seeds' worlds have no such teacher.
-    """
-    found = {}
-    for path in Path("out").glob("*/results.json"):
-        with suppress(OSError, ValueError, KeyError):  # no distillation, or not a finished one
-            results = json.loads(path.read_text())
-            flags = json.loads(path.with_name("config.json").read_text())["config"]
-            if results["objective"] == "none" or results["vocabulary"] != vocab.hash:
-                continue
-            if not flags["teacher"]:
-                found[results["finished"]] = path.parent, flags
-            elif "-image-" not in path.parent.name:
-                print0(f"passed over {path.parent}: its --teacher belongs to its own world alone")
-    if not found:
-        print0("no distilled student of this world yet: the default one will be made")
-        return distill.Config(seed=cfg.seed)
-    folder, flags = found[max(found)]
-    print0(f"newest student: {folder}")
-    known = distill.Config.__dataclass_fields__
-    return distill.Config(**{name: value for name, value in flags.items() if name in known}
-                          | {"out_dir": str(folder)})
-
-
-def demo_start(row, newest, cfg, seed, demo):
-    """Start of a row of the demo's table in the world of `seed`; a missing student is made."""
-    if row == "no pre-training":
-        vocab = open_vocab(demo / "corpus.h5")
-        return fresh_start(demo.name, model_config(newest.model, vocab.size, newest.layers, newest.hidden,
-                                                   newest.heads, newest.intermediate, newest.dropout), vocab)
-    own = newest.out_dir if seed == newest.seed else ""
-    run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=own, resume=False,
-                  eval_only=False, max_minutes=0.0)
-    if row == "text-only":
-        run = distill.text_only_run(run, f"out/distill-none-s{seed}")
-    elif row == "distilled from images":
-        seeing = f"out/teacher-image-s{seed}"
-        teacher.main(teacher.Config(vision="image", seed=seed, data_dir=cfg.data_dir, device=cfg.device,
-                                    block_size=run.block_size, out_dir=seeing), reuse=True)
-        run = replace(run, teacher=seeing, out_dir=f"out/distill-{run.objective}-image-s{seed}")
-    return open_start(distill.main(run, reuse=True)["folder"], demo=demo)
-
-
-def demo_table(cfg, tasks, world, interrupt):
-    """Fine-tunes what the demo compares; each seed is a world with teachers and students of its own.
-
-    No pre-training, the text-only and the distilled student, and one distilled from a teacher that saw the
-    middle frame alone.
-    """
-    rows = {"no pre-training": {}, "text-only": {}, "distilled": {}, "distilled from images": {}}
-    seeds = range(cfg.seed, cfg.seed + (cfg.seeds or PER_TASK[cfg.preset][3]))
-    first = demo_world(cfg.data_dir, cfg.seed, world)
-    newest = newest_student(cfg, open_vocab(first / "corpus.h5"))
-    for row, runs in rows.items():
-        for seed in seeds:
-            demo = demo_world(cfg.data_dir, seed, world)
-            start = demo_start(row, newest, cfg, seed, demo)
-            one = replace(cfg, out_dir=str(Path(cfg.out_dir or "out/finetune", start.name)))
-            for task in tasks:
-                summary = run_task(one, task, start, demo / "raw" / "tasks", world, interrupt, [seed])
-                runs.setdefault(task.name, []).extend(summary["runs"])
-        if row == "distilled":
-            print0(f"\n{compared(rows, tasks, len(seeds))}\n")
-    print0(f"\n{compared(rows, tasks, len(seeds))}\n")
-    if world.main:
-        write_json(Path(cfg.out_dir or "out/finetune", "demo.json"), rows)
-    return rows
-
-
-def compared(rows, tasks, seeds):
-    """Text of the demo's table: accuracy on held-out / seen nouns, medians over the seeds."""
-    lines = [[f"median of {seeds}: held-out / seen", *(task.title for task in tasks), "average"]]
-    for row, runs in rows.items():
-        if runs:
-            cells = [[sorted(run["scores"][name]["accuracy"] for run in runs[task.name])[(seeds - 1) // 2]
-                      for task in tasks] for name in ("", "seen")]  # (2, tasks)
-            lines.append([row, *(f"{held:.1f} / {seen:.1f}" for held, seen in
-                                 zip(*([*x, np.mean(x)] for x in cells)))])
-    chance = [100 / len(task.words) for task in tasks]
-    lines.append(["chance", *(f"{x:.1f}" for x in [*chance, np.mean(chance)])])
-    return table(lines)
-
-
 # ---------------------------------------------------------------------------- labels for standard input
 
 
-def label_lines(cfg, world):
+def label_lines(cfg, ranks):
     """Prints label and probability of each line of standard input, in order: the other side of --predict.
 
     Texts of a pair are separated by a tab, as are a context and its candidates. A span's probability is
     that it beats "no answer".
     """
-    if world.size > 1:
+    if ranks.size > 1:
         raise SystemExit("--predict reads one standard input: start it without torchrun")
     folder = model_folder(median_run_of(cfg.model), "--model")
     model, settings = load_task_model(folder)
-    model.to(world.device)
+    model.to(ranks.device)
     config, vocab = config_and_vocab(folder)
     beside = config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
     length = min(cfg.max_length or settings["max_length"], positions_of(config))
@@ -696,7 +552,7 @@ def label_lines(cfg, world):
                 task = Task("", folder.name, settings["kind"], "", texts, None, "")
             rows = read_lines(task, lines, number)
             examples = tokenized(task, rows, vocab, length, beside=beside)
-            logits = evaluate(model, examples, getattr(torch, cfg.dtype), world)
+            logits = evaluate(model, examples, getattr(torch, cfg.dtype), ranks)
             if task.kind == "span":
                 texts, null = decide(task, examples, logits)
                 found = [(text, 1 / (1 + math.exp(min(700, null[key])))) for key, text in texts.items()]
@@ -715,36 +571,53 @@ def label_lines(cfg, world):
         raise SystemExit("standard input: holds no line; give a text in each")
 
 
-def main(cfg):
-    """Fine-tunes, or does what else the flags ask for; returns the tasks' summaries or the demo's rows."""
-    if cfg.score:
-        return score(cfg.score, cfg.gold, cfg.no_answer)
-    world = init_world(cfg.device)
-    if cfg.predict:
-        return label_lines(cfg, world)
+def chosen_tasks(cfg):
+    """The Tasks that --tasks names, in the order of the table; the demo's where it is empty."""
     chosen = {name.strip() for name in cfg.tasks.split(",") if name.strip()} or set(DEMO_TASKS)
     if unknown := chosen - set(TASKS):
         raise SystemExit(f"--tasks {min(unknown)}: choose from {', '.join(TASKS)}")
-    given = cfg.cross or cfg.model
-    if not given and not chosen <= set(DEMO_TASKS):
+    return [task for name, task in TASKS.items() if name in chosen]
+
+
+def main(cfg):
+    """Fine-tunes on each task with each seed, or does what else the flags ask for; returns the summaries of
+    the tasks: {"task", "model", "runs": results of each, "median": name of the median run's folder}."""
+    if cfg.score:
+        return score(cfg.score, cfg.gold, cfg.no_answer)
+    ranks, began = init_ranks(cfg.device), time.monotonic()
+    if cfg.predict:
+        return label_lines(cfg, ranks)
+    tasks, summaries = chosen_tasks(cfg), []
+    if not (cfg.cross or cfg.model):
         raise SystemExit("--model is missing: give a run's folder, a Hugging Face folder, or none")
-    tasks = [task for name, task in TASKS.items() if name in chosen]
-    interrupt = Interrupt(cfg.max_minutes)
-    try:
-        if not given:
-            return demo_table(cfg, tasks, world, interrupt)
-        demo = demo_world(cfg.data_dir, cfg.seed, world) if chosen & set(DEMO_TASKS) else None
-        start = open_start(given, cfg.like, demo, "--cross" if cfg.cross else "--model")
-        start.check(tasks)
-        summaries = []
-        for task in tasks:
-            folder = demo / "raw" / "tasks" if task.name in DEMO_TASKS else cfg.data_dir
-            summaries.append(run_task(cfg, task, start, folder, world, interrupt))
-    finally:
-        interrupt.release()
+    on_demo = any(task.name in DEMO_TASKS for task in tasks)
+    demo = Path(cfg.data_dir, f"demo-s{cfg.seed}") if on_demo else None
+    start = open_start(cfg.cross or cfg.model, cfg.like, demo, "--cross" if cfg.cross else "--model")
+    start.check(tasks)
+    for task in tasks:
+        root = Path(cfg.out_dir or f"out/finetune/{start.name}", task.name)
+        data_dir = demo / "raw" / "tasks" if task.name in DEMO_TASKS else cfg.data_dir
+        own, seeds = own_settings(cfg, task, start)
+        load, train_file, train, evals, hashes = open_files(own, task, start, data_dir, ranks)
+        check_examples(task, start, train, evals, own)
+        runs = []
+        for seed in seeds:
+            if cfg.limit and runs:
+                train = load(train_file, "train", limit=cfg.limit, seed=seed)
+            left = cfg.max_minutes and max(1e-3, cfg.max_minutes - (time.monotonic() - began) / 60)
+            one = replace(own, seed=seed, max_minutes=left)
+            runs.append(fine_tune(one, task, start, train, evals, hashes, root / f"s{seed}", ranks))
+            print0(run_line(task, runs[-1]))
+        best = f"s{seeds[middle(task.metrics[0], [run['score'] for run in runs])]}"
+        summaries.append({"format": FORMAT, "task": task.name, "model": start.name, "median": best,
+                          "runs": runs})
+        if ranks.main:
+            write_json(root / "results.json", summaries[-1])
+        label_test_sets(own, task, root / best, data_dir, load, ranks)
     print0(f"\n{start.name}\n{results_table(summaries)}\n")
     return summaries
 
 
 if __name__ == "__main__":
-    run_script(main, Config, PRESETS)
+    from prepare import chain
+    run_script(chain.finetune, Config, PRESETS)

@@ -1,6 +1,6 @@
-"""Books of a training run: processes, seeds, schedule, folder, log, checkpoints, interruption.
+"""Books of a training run: processes, seeds, schedule, folder, log, checkpoints, interruption, resume.
 
-It never calls a model: each script writes out its own loop.
+Nothing here calls a model: each script writes out its own loop.
 """
 import contextlib
 import ctypes
@@ -22,14 +22,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import duration, hash64, parse_cli, print0, write_json
+from common import atomic, duration, hash64, parse_cli, print0, progress, read_json, write_json
+
+FORMAT = 2  # of run folders
 
 # ---------------------------------------------------------------------------- processes and device
 
 
 @dataclasses.dataclass(frozen=True)
-class World:
-    """This process among all: rank of world, and its device. `main` is the one that prints and writes."""
+class Ranks:
+    """The process group: this process's rank, how many there are, its device. `main` prints and writes."""
     rank: int
     size: int
     device: torch.device
@@ -49,7 +51,7 @@ class World:
         return tensor
 
     def gather(self, tensor):
-        """(n, ...) of each rank, n alike -> (size n, ...) in the order of ranks, equal on all of them."""
+        """(n, ...) of each rank, equal n -> (size n, ...) in the order of ranks, on all of them."""
         if self.size == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
@@ -61,8 +63,8 @@ class World:
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
 
 
-def init_world(device="auto"):
-    """torchrun's environment -> World; one process without torchrun. Called again it finds the same group."""
+def init_ranks(device="auto"):
+    """torchrun's environment -> Ranks; one process without torchrun. A second call finds the same group."""
     if device not in ("auto", "cpu", "cuda"):
         raise SystemExit(f"--device {device}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -82,12 +84,18 @@ def init_world(device="auto"):
         dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
     if dist.is_initialized():
         rank, size = dist.get_rank(), dist.get_world_size()
-    return World(rank, size, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+    return Ranks(rank, size, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+
+
+def end_ranks():
+    """Leaves the process group; for the end of a script."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def keep_freed_memory(keep=True):
-    """Has glibc keep what is freed, or not, its default: then large tensors return to the system, and every
-    step faults their pages in again."""
+    """Makes glibc keep freed memory. By default large tensors return to the system, and each step faults
+    their pages in again."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
@@ -98,15 +106,9 @@ def keep_freed_memory(keep=True):
 
 
 def return_freed_memory():
-    """Gives what is freed back to the system once: between runs, whose tensors have other sizes."""
+    """Gives freed memory back to the system once: between runs, whose tensors have other sizes."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-
-
-def end_world():
-    """Leaves the process group; for the end of a script."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def run_script(main, Config, presets):
@@ -131,7 +133,7 @@ def run_script(main, Config, presets):
             raise SystemExit(f"{error.filename}: {error.strerror}") from None
         raise
     finally:
-        end_world()
+        end_ranks()
 
 
 # ---------------------------------------------------------------------------- seeds, schedule and speed
@@ -140,6 +142,28 @@ def run_script(main, Config, presets):
 def set_seed(seed, rank):
     """Seeds torch: with rank 0 before the weights are drawn, with 1 + the rank before the loop (dropout)."""
     torch.manual_seed(int(hash64("torch", seed, rank) >> np.uint64(1)))
+
+
+def micro_batch_size(cfg, ranks):
+    """Samples of a micro-batch: cfg.batch_size by ranks and cfg.grad_accum, which must divide it."""
+    parts = ranks.size * cfg.grad_accum
+    if cfg.batch_size % parts:
+        raise SystemExit(f"--batch_size {cfg.batch_size} is not a multiple of {ranks.size} ranks x "
+                         f"{cfg.grad_accum} micro-batches; try {math.ceil(cfg.batch_size / parts) * parts}")
+    return cfg.batch_size // parts
+
+
+def steps_of(cfg, samples):
+    """(steps to run, steps of the warm-up) of a Config over that many samples.
+
+    --max_steps, or as many steps as --epochs takes; a --warmup_steps below 1 is a share of them.
+    """
+    max_steps = cfg.max_steps or math.ceil(cfg.epochs * samples / cfg.batch_size)
+    warmup = cfg.warmup_steps
+    if warmup > max_steps:
+        raise SystemExit(f"--warmup_steps {warmup:g} is more than the {max_steps} steps of this run; "
+                         "lower it")
+    return max_steps, round(warmup * max_steps) if warmup < 1 else int(warmup)
 
 
 def lr_at(step, lr, warmup_steps, max_steps):
@@ -190,84 +214,52 @@ def peak_memory_mb(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
-def step_line(step, terms, lr, speed, tokens, mfu, seconds_left):
-    """The line printed after a window. terms: {name: mean}; speed in steps a second, 0 while warming up."""
-    parts = [f"step {step:6d}", *(f"{name} {value:.4f}" for name, value in terms.items()), f"lr {lr:.1e}"]
-    if speed:
-        parts += [f"{1e3 / speed:.0f} ms", f"{speed * tokens / 1e3:.1f}k tokens/s", f"mfu {100 * mfu:.0f}%"]
-    return "  ".join([*parts, f"eta {duration(seconds_left)}"])
+# ---------------------------------------------------------------------------- folders of runs and models
 
 
-# ---------------------------------------------------------------------------- the run's folder
+def model_folder(path, flag):
+    """The model's folder, given a run's folder or the model's own; `flag` is named where there is neither."""
+    for folder in (Path(path) / "model", Path(path)):
+        if (folder / "config.json").exists() and not (folder / "log.jsonl").exists():
+            return folder
+    raise SystemExit(f"{flag} {path}: no model there; give the folder of a finished run, or one with "
+                     "config.json and model.safetensors")
 
 
-def micro_batch_size(cfg, world):
-    """Samples of a micro-batch: cfg.batch_size by ranks and cfg.grad_accum, which must divide it."""
-    parts = world.size * cfg.grad_accum
-    if cfg.batch_size % parts:
-        raise SystemExit(f"--batch_size {cfg.batch_size} is not a multiple of {world.size} ranks x "
-                         f"{cfg.grad_accum} micro-batches; try {math.ceil(cfg.batch_size / parts) * parts}")
-    return cfg.batch_size // parts
+def file_hash(folder):
+    """SHA-256 of a model folder's weights, or of a file."""
+    names = "", "model.safetensors", "pytorch_model.bin"
+    path = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
+    if path is None:
+        raise SystemExit(f"{folder}: has no {' and no '.join(names[1:])}; fetch one of them")
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while part := f.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
-def open_run(folder, cfg, world, hashes):
-    """Makes the run's folder with config.json; an older run of the same name is moved to folder.1, .2, ...
-
-    cfg: the Config (with cfg.resume the folder stays); hashes: {what: hash} of the data and models it reads.
-    """
+def read_run(folder):
+    """(config.json, results.json) of a finished run of this format; SystemExit says how to make it again."""
     folder = Path(folder)
-    if world.main:
-        if folder.exists() and not cfg.resume:
-            n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
-            try:
-                changed = changed_flags(json.loads((folder / "config.json").read_text())["config"], cfg)
-            except (OSError, ValueError, KeyError):
-                changed = []
-            folder.rename(folder.with_name(f"{folder.name}.{n}"))
-            because = f" ({', '.join(changed)})" if changed else ""
-            print0(f"{folder} exists: moved to {folder}.{n}{because}")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", {
-            "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(), "hashes": hashes,
-            "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
-                         "numpy": np.__version__},
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-            "ranks": world.size, "threads": torch.get_num_threads()})
-    world.barrier()
-    return folder
+    advice = "give the folder of a finished run"
+    config = read_json(folder / "config.json", advice)
+    if config.get("format") != FORMAT:
+        raise SystemExit(f"{folder}: a run of format {config.get('format', 1)}, this code reads {FORMAT}; "
+                         f"make it again: {' '.join(map(str, config.get('command', [])))}")
+    return config, read_json(folder / "results.json", advice)
 
 
-def finished_run(folder, cfg, hashes, free=()):
-    """The run's results where `folder` holds a FINISHED run of the same configuration and data, else None.
-
-    free: flags that may differ, beside those of `same_run`.
-    """
-    try:
-        results = json.loads((Path(folder) / "results.json").read_text())
-        before = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return results if "finished" in results and same_run(before, cfg, hashes, free) else None
-
-
-def unfinished_run(folder, cfg, hashes, free=()):
-    """Whether `folder` holds a checkpoint of the same flags and data, from which a killed run can go on."""
-    try:
-        before = json.loads((Path(folder) / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return same_run(before, cfg, hashes, free) and any(Path(folder).glob("checkpoint.pt*"))
-
-
-def same_run(before, cfg, hashes, free=()):
-    """Whether a run's config.json has the same data and the same flags of those that change its result."""
-    return before["hashes"] == hashes and not changed_flags(before["config"], cfg, free)
+def same_run(before, cfg, hashes, free):
+    """Whether a run's config.json has the same format, data, and flags of those that change its result."""
+    return before.get("format") == FORMAT and before["hashes"] == hashes and not changed_flags(
+        before["config"], cfg, free)
 
 
 def changed_flags(before, cfg, free=()):
     """["--lr was 0.1", ...]: flags that differ from a run's and can change its result."""
     free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir",
-            "save_models", *free}
+            *free}
     return [f"--{name} was {before.get(name)}" for name, value in dataclasses.asdict(cfg).items()
             if name not in free and before.get(name) != value]
 
@@ -282,78 +274,278 @@ def git_state():
     return {"commit": commit, "dirty": bool(git("status", "--porcelain").strip())}
 
 
-def model_folder(path, flag):
-    """The model's folder from a run's folder or the model's own; `flag` is named where there is neither."""
-    for folder in (Path(path) / "model", Path(path)):
-        if (folder / "config.json").exists() and not (folder / "log.jsonl").exists():
-            return folder
-    raise SystemExit(f"{flag} {path}: no model there; give the folder of a finished run, or one with "
-                     "config.json and model.safetensors")
+# ---------------------------------------------------------------------------- the run
 
 
-def file_hash(folder):
-    """SHA-256 of a model folder's weights, or of a file, for what a run was trained with."""
-    names = "", "model.safetensors", "pytorch_model.bin"
-    path = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
-    if path is None:
-        raise SystemExit(f"{folder}: has no {' and no '.join(names[1:])}; fetch one of them")
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while part := f.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+class Run:
+    """Folder, log, window of terms, progress line, checkpoints, interruption and resume of one training run.
 
+        run = Run(cfg, folder, ranks, hashes, FIXED)    # finished, unfinished or new?
+        step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
+        run.begin(terms)
+        while True:
+            if run.evaluates(step, last): run.note(step, scores)
+            run.saves(step, last)                       # may end the program: interrupted
+            if last: break
+            run.add(step, terms); step += 1; run.tick(step, lr, norm)
+        run.finish(results)
 
-class Log:
-    """log.jsonl, one line a window of steps. lines: how many a resumed run keeps, those of its checkpoint."""
+    cfg: a Config; hashes: {what: hash} of the data and models that the run reads; fixed: flags that a resumed
+    run cannot change; free: flags that change no result, beside those of changed_flags; paths: {what: path}
+    of what it reads, for analyses.
+    """
 
-    def __init__(self, folder, world, lines=0):
-        self.path, self.main, self.lines = Path(folder) / "log.jsonl", world.main, lines
-        if self.main:
-            old = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-            self.path.write_text("".join(old[:lines]))
+    def __init__(self, cfg, folder, ranks, hashes, fixed=(), free=(), paths=None):
+        self.cfg, self.folder, self.ranks, self.hashes = cfg, Path(folder), ranks, hashes
+        self.fixed, self.free, self.paths = fixed, free, paths or {}
+        self.saved, self.lines, self.parts = None, 0, {}
+        self.resumes = cfg.resume == "true" or cfg.resume == "auto" and self.agreed(self.unfinished())
 
-    def write(self, **values):
+    def agreed(self, flag):
+        """What the main rank says, on every rank."""
+        return self.ranks.any(self.ranks.main and bool(flag))
+
+    def before(self):
+        """config.json of the folder's run where that has the same flags and data, else None."""
+        try:
+            before = json.loads((self.folder / "config.json").read_text())
+            return before if same_run(before, self.cfg, self.hashes, self.free) else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def unfinished(self):
+        """Whether the folder holds a checkpoint of the same flags and data, from which a run can go on."""
+        return self.before() and any((self.folder / name).exists() for name in CHECKPOINTS)
+
+    def finished(self):
+        """Results of a FINISHED run of the same flags and data in the folder, else None."""
+        results = None
+        with contextlib.suppress(OSError, ValueError):
+            results = json.loads((self.folder / "results.json").read_text())
+        if not self.agreed(results and "finished" in results and self.before()):
+            return None
+        return results
+
+    # ------------------------------------------------------------------------ start
+
+    def restore(self, max_steps, **parts):
+        """Loads the checkpoint into `parts` where the run goes on; returns the step to begin with.
+
+        parts: {name: what has state_dict and load_state_dict}, saved from now on; None is left out.
+        """
+        self.max_steps, self.start = max_steps, 0
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        if self.resumes or self.cfg.eval_only:
+            self.saved = load_checkpoint(self.folder, self.ranks)
+            check_resume(self.saved, self.cfg, self.hashes, self.fixed)
+            for name, part in self.parts.items():
+                if state := self.saved[name]:  # the scaler's is empty but in float16
+                    part.load_state_dict(state)
+            self.start, self.lines = self.saved["step"], self.saved["log_lines"]
+        set_seed(self.cfg.seed, 1 + self.ranks.rank)
+        if self.resumes:
+            restore_rng(self.saved, self.ranks)
+        return self.start
+
+    def begin(self, terms, unit="tokens", units=0, flops=0.0, bar=""):
+        """Makes the folder, and catches signals from now on.
+
+        terms: names of the losses in their order; units a step, and floating-point operations; bar: title of
+        a progress bar in place of a line for each window.
+        """
+        cfg, device = self.cfg, self.ranks.device
+        self.open_folder()
+        self.interrupt = Interrupt(cfg.max_minutes)
+        self.terms, self.unit, self.units, self.flops = list(terms), unit, units, flops
+        self.peak = peak_flops(device, getattr(torch, cfg.dtype)) * self.ranks.size if flops else 0.0
+        self.window = torch.zeros(cfg.log_every, len(self.terms), device=device)
+        self.first, self.added = self.start, -1  # first step of the window, last step that was added
+        self.clock = None  # when the window began, pauses left out; None while warming up
+        self.began = time.monotonic() - (self.saved or {}).get("seconds", 0.0) * self.resumes
+        self.bar = None
+        if bar:
+            self.bar = progress(None, self.max_steps, " steps", bar, leave=False, initial=self.start)
+        self.paused = None  # when the loop was left for an evaluation
+
+    def open_folder(self):
+        """Writes config.json and cuts the log; an older run of the name is moved to folder.1, .2, ..."""
+        folder, cfg = self.folder, self.cfg
+        if self.ranks.main:
+            if folder.exists() and not self.resumes:
+                n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
+                try:
+                    changed = changed_flags(json.loads((folder / "config.json").read_text())["config"], cfg)
+                except (OSError, ValueError, KeyError):
+                    changed = []
+                folder.rename(folder.with_name(f"{folder.name}.{n}"))
+                because = f" ({', '.join(changed)})" if changed else ""
+                print0(f"{folder} exists: moved to {folder}.{n}{because}")
+            folder.mkdir(parents=True, exist_ok=True)
+            for rest in folder.glob("*.tmp"):  # of a killed save
+                shutil.rmtree(rest, ignore_errors=True)
+            write_json(folder / "config.json", {
+                "format": FORMAT, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(),
+                "paths": {name: str(path) for name, path in self.paths.items()}, "hashes": self.hashes,
+                "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
+                             "numpy": np.__version__},
+                "device": torch.cuda.get_device_name(self.ranks.device)
+                if self.ranks.device.type == "cuda" else "cpu",
+                "ranks": self.ranks.size, "threads": torch.get_num_threads()})
+            path = folder / "log.jsonl"
+            old = path.read_text().splitlines(keepends=True) if path.exists() else []
+            path.write_text("".join(old[:self.lines]))
+        self.ranks.barrier()
+
+    # ------------------------------------------------------------------------ inside of the loop
+
+    def evaluates(self, step, last):
+        """Is an evaluation due before this step? Its time counts in no speed."""
+        self.paused = time.monotonic()
+        return (step % self.cfg.eval_every == 0 or last) and not (step == self.start and self.resumes)
+
+    def note(self, step, what, scores, shown=""):
+        """Scores into the log as <what>_<name>, and a line of them, or `shown`."""
+        self.log(step=step, **{f"{what}_{name}": value for name, value in scores.items()})
+        print0(f"step {step:6d}  {what}  "
+               + (shown or "  ".join(f"{name} {value:.3f}" for name, value in scores.items())))
+
+    def saves(self, step, last, **more):
+        """Saves a checkpoint where one is due; ends the program where it was interrupted.
+
+        more: plain values beside the states of the parts.
+        """
+        began, self.paused = self.paused or time.monotonic(), None
+        stop = self.interrupt.due(self.ranks)
+        if (step % self.cfg.save_every == 0 and step > self.start) or last or stop:
+            self.check(step)
+            save_checkpoint(self.folder, {name: part.state_dict() for name, part in self.parts.items()} | {
+                "format": FORMAT, "step": step, "log_lines": self.lines, "hashes": self.hashes,
+                "config": dataclasses.asdict(self.cfg), "seconds": time.monotonic() - self.began} | more,
+                self.ranks)
+        if stop and not last:
+            print0(f"{self.interrupt.reason}: saved step {step} in {self.folder}; go on with "
+                   + ("the same command" if self.cfg.resume == "auto" else "--resume"))
+            raise SystemExit(0)
+        if self.clock:
+            self.clock += time.monotonic() - began
+
+    def check(self, step):
+        """Stops the run where a loss or a weight is not finite: it must not be saved as good."""
+        self.check_window(self.ranks.sum(self.window.clone()))
+        bad = [name for name, p in self.parts["model"].named_parameters() if not p.isfinite().all()]
+        if bad:
+            raise SystemExit(f"the weight {bad[0]} is not finite after step {step}; {last_good(self.folder)}")
+
+    def check_window(self, values):
+        """values: (window, terms), row = step % window."""
+        bad = (~torch.isfinite(values)).nonzero().tolist()
+        if bad:
+            row, column = bad[0]
+            step = self.first + (row - self.first) % len(values)
+            raise SystemExit(f"the {self.terms[column]} loss is {values[row, column].item()} at step {step}; "
+                             f"{last_good(self.folder)}")
+
+    @contextlib.contextmanager
+    def pause(self):
+        """A block whose time counts in no speed."""
+        began = time.monotonic()
+        yield
+        if self.clock:
+            self.clock += time.monotonic() - began
+
+    def add(self, step, terms):
+        """Adds a micro-batch's terms, {name: 0-d tensor}, to the window's row of this step."""
+        row = self.window[step % len(self.window)]
+        if step != self.added:
+            row.zero_()
+            self.added = step
+        row += torch.stack([terms[name].detach() for name in self.terms])
+
+    def tick(self, step, lr, norm):
+        """After a step: a line on the screen and in the log once a window.
+
+        step: how many are done; norm: the gradient's, a tensor. The window's only read of the device.
+        """
+        if self.bar is not None:
+            self.bar.update()
+        if step % len(self.window):
+            return
+        values = self.ranks.sum(self.window.clone()) / self.ranks.size
+        self.check_window(values)
+        means = dict(zip(self.terms, values[self.first % len(self.window):].mean(0).tolist()))
+        now = time.monotonic()
+        speed = (step - self.first) / (now - self.clock) if self.clock else 0.0  # steps a second
+        mfu = speed * self.flops / self.peak if self.peak else 0.0
+        rate = {f"{self.unit}_per_s": speed * self.units, "mfu": mfu} if speed else {}
+        self.log(step=step, **means, lr=lr, grad_norm=norm.item(), **rate,
+                 memory_mb=peak_memory_mb(self.ranks.device))
+        if self.bar is None:
+            left = (now - self.began) / step * (self.max_steps - step)
+            parts = [f"step {step:6d}", *(f"{name} {value:.4f}" for name, value in means.items()),
+                     f"lr {lr:.1e}"]
+            if speed:
+                parts += [f"{1e3 / speed:.0f} ms", f"{speed * self.units / 1e3:.1f}k {self.unit}/s",
+                          f"mfu {100 * mfu:.0f}%"]
+            print0("  ".join([*parts, f"eta {duration(left)}"]))
+        self.first, self.clock = step, now
+
+    def log(self, **values):
+        """A line of log.jsonl."""
         self.lines += 1
-        if self.main:
-            with self.path.open("a") as f:
+        if self.ranks.main:
+            with (self.folder / "log.jsonl").open("a") as f:
                 f.write(json.dumps(values) + "\n")
+
+    # ------------------------------------------------------------------------ end
+
+    def leave_loop(self):
+        """Signals end the program from now on; returns the seconds that the loop took, resumed parts too."""
+        self.interrupt.release()
+        if self.bar is not None:
+            self.bar.close()
+        return time.monotonic() - self.began
+
+    def finish(self, results):
+        """Writes results.json, with the time at which the run was finished; returns it."""
+        results = {"folder": str(self.folder), **results, "format": FORMAT, "finished": time.time()}
+        if self.ranks.main:
+            write_json(self.folder / "results.json", results)
+        self.ranks.barrier()
+        return results
 
 
 # ---------------------------------------------------------------------------- checkpoints
 
+CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.prev")
 
-def save_checkpoint(folder, state, world, name="checkpoint.pt"):
-    """Atomic: written beside, flushed, renamed; the one before is kept as *.prev.
+
+def machine_of(ranks):
+    """What a run must have in common with another to go on bit for bit."""
+    return {"ranks": ranks.size, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+            "device": ranks.device.type, "instructions": torch.backends.cpu.get_cpu_capability()}
+
+
+def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
+    """Atomic; the one before is kept as *.prev.
 
     state: tensors and plain containers only. Each rank's RNG state is added, so that dropout goes on as if
     nothing had happened.
     """
-    rng = torch.get_rng_state() if world.device.type == "cpu" else torch.cuda.get_rng_state(world.device)
-    rng = world.gather(rng[None])
-    if not world.main:
+    device = ranks.device
+    rng = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+    rng = ranks.gather(rng[None])
+    if not ranks.main:
         return
     path = Path(folder) / name
-    part = path.with_name(name + ".tmp")
-    state = state | {"rng": rng, "ranks": world.size, "threads": torch.get_num_threads(),
-                     "torch": str(torch.__version__), "device": world.device.type,
-                     "instructions": torch.backends.cpu.get_cpu_capability()}
     try:
-        with open(part, "wb") as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists():
-            os.replace(path, path.with_name(name + ".prev"))
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # a full disk comes as either, by torch version
-        part.unlink(missing_ok=True)
-        kept = next((p for p in (path, path.with_name(name + ".prev")) if p.exists()), None)
-        raise SystemExit(f"{path}: could not be written ({error}); free disk space, then go on with --resume"
-                         + (f" from {kept}" if kept else "")) from None
+        with atomic(path, keep=".prev") as part:
+            torch.save(state | {"rng": rng} | machine_of(ranks), part)
+    except (SystemExit, RuntimeError) as error:  # a full disk comes as either, by torch version
+        kept = next((p for p in (path, Path(f"{path}.prev")) if p.exists()), None)
+        raise SystemExit(f"{error}; then go on with --resume" + (f" from {kept}" if kept else "")) from None
 
 
-def load_checkpoint(folder, world, name="checkpoint.pt"):
+def load_checkpoint(folder, ranks, name="checkpoint.pt"):
     """The newest checkpoint of the run that reads whole, on the CPU; says so where the newest was damaged."""
     folder = Path(folder)
     for path in (folder / name, folder / (name + ".prev")):
@@ -371,51 +563,20 @@ def load_checkpoint(folder, world, name="checkpoint.pt"):
                      "(finetune.py: with --resume false)")
 
 
-def check_finite(values, first, names, folder):
-    """Stops the run where a loss is NaN or infinite.
-
-    values: (window, terms), row = step % window; first: the window's first step.
-    """
-    bad = (~torch.isfinite(values)).nonzero().tolist()
-    if bad:
-        row, column = bad[0]
-        step, value = first + (row - first) % len(values), values[row, column].item()
-        raise SystemExit(f"the {names[column]} loss is {value} at step {step}; {last_good(folder)}")
-
-
-def check_weights(model, step, folder):
-    """Stops the run where an update left NaN or infinity in the weights: they must not be saved as good."""
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise SystemExit(f"the weight {bad[0]} is not finite after step {step}; {last_good(folder)}")
-
-
 def last_good(folder):
     """What to do after a NaN: names the checkpoint to go on from."""
-    paths = Path(folder) / "checkpoint.pt", Path(folder) / "checkpoint.pt.prev"
-    kept = next((path for path in paths if path.exists()), None)
+    kept = next((Path(folder, name) for name in CHECKPOINTS if Path(folder, name).exists()), None)
     return (f"the last good checkpoint is {kept}; go on from it with --resume and a lower --lr" if kept else
             "start anew with a lower --lr")
 
 
-def restore_rng(state, world):
-    """RNG of this rank from a checkpoint; a note where the run cannot go on bit for bit."""
-    now = {"ranks": world.size, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
-           "device": world.device.type, "instructions": torch.backends.cpu.get_cpu_capability()}
-    changed = [f"{k} {state[k]} -> {v}" for k, v in now.items() if state[k] != v]
-    if changed:
-        print0(f"resume: {', '.join(changed)}: the run goes on, but not bit for bit")
-    if state["device"] != world.device.type or state["ranks"] != world.size:
-        return
-    if world.device.type == "cpu":
-        torch.set_rng_state(state["rng"][world.rank])
-    else:
-        torch.cuda.set_rng_state(state["rng"][world.rank], world.device)
-
-
-def check_resume(before, cfg, hashes_before, hashes, fixed):
-    """Prints what changed since the checkpoint; refuses a change of the data or of a field in `fixed`."""
-    now = dataclasses.asdict(cfg)
+def check_resume(saved, cfg, hashes, fixed):
+    """Prints what changed since the checkpoint; refuses another format, other data, or a changed flag of
+    `fixed`."""
+    if saved.get("format") != FORMAT:
+        raise SystemExit(f"--resume: a checkpoint of format {saved.get('format', 1)}, this code reads "
+                         f"{FORMAT}; start anew without --resume")
+    before, now = saved["config"], dataclasses.asdict(cfg)
     changed = {k: (before.get(k), v) for k, v in now.items()
                if before.get(k) != v and k not in ("resume", "eval_only")}
     for k, (old, new) in changed.items():
@@ -424,10 +585,23 @@ def check_resume(before, cfg, hashes_before, hashes, fixed):
     if refused:
         raise SystemExit(f"--resume: --{refused[0]} was {before.get(refused[0])} in the checkpoint and "
                          "cannot change; give the old value, or start anew without --resume")
-    for what, old in hashes_before.items():
+    for what, old in saved["hashes"].items():
         if hashes.get(what) != old:
             raise SystemExit(f"--resume: {what} is not what the checkpoint was trained on; start anew "
                              "without --resume")
+
+
+def restore_rng(saved, ranks):
+    """RNG of this rank from a checkpoint; a note where the run cannot go on bit for bit."""
+    changed = [f"{k} {saved[k]} -> {v}" for k, v in machine_of(ranks).items() if saved[k] != v]
+    if changed:
+        print0(f"resume: {', '.join(changed)}: the run goes on, but not bit for bit")
+    if saved["device"] != ranks.device.type or saved["ranks"] != ranks.size:
+        return
+    if ranks.device.type == "cpu":
+        torch.set_rng_state(saved["rng"][ranks.rank].clone())
+    else:
+        torch.cuda.set_rng_state(saved["rng"][ranks.rank].clone(), ranks.device)
 
 
 class Interrupt:
@@ -450,7 +624,7 @@ class Interrupt:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def due(self, world):
+    def due(self, ranks):
         if not self.reason and time.monotonic() > self.deadline:
             self.reason = "--max_minutes"
-        return world.any(bool(self.reason))
+        return ranks.any(bool(self.reason))

@@ -8,11 +8,10 @@
 L^T = L_CT + L_MLM (section 3.2), with L_CT the token-level hinge of Eq. 3. The run leaves
 out/teacher-<objective>-s<seed>/ with model/: the language model as a Hugging Face folder, the video encoder,
 and the vectors of the clips that serve as vokens. With --objective clip the language model is a text tower
-like CLIP's, whose end-of-text state is matched with its clip among those of the batch (Radford et al. 2021).
+like CLIP's: its end-of-text state is matched with its clip among those of the batch (Radford et al. 2021).
 """
 import math
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import losses
-from common import check_fields, duration, print0, write_json
-
-from model import (BERT, SHAPES, CLIPConfig, CLIPText, MLMHead, VideoEncoder, flops_per_token, memory_report,
+from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
+from model import (BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, flops_per_token, memory_report,
                    model_config, param_groups)
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_video_encoder
-from prepare.world import demo_world
-from run import (Interrupt, Log, check_finite, check_resume, check_weights, finished_run, init_world,
-                 load_checkpoint, lr_at, micro_batch_size, move, open_run, peak_flops, peak_memory_mb,
-                 restore_rng, run_script, save_checkpoint, set_seed, step_line, unfinished_run)
+from run import (Run, init_ranks, load_checkpoint, lr_at, micro_batch_size, move, run_script, save_checkpoint,
+                 set_seed, steps_of)
 
 
 @dataclass(frozen=True)
@@ -47,16 +43,12 @@ class Config:
     vision: str = "video"  # video, or image = the 2D feature of the middle frame
     feat_norm: bool = False  # L2-normalise the 2D and the 3D part of each frame
     # model
-    model: str = "demo"  # a shape of model.py: demo, 6L-512H, 12L-768H
-    layers: int = 0  # overrides the shape; 0 = as it is
-    hidden: int = 0  # overrides the shape
-    heads: int = 0  # overrides the shape; hidden / 64 where only hidden is given
-    intermediate: int = 0  # overrides the shape; 4 x hidden where only hidden is given
+    model: str = "demo"  # shape of the language model: demo, or layers and width: 6L-512H, 12L-768H
     video_layers: int = 1  # layers of the video encoder; 0 = as many as the language model's
     dropout: float = 0.1  # of hidden states and attention
     # objective
     objective: str = "mlm+ct"  # mlm, ct, mlm+ct, or clip = a text tower like CLIP's, one vector a text
-    negatives: str = "infonce"  # one (Eq. 3), all (same expectation, less variance), or infonce: see README
+    negatives: str = "infonce"  # one (Eq. 3), all (same expectation, less variance), or infonce
     ct_input: str = "masked"  # the contrastive term sees the masked text, or clean = a second pass
     margin: float = 1.0  # alpha of Eq. 3
     temperature: float = 0.1  # of --negatives infonce
@@ -72,8 +64,9 @@ class Config:
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    warmup_steps: int = 30  # linear warm-up
-    max_steps: int = 300  # then linearly to 0
+    warmup_steps: float = 30  # linear warm-up; below 1 = a share of the steps
+    max_steps: int = 300  # then linearly to 0; 0 = as many as --epochs takes
+    epochs: float = 0.0  # passes over the clips, where max_steps is 0
     stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where clips are seen
     patience: int = 5  # evaluations without a better one before it stops
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
@@ -83,7 +76,7 @@ class Config:
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile both encoders
     out_dir: str = ""  # run folder; empty = out/teacher-<objective>-s<seed>
-    resume: bool = False  # go on from the folder's newest checkpoint
+    resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's best weights and stop
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     # logging
@@ -92,30 +85,22 @@ class Config:
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        if self.objective not in ("mlm", "ct", "mlm+ct", "clip"):
-            raise ValueError(f"--objective {self.objective}: choose mlm, ct, mlm+ct or clip")
         check_fields(self, CHOICES, POSITIVE)
-        if not 1 <= self.warmup_steps <= self.max_steps:
-            raise ValueError(f"--warmup_steps {self.warmup_steps}: must lie in 1 .. --max_steps "
-                             f"({self.max_steps})")
-        for name in ("eval_every", "save_every"):
-            if getattr(self, name) % self.log_every:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be a multiple of --log_every "
-                                 f"({self.log_every})")
+        if not self.max_steps and not self.epochs:
+            raise ValueError("--max_steps 0 needs --epochs")
         if self.stop_on == "recall" and self.objective == "mlm":
             raise ValueError("--stop_on recall needs the contrastive term; use --stop_on loss")
+        model_config(self.model, 1, self.dropout)
         data.parse_split(self.mask_split)
 
 
-CHOICES = {"model": tuple(SHAPES), "vision": ("video", "image"), "negatives": ("one", "all", "infonce"),
-           "ct_input": ("masked", "clean"), "reduction": ("mean", "sum"),
-           "stop_on": ("auto", "loss", "recall"), "dtype": ("float32", "bfloat16", "float16")}
-POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "batch_size", "grad_accum", "lr",
-            "max_steps", "patience", "vokens", "log_every", "eval_every", "save_every")
+CHOICES = {"objective": ("mlm", "ct", "mlm+ct", "clip"), "vision": ("video", "image"),
+           "negatives": ("one", "all", "infonce"), "ct_input": ("masked", "clean"),
+           "reduction": ("mean", "sum"), "stop_on": ("auto", "loss", "recall")}
+POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "lr", "patience", "vokens", "eval_every")
 # what a resumed run cannot change
-FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "layers",
-         "hidden", "heads", "intermediate", "video_layers", "objective", "mask_rate", "mask_split",
-         "reduction", "batch_size", "weight_decay", "beta2", "seed")
+FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "video_layers", "objective",
+         "mask_rate", "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
 
 # section 4.3 of the paper: tokens, frames, held-out clips, optimizer, margin, depth of the video encoder
 PAPER = dict(block_size=128, max_frames=512, val_clips=10_000, lr=2e-4, weight_decay=0.01, margin=1.0,
@@ -127,11 +112,6 @@ BASE = SMALL | dict(model="12L-768H")
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(negatives="one", stop_on="loss")}
 
 
-def video_config(cfg, config):
-    """Shape of the video encoder: the language model's, with layers of its own where the flag says so."""
-    return replace(config, layers=cfg.video_layers or config.layers)
-
-
 class Teacher(nn.Module):
     """Language model and video encoder: all that is trained, so that DDP sees every gradient."""
 
@@ -139,7 +119,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.cfg = cfg
         if cfg.objective == "clip":
-            self.clip = CLIPText(CLIPConfig(
+            self.tower = CLIPText(CLIPConfig(
                 config.vocab_size, config.layers, config.hidden, config.heads, config.intermediate,
                 positions=cfg.block_size, projection=config.hidden))
         else:
@@ -147,35 +127,37 @@ class Teacher(nn.Module):
         if "mlm" in cfg.objective:
             self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
         if cfg.objective != "mlm":
-            self.video = VideoEncoder(video_config(cfg, config), features, cfg.max_frames)
+            self.video = VideoEncoder(replace(config, layers=cfg.video_layers or config.layers), features,
+                                      cfg.max_frames)
 
     def encode(self, batch):
         """Clips of data.VideoClips -> vectors (B, C) of texts and videos, as retrieval compares them."""
         v = self.video(batch["frames"], batch["frame_mask"])
         if self.cfg.objective == "clip":
-            return self.clip.pool(self.clip(batch["ids"]), batch["mask"]), v
+            return self.tower.pool(self.tower(batch["ids"]), batch["mask"]), v
         return mean_state(self.bert(batch["ids"], batch["mask"]), batch["mask"]), v
 
-    def forward(self, batch, count):
-        """One micro-batch -> {term: sum / count[term]}."""
+    def forward(self, batch, divisor):
+        """One micro-batch -> {term: sum / divisor[term]}."""
         cfg, terms = self.cfg, {}
+        # HACK HERE: the objective
         if cfg.objective == "clip":
-            return {"clip": losses.clip(*self.encode(batch), self.clip.logit_scale, count["clip"])}
+            return {"clip": losses.clip(*self.encode(batch), self.tower.logit_scale, divisor["clip"])}
         h = self.bert(batch["inputs"], batch["mask"])  # (B, T, C)
         if "mlm" in cfg.objective:
-            picked = h.flatten(0, 1)[batch["target_index"]]  # (n, C): logits at masked positions only
-            terms["mlm"] = losses.mlm(self.mlm(picked), batch["targets"], count["mlm"])
+            masked = h.flatten(0, 1)[batch["target_index"]]  # (M, C): logits at masked positions only
+            terms["mlm"] = losses.mlm(self.mlm(masked), batch["targets"], divisor["mlm"])
         if "ct" in cfg.objective:
             if cfg.ct_input == "clean":
                 h = self.bert(batch["ids"], batch["mask"])
             v = self.video(batch["frames"], batch["frame_mask"])  # (B, C)
             if cfg.negatives == "one":
                 terms["ct"] = losses.hinge(h, v, batch["text_mask"], batch["partner"], batch["partner_video"],
-                                           batch["partner_token"], cfg.margin, count["ct"])
+                                           batch["partner_token"], cfg.margin, divisor["ct"])
             elif cfg.negatives == "all":
-                terms["ct"] = losses.hinge_all(h, v, batch["text_mask"], cfg.margin, count["ct"])
+                terms["ct"] = losses.hinge_all(h, v, batch["text_mask"], cfg.margin, divisor["ct"])
             else:
-                terms["ct"] = losses.infonce_tokens(h, v, batch["text_mask"], cfg.temperature, count["ct"])
+                terms["ct"] = losses.infonce_tokens(h, v, batch["text_mask"], cfg.temperature, divisor["ct"])
         return terms
 
 
@@ -184,229 +166,54 @@ ITEMS = {"mlm": lambda batch: len(batch["targets"]), "ct": lambda batch: batch["
          "clip": lambda batch: len(batch["ids"])}
 
 
-def term_weights(cfg):
-    """{term: weight} of the terms that are on, in the order of the log."""
-    return {name: getattr(cfg, "w_" + name, 1.0) for name in cfg.objective.split("+")}
+def make_batch(clips, cfg, index, step, positions):
+    """Clips `index` of data.VideoClips with masked inputs, their targets and Eq. 3's drawn negatives.
 
-
-def prepare(batch, vocab, cfg, step, rows):
-    """Adds the masked inputs, their targets and Eq. 3's drawn negatives to a batch of data.VideoClips.
-
-    rows: what each clip's draws are keyed by beside (seed, step): its position in the global batch, or its
-    index with step -1 for evaluation. The partners x' and v' come from this rank's own micro-batch.
+    positions: what each clip's draws are keyed by beside (seed, step): its position in the global batch, or
+    its index with step -1 for evaluation. The partners x' and v' come from this rank's own micro-batch.
     """
+    batch, vocab = clips.batch(index), clips.vocab
     if cfg.objective == "clip":
         return batch
     ids, mask = batch["ids"], batch["mask"]
-    inputs, labels = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step, rows)
+    inputs, labels = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step,
+                                      positions)
     target_index = (labels.flatten() != -100).nonzero()[:, 0]
     batch |= {"inputs": inputs, "target_index": target_index, "targets": labels.flatten()[target_index],
               "text_mask": mask & (ids != vocab.cls) & (ids != vocab.sep)}
     if cfg.negatives == "one":
         batch["partner"], batch["partner_video"], batch["partner_token"] = losses.hinge_partners(
-            batch["text_mask"], cfg.seed, step, rows)
+            batch["text_mask"], keyed_integers, cfg.seed, step, positions)
     return batch
 
 
 @torch.no_grad()
-def evaluate(model, clips, cfg, world):
+def evaluate(model, clips, cfg, weights, ranks):
     """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
     total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
-    batches = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
-    for n in range(world.rank, len(batches), world.size):
-        index = batches[n]
-        batch = move(prepare(clips.batch(index), clips.vocab, cfg, -1, index), world.device)
+    parts = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
+    for index in parts[ranks.rank::ranks.size]:
+        batch = move(make_batch(clips, cfg, index, -1, index), ranks.device)
         terms = model(batch, dict.fromkeys(ITEMS, 1.0))
         for i, (name, items) in enumerate(ITEMS.items()):
             if name in terms:
                 total[i] += torch.tensor([terms[name].item(), items(batch)], dtype=torch.float64)
-    world.sum(total)
+    ranks.sum(total)
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
-    scores["loss"] = sum(scores[name] * weight for name, weight in term_weights(cfg).items())
+    scores["loss"] = sum(scores[name] * weight for name, weight in weights.items())
     if cfg.objective != "mlm":
-        text, video = vectors(model.encode, clips, np.arange(len(clips)), world.device)
+        text, video = vectors(model.encode, clips, np.arange(len(clips)), ranks.device)
         scores |= {f"t2v_r{k}": v for k, v in recall(text, video).items()}
         scores |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
     model.train()
     return scores
 
 
-def main(cfg, reuse=False):
-    """Trains and saves the teacher of `cfg`; returns the results.
-
-    reuse: where a finished run of the same flags and data exists, it returns that one's results.
-    """
-    world = init_world(cfg.device)
-    dtype = getattr(torch, cfg.dtype)
-    micro_size = micro_batch_size(cfg, world)
-    if cfg.objective != "mlm" and micro_size < 2:
-        raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no "
-                         "negatives; raise it")
-    folder = Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
-
-    # data
-    videos = cfg.videos or demo_world(cfg.data_dir, cfg.seed, world) / "videos.h5"
-    train, val = (data.VideoClips(videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
-                                  cfg.feat_norm) for part in ("train", "val"))
-    hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
-    if reuse:
-        if before := finished_run(folder, cfg, hashes):
-            print0(f"reused {folder}")
-            return before
-        cfg = replace(cfg, resume=unfinished_run(folder, cfg, hashes))
-    print0(f"teacher: {len(train):,} training clips, {len(val):,} held out, {train.features} channels a "
-           f"frame, vocabulary {train.vocab.size:,}")
-
-    # model and optimizer
-    set_seed(cfg.seed, 0)
-    config = model_config(cfg.model, train.vocab.size, cfg.layers, cfg.hidden, cfg.heads, cfg.intermediate,
-                          cfg.dropout)
-    model = Teacher(cfg, config, train.features).to(world.device)
-    print0(memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective)))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
-                                  eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(world.device.type, enabled=dtype == torch.float16)
-    weights, sees = term_weights(cfg), cfg.objective != "mlm"
-    names = list(weights)
-
-    # resume
-    start, best = 0, {"score": None, "step": 0, "bad": 0}
-    if cfg.resume or cfg.eval_only:
-        saved = load_checkpoint(folder, world)
-        check_resume(saved["config"], cfg, saved["hashes"], hashes, FIXED)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if saved["scaler"]:  # empty but in float16
-            scaler.load_state_dict(saved["scaler"])
-        start, best = saved["step"], saved["best"]
-    if cfg.eval_only:
-        model.load_state_dict(load_checkpoint(folder, world, "best.pt")["model"])
-        scores = evaluate(model, val, cfg, world)
-        print0(recall_table(scores, len(val)) if sees else f"validation mlm {scores['mlm']:.4f}")
-        return scores
-    folder = open_run(folder, cfg, world, hashes)
-    log = Log(folder, world, saved["log_lines"] if cfg.resume else 0)
-    interrupt = Interrupt(cfg.max_minutes)
-    if cfg.compile_model:
-        (model.clip if cfg.objective == "clip" else model.bert).compile()
-        if sees:
-            model.video.compile()
-    ddp = DistributedDataParallel(model) if world.size > 1 else model
-    set_seed(cfg.seed, 1 + world.rank)
-    if cfg.resume:
-        restore_rng(saved, world)
-
-    tokens = cfg.batch_size * cfg.block_size
-    text_flops = 3 * tokens * flops_per_token(config, cfg.block_size, cfg.mask_rate if "mlm" in names else 0)
-    peak = peak_flops(world.device, dtype) * world.size
-    window = torch.zeros(cfg.log_every, len(names), device=world.device)
-    first, clock = start, None  # first step of the window; when it began, pauses left out; None: warming up
-    began, step = time.monotonic(), start
-    model.train()
-    while True:
-        pause = time.monotonic()
-        last = step >= cfg.max_steps or best["bad"] >= cfg.patience
-        if (step % cfg.eval_every == 0 or last) and not (step == start and cfg.resume):
-            scores = evaluate(model, val, cfg, world)
-            log.write(step=step, **{f"val_{k}": v for k, v in scores.items()})
-            on_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and sees
-            score = scores["t2v_r10"] if on_recall else -scores["loss"]
-            better = best["score"] is None or score > best["score"]
-            best = {"score": score, "step": step, "bad": 0} if better else best | {"bad": best["bad"] + 1}
-            last = last or best["bad"] >= cfg.patience
-            if better:
-                check_weights(model, step, folder)
-                save_checkpoint(folder, {"model": model.state_dict(), "step": step}, world, "best.pt")
-            print0(f"step {step:6d}  val  " + "  ".join(
-                f"{k} {v:.3f}" for k, v in scores.items() if k in (*names, "t2v_r10", "v2t_r10"))
-                + ("  best so far" if better else f"  no better for {best['bad']} of {cfg.patience}"))
-        stop = interrupt.due(world)
-        if (step % cfg.save_every == 0 and step > start) or last or stop:
-            check_finite(world.sum(window.clone()), first, names, folder)
-            check_weights(model, step, folder)
-            save_checkpoint(folder, {"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                     "scaler": scaler.state_dict(), "step": step, "best": best,
-                                     "log_lines": log.lines, "hashes": hashes, "config": asdict(cfg),
-                                     "model_config": asdict(config)}, world)
-        if stop and not last:
-            print0(f"{interrupt.reason}: saved step {step} in {folder}; go on with "
-                   + ("the same command" if reuse else "--resume"))
-            raise SystemExit(0)
-        if last:
-            break
-        clock = clock and clock + time.monotonic() - pause
-
-        # the step's micro-batches, and the items of each term over all ranks: one step on the whole batch
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, world.rank, world.size, micro, cfg.grad_accum)
-            batch = train.batch(train.index(cfg.seed, step, cfg.batch_size, rows))
-            batch = prepare(batch, train.vocab, cfg, step, rows)
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, world.device))
-        items = world.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        count = dict(zip(names, (items / world.size).tolist()))
-        lr = lr_at(step, cfg.lr, cfg.warmup_steps, cfg.max_steps)
-
-        # ---- optimizer step: these lines are the same in every script (tests/test_sync.py) ----
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        window[step % cfg.log_every] = 0
-        for micro, batch in enumerate(batches):
-            if world.size > 1:  # gradients travel once a step
-                ddp.require_backward_grad_sync = micro == cfg.grad_accum - 1
-            with torch.autocast(world.device.type, dtype, enabled=dtype != torch.float32):
-                terms = ddp(batch, count)
-            loss = sum(weights[name] * terms[name] for name in names)
-            scaler.scale(loss).backward()
-            window[step % cfg.log_every] += torch.stack([terms[name].detach() for name in names])
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        # ---- end of the optimizer step ----
-
-        step += 1
-        if step % cfg.log_every == 0:
-            values = world.sum(window.clone()) / world.size  # the window's only read of the device
-            check_finite(values, first, names, folder)
-            mean = dict(zip(names, values[first % cfg.log_every:].mean(0).tolist()))
-            now = time.monotonic()
-            speed = (step - first) / (now - clock) if clock else 0.0  # steps a second
-            frames = batch["frames"].shape[1]  # of the longest clip; the others are padded to it
-            flops = text_flops + sees * 3 * cfg.batch_size * frames * flops_per_token(
-                video_config(cfg, config), frames)
-            mfu = speed * flops / peak if peak else 0.0
-            rate = {"tokens_per_s": speed * tokens, "mfu": mfu} if speed else {}
-            log.write(step=step, **mean, lr=lr, grad_norm=norm.item(), **rate,
-                      memory_mb=peak_memory_mb(world.device))
-            left = (now - began) / (step - start) * (cfg.max_steps - step)
-            print0(step_line(step, mean, lr, speed, tokens, mfu, left))
-            first, clock = step, now
-
-    interrupt.release()
-    model.load_state_dict(load_checkpoint(folder, world, "best.pt")["model"])
-    model.eval()
-    print0(f"best at step {best['step']}")
-    results = {"objective": cfg.objective, "vision": cfg.vision, "folder": str(folder), "steps": step,
-               "best_step": best["step"], "vocabulary": train.vocab.hash} | evaluate(model, val, cfg, world)
-    results["finished"] = time.time()
-    if world.main:
-        export(model, train, folder / "model", cfg, world)
-        if sees:
-            print0("\n" + recall_table(results, len(val)) + "\n")
-        write_json(folder / "results.json", results)
-    print0(f"made {folder}/model in {duration(time.monotonic() - began)}")
-    world.barrier()
-    return results
-
-
-def export(model, clips, folder, cfg, world):
+def save(model, clips, folder, cfg, ranks):
     """The model's folder: Hugging Face's files, the video encoder, its way of cutting clips, and vokens."""
     if cfg.objective == "clip":
-        save_clip(model.clip, folder, clips.vocab)
+        save_clip(model.tower, folder, clips.vocab)
     else:
         save_bert(model.bert, folder, clips.vocab, getattr(model, "mlm", None))
     if cfg.objective == "mlm":
@@ -418,18 +225,138 @@ def export(model, clips, folder, cfg, world):
     if cfg.objective == "clip":
         return
     index = clips.voken_clips(cfg.vokens, cfg.seed)  # Appendix A: one of each task, then of random tasks
-    found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips, index, world.device)
+    found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips, index, ranks.device)
     save_file({"vectors": found}, folder / "vokens.safetensors")
     print0(f"vokens: {len(index):,} clips")
 
 
 def recall_table(scores, n):
-    """Recall on n held-out clips, aligned text."""
-    lines = [f"held-out clips: {n:<6}    R@1    R@5   R@10"]
+    """Text of a table: recall on n held-out clips."""
+    rows = [[f"held-out clips: {n}", "R@1", "R@5", "R@10"]]
     for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
-        lines.append(f"{name:<22}" + "".join(f"{100 * scores[f'{key}_r{k}']:7.1f}" for k in (1, 5, 10)))
-    return "\n".join([*lines, f"{'chance':<22}" + "".join(f"{100 * k / n:7.1f}" for k in (1, 5, 10))])
+        rows.append([name, *(f"{100 * scores[f'{key}_r{k}']:.1f}" for k in (1, 5, 10))])
+    return table([*rows, ["chance", *(f"{100 * k / n:.1f}" for k in (1, 5, 10))]])
+
+
+def main(cfg):
+    """Trains and saves the teacher of `cfg`; returns what its results.json holds."""
+    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
+    micro_size, sees = micro_batch_size(cfg, ranks), cfg.objective != "mlm"
+    if sees and micro_size < 2:
+        raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no "
+                         "negatives; raise it")
+
+    # ---- data
+    videos = cfg.videos or Path(cfg.data_dir, f"demo-s{cfg.seed}", "videos.h5")
+    train, val = (data.VideoClips(videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
+                                  cfg.feat_norm) for part in ("train", "val"))
+    run = Run(cfg, cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}", ranks,
+              {"videos": train.hash, "vocabulary": train.vocab.hash}, FIXED, paths={"videos": videos})
+    if cfg.resume == "auto" and (results := run.finished()):
+        print0(f"reused {run.folder}")
+        return results
+    max_steps, warmup_steps = steps_of(cfg, len(train))
+    print0(f"teacher: {len(train):,} training clips, {len(val):,} held out, {train.features} channels a "
+           f"frame, vocabulary {train.vocab.size:,}")
+
+    # ---- models
+    set_seed(cfg.seed, 0)
+    config = model_config(cfg.model, train.vocab.size, cfg.dropout)
+    model = Teacher(cfg, config, train.features).to(ranks.device)
+    print0(memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective)))
+    weights = {name: getattr(cfg, f"w_{name}", 1.0) for name in cfg.objective.split("+")}
+    names = list(weights)
+
+    # ---- optimizer
+    optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
+                                  eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16)
+
+    # ---- resume
+    step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
+    best = run.saved["best"] if run.saved else {"score": None, "step": 0, "bad": 0}
+    if cfg.eval_only:
+        model.load_state_dict(load_checkpoint(run.folder, ranks, "best.pt")["model"])
+        scores = evaluate(model, val, cfg, weights, ranks)
+        print0(recall_table(scores, len(val)) if sees else f"validation mlm {scores['mlm']:.4f}")
+        return scores
+    tokens, frames = cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.max_frames
+    flops = 3 * tokens * flops_per_token(config, cfg.block_size, cfg.mask_rate * ("mlm" in names))
+    if sees:
+        flops += 3 * frames * flops_per_token(model.video.config, cfg.max_frames)
+    run.begin(names, "tokens", tokens, flops)
+    if cfg.compile_model:
+        for name in {"bert", "tower", "video"} & dict(model.named_children()).keys():
+            getattr(model, name).compile()
+    ddp = DistributedDataParallel(model) if ranks.size > 1 else model
+    model.train()
+
+    # ==== training loop ====
+    while True:
+        last = step >= max_steps or best["bad"] >= cfg.patience
+        if run.evaluates(step, last):
+            scores = evaluate(model, val, cfg, weights, ranks)
+            by_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and sees
+            score = scores["t2v_r10"] if by_recall else -scores["loss"]
+            better = best["score"] is None or score > best["score"]
+            best = {"score": score, "step": step, "bad": 0} if better else best | {"bad": best["bad"] + 1}
+            last = last or best["bad"] >= cfg.patience
+            if better:
+                run.check(step)
+                save_checkpoint(run.folder, {"model": model.state_dict(), "step": step}, ranks, "best.pt")
+            run.note(step, "val", scores, "  ".join(
+                f"{k} {v:.3f}" for k, v in scores.items() if k in (*names, "t2v_r10", "v2t_r10"))
+                + ("  best so far" if better else f"  no better for {best['bad']} of {cfg.patience}"))
+        run.saves(step, last, best=best)
+        if last:
+            break
+
+        # the step's micro-batches, and what each term is divided by: its items in the global batch
+        batches, items = [], torch.zeros(len(names))
+        for micro in range(cfg.grad_accum):
+            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            index = train.index(cfg.seed, step, cfg.batch_size, positions)
+            batch = make_batch(train, cfg, index, step, positions)  # HACK HERE: the batch
+            items += torch.tensor([ITEMS[name](batch) for name in names])
+            batches.append(move(batch, ranks.device))
+        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
+        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
+
+        # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        for micro, batch in enumerate(batches):
+            if ranks.size > 1:  # gradients travel once a step
+                ddp.require_backward_grad_sync = micro == cfg.grad_accum - 1
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                terms = ddp(batch, divisor)
+            loss = sum(weights[name] * terms[name] for name in names)
+            scaler.scale(loss).backward()
+            run.add(step, terms)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(ddp.parameters(), cfg.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        run.tick(step, lr, norm)
+        # ---- end of the optimizer step ----
+
+    # ---- finish
+    seconds = run.leave_loop()
+    model.load_state_dict(load_checkpoint(run.folder, ranks, "best.pt")["model"])
+    results = {"objective": cfg.objective, "vision": cfg.vision, "steps": step, "best_step": best["step"],
+               "vocabulary": train.vocab.hash, "clips": len(val)}
+    results |= evaluate(model, val, cfg, weights, ranks)
+    model.eval()
+    if ranks.main:
+        save(model, train, run.folder / "model", cfg, ranks)
+    print0(f"best at step {best['step']}" + (f"\n\n{recall_table(results, len(val))}\n" if sees else ""))
+    print0(f"made {run.folder}/model in {duration(seconds)}")
+    return run.finish(results)
 
 
 if __name__ == "__main__":
-    run_script(main, Config, PRESETS)
+    from prepare import chain
+    run_script(chain.teacher, Config, PRESETS)

@@ -54,7 +54,7 @@ def demo(tmp_path_factory):
 
 # a run that takes a second: every step logged, nothing evaluated but at the ends
 QUICK = dict(max_steps=4, warmup_steps=1, log_every=1, eval_every=4, save_every=4, device="cpu", batch_size=8,
-             layers=1, hidden=32, heads=2, intermediate=64, block_size=24)
+             model="1L-32H-2A", block_size=24)
 QUICK_TEACHER = QUICK | dict(val_clips=40, stop_on="loss", vokens=9)
 QUICK_STUDENT = QUICK | dict(eval_blocks=11, grad_every=4, crd_tokens=19, crd_negatives=32, crd_dim=16)
 

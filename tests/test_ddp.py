@@ -28,7 +28,7 @@ from parts.tasks import TASKS, find_file
 from parts.vocab import load_vocab
 from parts.weights import load_task_model, save_clip
 from prepare.world import demo_xtext
-from run import World, end_world, init_world
+from run import Ranks, end_ranks, init_ranks
 
 SCRIPTS = {"adapt": adapt_xdbert, "distill": distill, "teacher": teacher, "finetune": finetune}
 TUNED = ("mnli", "squad2", "swag", "stsb")  # a task of each kind
@@ -69,7 +69,7 @@ def pairs_and_tower(world, out):
     tower = CLIPText(CLIPConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, positions=9,
                                 projection=24))
     save_clip(tower, out / "clip", vocab)
-    return str(demo_xtext(world, World(0, 1, torch.device("cpu")))), str(out / "clip")
+    return str(demo_xtext(world, Ranks(0, 1, torch.device("cpu")))), str(out / "clip")
 
 
 def adaptations(pairs, clip, language, out):
@@ -104,7 +104,7 @@ def in_both(found, out):
             for name, (script, flags, alone) in found.items()}
 
 
-def logits_of(folder, tasks, world):
+def logits_of(folder, tasks, ranks):
     """{(task, EVAL_TOKENS): logits of its dev set} by evaluate, of folder's runs, in many batches and one."""
     found, before = {}, examples_room.EVAL_TOKENS
     for name in TUNED:
@@ -114,7 +114,7 @@ def logits_of(folder, tasks, world):
         examples = load_examples(task, path, load_vocab(run), settings["max_length"], "", "dev")
         assert len(examples) % 2 == 1
         for examples_room.EVAL_TOKENS in (150, before):
-            found[name, examples_room.EVAL_TOKENS] = finetune.evaluate(model, examples, torch.float32, world)
+            found[name, examples_room.EVAL_TOKENS] = finetune.evaluate(model, examples, torch.float32, ranks)
     return found
 
 
@@ -125,20 +125,20 @@ def worker(rank, port, todo, out, tasks):
     os.chdir(out)
     update, banks = distill.update_bank, []
 
-    def kept(student, *args):
-        banks.append(student.bank)
-        return update(student, *args)
+    def kept(model, *args):
+        banks.append(model.bank)
+        return update(model, *args)
     distill.update_bank = kept
     for script, flags, _ in todo.values():
         banks.clear()
         SCRIPTS[script].main(SCRIPTS[script].Config(**flags))
-        world = init_world("cpu")
+        ranks = init_ranks("cpu")
         for bank in banks[-1:]:  # bit for bit the same rows on both ranks
             for rows in (bank.z_s, bank.z_t):
-                both = world.gather(rows[None])
+                both = ranks.gather(rows[None])
                 assert torch.equal(both[0], both[1]) and both[0].abs().sum() > 0
-    torch.save(logits_of("two/tuned", tasks, world), f"logits{rank}.pt")
-    end_world()
+    torch.save(logits_of("two/tuned", tasks, ranks), f"logits{rank}.pt")
+    end_ranks()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_two_processes_train_what_one_does(both, job):
     one, two = (torch.load(both / ranks / job / "checkpoint.pt", weights_only=True)
                 for ranks in ("one", "two"))
     compared = 0
-    for part in ("student", "model", "bank", "optimizer"):
+    for part in ("model", "bank", "optimizer"):
         if part not in one:
             continue
         a, b = flat(one[part]), flat(two[part])
@@ -208,7 +208,7 @@ def test_two_processes_log_and_evaluate_what_one_does(both, job):
     assert [line["step"] for line in one] == [line["step"] for line in two]
     assert any(key.startswith("val_") for line in one for key in line)
     for a, b in zip(one, two):
-        for key in a.keys() - {"tokens_per_s", "mfu", "memory_mb"}:
+        for key in a.keys() - {"tokens_per_s", "examples_per_s", "mfu", "memory_mb"}:
             if not key.startswith("gradient_"):  # of one micro-batch, and those differ in size
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-4), (a["step"], key)
 
@@ -258,7 +258,7 @@ def test_two_processes_fine_tune_what_one_does(both, job, task):
 @pytest.mark.parametrize("task", TUNED)
 def test_evaluation_with_two_processes_is_bit_equal_to_one(both, tiny_tasks, task):
     """An odd number of examples, in many batches, and in a single one that leaves a process without."""
-    alone = logits_of(both / "two" / "tuned", tiny_tasks, World(0, 1, torch.device("cpu")))
+    alone = logits_of(both / "two" / "tuned", tiny_tasks, Ranks(0, 1, torch.device("cpu")))
     for rank in (0, 1):
         found = torch.load(both / f"logits{rank}.pt", weights_only=True)
         for key in alone:

@@ -32,9 +32,9 @@ from parts.tasks import DEMO_TASKS, DIAGNOSTIC, TASKS, find_file, measure, write
 from parts.vocab import CLIPVocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_task_model, load_xdbert, save_bert,
                            save_clip, save_video_encoder)
-from run import World, save_checkpoint
+from run import Ranks, save_checkpoint
 
-WORLD = World(0, 1, torch.device("cpu"))
+WORLD = Ranks(0, 1, torch.device("cpu"))
 LEARNED = "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1"  # in no order of the papers
 
 
@@ -232,7 +232,7 @@ def test_limit_draws_so_many_examples_anew_for_each_seed(finetune_config, monkey
 
 
 def test_steps_are_epochs_and_the_rate_rises_and_falls(finetune_config):
-    run = only(finetune.main(finetune_config("rte", max_steps=0, epochs=2.5, warmup=0.25, log_every=1,
+    run = only(finetune.main(finetune_config("rte", max_steps=0, epochs=2.5, warmup_steps=0.25, log_every=1,
                                              lr=1e-3)))
     assert run["steps"] == 10 == math.ceil(2.5 * 64 / 16)
     rates = [line["lr"] for line in curve(run)]
@@ -446,7 +446,7 @@ def test_finished_run_is_reused_and_run_anew_when_asked(finetune_config, tiny_be
             found = only(finetune.main(again))
             assert found == run and f"reused {run['folder']}" in capsys.readouterr().out
     old = weights(run)
-    anew = only(finetune.main(replace(cfg, resume=False)))
+    anew = only(finetune.main(replace(cfg, resume="false")))
     assert weights(anew) == old == Path(run["folder"] + ".1", "model", "model.safetensors").read_bytes()
     assert anew["finished"] > run["finished"]
     other = only(finetune.main(replace(cfg, lr=1e-4)))
@@ -597,7 +597,7 @@ def test_preset_has_the_papers_values_and_flags_beat_it(preset):
         assert (own.epochs, own.max_steps, own.batch_size, own.max_length) == (3.0, 0, 32, 128)
         assert own.warmup == 0.1 and own.layer_decay == (1.0 if preset == "vidlankd" else 0.9)
         assert own.weight_decay == (0.0 if preset == "vidlankd" else 0.01)
-    flags = dict(lr=3e-5, seeds=2, max_length=256, layer_decay=0.8, epochs=2.0, batch_size=16, warmup=0.2,
+    flags = dict(lr=3e-5, seeds=2, max_length=256, layer_decay=0.8, epochs=2.0, batch_size=16, warmup_steps=0.2,
                  weight_decay=0.1)
     cfg = common.parse_cli(finetune.Config, finetune.PRESETS,
                            ["--preset", preset, *(f"--{k}={v}" for k, v in flags.items())])

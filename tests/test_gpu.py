@@ -73,7 +73,7 @@ def test_resumed_run_equals_uninterrupted_run_on_the_gpu(distill_config, tmp_pat
         stop_at(patch, 3)
         with pytest.raises(SystemExit):
             distill.main(parts)
-    distill.main(replace(parts, resume=True))
+    distill.main(replace(parts, resume="true"))
     assert_close_runs(saved(whole.out_dir), saved(parts.out_dir))
     assert bool(saved(parts.out_dir)["scaler"]) == (dtype == "float16")
 
@@ -137,7 +137,7 @@ def test_resumed_adaptation_equals_an_uninterrupted_one_on_the_gpu(adapt_config,
         stop_at(patch, 3)
         with pytest.raises(SystemExit):
             adapt_xdbert.main(parts)
-    adapt_xdbert.main(replace(parts, resume=True))
+    adapt_xdbert.main(replace(parts, resume="true"))
     assert_close_runs(saved(whole.out_dir), saved(parts.out_dir))
     assert bool(saved(parts.out_dir)["scaler"]) == (dtype == "float16")
 

@@ -21,7 +21,7 @@ from test_ddp import flat, log_lines
 
 import adapt_xdbert
 import analyze
-from prepare import commands
+from prepare import chain, commands
 import bench
 import common
 import data
@@ -44,7 +44,7 @@ def saved(folder):
     return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
 
 
-def assert_same(one, two, leave_out=("config",)):
+def assert_same(one, two, leave_out=("config", "seconds")):
     """Two checkpoints, bit for bit."""
     a, b = (flat({k: v for k, v in state.items() if k not in leave_out}) for state in (one, two))
     assert a.keys() == b.keys()
@@ -56,7 +56,7 @@ def assert_same(one, two, leave_out=("config",)):
 def stop_at(monkeypatch, step):
     """The run behaves as if SIGTERM had come just before `step`."""
     asked = itertools.count()
-    monkeypatch.setattr(Interrupt, "due", lambda self, world: next(asked) == step)
+    monkeypatch.setattr(Interrupt, "due", lambda self, ranks: next(asked) == step)
     monkeypatch.setattr(Interrupt, "reason", "SIGTERM", raising=False)
 
 
@@ -89,7 +89,7 @@ def test_objective_takes_a_step_and_moves_every_parameter(distill_config, object
     dict(crd_bank_dtype="bfloat16", crd_bank_size=10, objective="crd"), 
     dict(dtype="bfloat16", objective=EVERY), dict(dtype="float16", objective="nst+crd"),
     dict(mask_split="100/0/0", objective="none"),
-    dict(hidden=48, heads=3, intermediate=96, objective=EVERY),
+    dict(model="1L-48H-3A", objective=EVERY),
     dict(max_steps=0, epochs=0.001, objective="none")], ids=lambda flags: ",".join(map(str, flags)))
 def test_option_takes_a_step(distill_config, flags):
     results = distill.main(distill_config(**(dict(max_steps=2) | flags)))
@@ -132,7 +132,7 @@ def test_video_encoder_weights_move(teacher_run):
     config = load_bert(teacher_run / "model").config
     fresh = teacher.Teacher(cfg, replace(config, dropout=cfg.dropout), clips.features).state_dict()
     assert fresh.keys() == run["model"].keys()
-    assert torch.equal(fresh["mlm.norm.weight"], torch.ones(cfg.hidden))  # what never moved would be found
+    assert torch.equal(fresh["mlm.norm.weight"], torch.ones(32))  # what never moved would be found
     assert not [k for k in fresh if k.startswith("video.") and torch.equal(fresh[k], run["model"][k])]
 
 
@@ -152,7 +152,7 @@ def test_early_stop_continues_over_a_resume(teacher_config, tmp_path, monkeypatc
         stop_at(patch, steps - 1)
         with pytest.raises(SystemExit):
             teacher.main(parts)
-    assert teacher.main(replace(parts, resume=True))["steps"] == steps
+    assert teacher.main(replace(parts, resume="true"))["steps"] == steps
     assert_same(saved(whole.out_dir), saved(parts.out_dir))
 
 
@@ -162,7 +162,7 @@ def test_two_stage_student_starts_from_the_other_models_weights(distill_config, 
     bert = load_bert(teacher_run / "model")
     start = {f"bert.{k}": v for k, v in bert.state_dict().items()}
     start |= {f"mlm.{k}": v for k, v in load_mlm_head(teacher_run / "model", bert).state_dict().items()}
-    student = saved(cfg.out_dir)["student"]
+    student = saved(cfg.out_dir)["model"]
     assert start.keys() == student.keys()
     for key in start:
         torch.testing.assert_close(student[key], start[key], rtol=0, atol=1e-6)
@@ -184,7 +184,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(distill_config, tmp_pa
         with pytest.raises(SystemExit) as stop:
             distill.main(parts)
     assert stop.value.code == 0 and saved(parts.out_dir)["step"] == 3
-    distill.main(replace(parts, resume=True))
+    distill.main(replace(parts, resume="true"))
     assert_same(saved(whole.out_dir), saved(parts.out_dir))
     one, two = (json.loads((Path(cfg.out_dir) / "results.json").read_text()) for cfg in (whole, parts))
     assert one["mlm_loss"] == two["mlm_loss"]
@@ -200,7 +200,7 @@ def test_resumed_teacher_equals_uninterrupted_teacher_bit_for_bit(teacher_config
         stop_at(patch, 4)
         with pytest.raises(SystemExit):
             teacher.main(parts)
-    teacher.main(replace(parts, resume=True))
+    teacher.main(replace(parts, resume="true"))
     assert_same(saved(whole.out_dir), saved(parts.out_dir))
 
 
@@ -214,7 +214,7 @@ def test_resume_from_a_damaged_checkpoint_goes_on_from_the_one_before(distill_co
     with (tmp_path / "parts" / "log.jsonl").open("a") as f:
         f.write('{"step": 4, "ml')  # a kill in the middle of a line
     capsys.readouterr()
-    distill.main(replace(parts, resume=True))
+    distill.main(replace(parts, resume="true"))
     assert "is damaged" in capsys.readouterr().out
     assert_same(saved(tmp_path / "whole"), saved(tmp_path / "parts"))
     assert [line["step"] for line in log_lines(tmp_path / "parts")] == \
@@ -224,9 +224,9 @@ def test_resume_from_a_damaged_checkpoint_goes_on_from_the_one_before(distill_co
 def test_resume_with_another_dtype_or_fewer_steps_goes_on(distill_config):
     cfg = distill_config(objective="nst", max_steps=4)
     distill.main(cfg)
-    distill.main(replace(cfg, resume=True, dtype="float16", max_steps=6))
+    distill.main(replace(cfg, resume="true", dtype="float16", max_steps=6))
     assert saved(cfg.out_dir)["step"] == 6
-    distill.main(replace(cfg, resume=True, max_steps=5))  # already there: measured, and left
+    distill.main(replace(cfg, resume="true", max_steps=5))  # already there: measured, and left
     assert saved(cfg.out_dir)["step"] == 6
 
 
@@ -235,7 +235,7 @@ def test_eval_only_measures_what_training_reported(distill_config, teacher_confi
     results = distill.main(cfg)
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     again = distill.main(replace(cfg, eval_only=True))
-    assert all(results[k] == again[k] for k in ("mlm_loss", "mlm_accuracy", "neighbours"))
+    assert all(results[k] == again[k] for k in ("mlm_loss", "mlm_accuracy"))
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     cfg = teacher_config(out_dir=str(tmp_path / "teacher"))
     results = teacher.main(cfg)
@@ -251,7 +251,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, t
 
     def full(state, f):
         if next(calls) == 1:
-            f.write(b"half")
+            f.write_bytes(b"half")
             raise OSError(28, "No space left on device")
         save(state, f)
     with monkeypatch.context() as patch:
@@ -259,7 +259,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, t
         refused("No space left.*--resume from .*checkpoint.pt", lambda: distill.main(parts))
     assert saved(parts.out_dir)["step"] == 2
     assert {p.name for p in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl"}
-    distill.main(replace(parts, resume=True))
+    distill.main(replace(parts, resume="true"))
     assert_same(saved(whole.out_dir), saved(parts.out_dir))
 
 
@@ -278,41 +278,51 @@ def test_full_disk_elsewhere_and_full_memory_are_one_line(monkeypatch):
 
 def test_main_job_makes_what_it_lacks_and_reuses_what_it_has(tmp_path, monkeypatch, capsys):
     """World, teacher, text-only and distilled student from nothing; results do not tell what there was."""
-    few_steps = {k: v for k, v in QUICK_TEACHER.items() if k != "device"}
+    few_steps = {k: v for k, v in QUICK_TEACHER.items() if k not in ("device", "block_size")}
     monkeypatch.setattr(teacher, "Config", functools.partial(teacher.Config, **few_steps))
     cfg = distill.Config(**QUICK_STUDENT, objective="nst+crd", data_dir=str(tmp_path / "data"),
                          out_dir=str(tmp_path / "out" / "first"))
-    first = distill.main(cfg)
+    first = chain.distill(cfg)
     out = capsys.readouterr().out
     assert "building the world" in out and "teacher: 7," in out and "student: none" in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"first", "teacher-mlm+ct-s0", "distill-none-s0"}
     for text in ("teacher +text-only +nst.crd +chance\n", "masked words: accuracy", "after one ridge map",
                  "material of held-out nouns", "fills in", "retrieves"):
         assert re.search(text, out), text
-    assert first["clips"] == 40 and set(first["table"]) == {"teacher", "text-only", "nst+crd"}
-    assert json.loads((tmp_path / "out" / "first" / "results.json").read_text())["table"] == first["table"]
+    closing = json.loads((tmp_path / "out" / "first" / "table.json").read_text())
+    assert closing["clips"] == 40 and set(closing["columns"]) == {"teacher", "text-only", "nst+crd"}
+    own = closing["columns"]["nst+crd"]
+    assert own["mlm_loss"] == first["mlm_loss"] and own["probes"] == first["probes"]
+    assert first["probes"]["material"].keys() == {"linear", "linear_chance", "neighbours", "neighbours_chance"}
+    assert own["retrieval"]["aligned"] and not closing["columns"]["text-only"]["retrieval"]["aligned"]
 
-    second = distill.main(replace(cfg, out_dir=str(tmp_path / "out" / "second"), w_crd=1.0))
+    chain.distill(replace(cfg, out_dir=str(tmp_path / "out" / "second")))
     out = capsys.readouterr().out
     for made in ("data/demo-s0", "out/teacher-mlm+ct-s0", "out/distill-none-s0"):
         assert f"reused {tmp_path}/{made}" in out
     assert_same(saved(tmp_path / "out" / "first"), saved(tmp_path / "out" / "second"))
-    assert second["table"] == first["table"]
+    assert json.loads((tmp_path / "out" / "second" / "table.json").read_text()) == closing
 
     # another weight needs no other text-only student, another learning rate does
-    distill.main(replace(cfg, objective="nst", w_nst=1.0, out_dir=str(tmp_path / "out" / "third")))
+    chain.distill(replace(cfg, objective="nst", w_nst=1.0, out_dir=str(tmp_path / "out" / "third")))
     assert f"reused {tmp_path}/out/distill-none-s0" in capsys.readouterr().out
-    distill.main(replace(cfg, objective="nst", lr=1e-4, out_dir=str(tmp_path / "out" / "fourth")))
+    chain.distill(replace(cfg, objective="nst", lr=1e-4, out_dir=str(tmp_path / "out" / "fourth")))
     assert f"reused {tmp_path}/out/distill-none-s0" not in capsys.readouterr().out
     assert (tmp_path / "out" / "distill-none-s0.1" / "results.json").exists()
+
+    # any run can be measured again, beside any other
+    analyze.main(["table", *(str(tmp_path / "out" / name) for name in ("distill-none-s0.1", "first", "third"))])
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.split()[0] for row in rows[-3:]] == ["distill-none-s0.1", "first", "third"]
+    assert f"{100 * own['retrieval']['ridge']['10']:.1f}" in rows[-2]
 
 
 def test_demo_with_a_teacher_that_saw_no_video_prints_its_table(demo, teacher_config, tmp_path, capsys):
     teacher.main(teacher_config(objective="mlm", out_dir=str(tmp_path / "mlm")))
-    results = distill.main(distill.Config(**QUICK_STUDENT, objective="nst", teacher=str(tmp_path / "mlm"),
-                                          data_dir=str(demo), out_dir=str(tmp_path / "run")))
-    assert "retrieval" not in results and "material" in results["probes"]
-    assert "fills in" in capsys.readouterr().out
+    results = chain.distill(distill.Config(**QUICK_STUDENT, objective="nst", teacher=str(tmp_path / "mlm"),
+                                           data_dir=str(demo), out_dir=str(tmp_path / "run")))
+    out = capsys.readouterr().out
+    assert "material" in results["probes"] and "fills in" in out and "text-to-video" not in out
 
 
 # ---------------------------------------------------------------------------- commands
@@ -420,9 +430,9 @@ def test_wrong_models_and_files_are_refused(distill_config, teacher_run, tmp_pat
     refused("needs a teacher", lambda: distill.main(distill_config(teacher="")))
     refused("missing.h5", lambda: distill.main(distill_config(train=str(tmp_path / "missing.h5"))))
     refused("missing.h5", lambda: distill.main(distill_config(videos=str(tmp_path / "missing.h5"))))
-    refused("--head none", lambda: distill.main(distill_config(objective="l2", head="none", hidden=64)))
-    refused("no readable checkpoint", lambda: distill.main(distill_config(resume=True)))
-    wider = distill_config(init_from=str(teacher_run), hidden=64)
+    refused("--head none", lambda: distill.main(distill_config(objective="l2", head="none", model="1L-64H")))
+    refused("no readable checkpoint", lambda: distill.main(distill_config(resume="true")))
+    wider = distill_config(init_from=str(teacher_run), model="1L-64H")
     refused("--init_from .*shape", lambda: distill.main(wider))
     assert not (tmp_path / "run").exists()
     vocab = tmp_path / "vocab.txt"
@@ -442,21 +452,21 @@ def test_clips_of_other_features_are_refused_before_training(distill_config, tea
     settings.write_text(settings.read_text().replace("image", "video"))
     cfg = distill_config(teacher=str(tmp_path / "run"), videos=teacher_config().videos,
                          out_dir=str(tmp_path / "student"))
-    refused("--videos .*128 channels", lambda: distill.main(cfg))
+    refused("--videos .*128 channels", lambda: chain.distill(cfg))
     assert not (tmp_path / "student").exists()
 
 
 def test_resume_refuses_another_corpus_model_or_batch(distill_config, demo, tmp_path):
     cfg = distill_config(objective="none", teacher="", max_steps=1)
     distill.main(cfg)
-    for name, value in (("batch_size", 4), ("hidden", 64), ("seed", 1), ("weight_decay", 0.5)):
-        changed = replace(cfg, resume=True, **{name: value})
+    for name, value in (("batch_size", 4), ("model", "1L-64H"), ("seed", 1), ("weight_decay", 0.5)):
+        changed = replace(cfg, resume="true", **{name: value})
         refused(f"--resume: --{name} was", lambda: distill.main(changed))
     raw = demo / "demo-s0" / "raw"
     pack_text([raw / "text" / "part0.txt"], raw / "vocab.txt", tmp_path / "half.h5")
-    other = replace(cfg, resume=True, train=str(tmp_path / "half.h5"))
+    other = replace(cfg, resume="true", train=str(tmp_path / "half.h5"))
     refused("corpus is not what", lambda: distill.main(other))
-    moved = replace(cfg, resume=True, train=str(demo / "demo-s0" / "corp*.h5"))  # the same text
+    moved = replace(cfg, resume="true", train=str(demo / "demo-s0" / "corp*.h5"))  # the same text
     assert distill.main(moved)["steps"] == 1
 
 
@@ -476,13 +486,13 @@ def test_nan_in_the_last_update_is_not_saved_as_a_result(distill_config, monkeyp
 
 
 def test_killed_prerequisite_goes_on_with_the_same_command(distill_config, monkeypatch, capsys):
-    cfg = distill_config(objective="none", save_every=2, eval_every=2)
+    cfg = distill_config(objective="none", save_every=2, eval_every=2, resume="auto")
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(SystemExit):
-            distill.main(cfg, reuse=True)
+            distill.main(cfg)
     assert "go on with the same command" in capsys.readouterr().out
-    distill.main(cfg, reuse=True)
+    distill.main(cfg)
     assert not Path(cfg.out_dir + ".1").exists()  # it went on, nothing was moved aside
     distill.main(replace(cfg, out_dir=cfg.out_dir + "-whole"))
     assert_same(saved(cfg.out_dir), saved(cfg.out_dir + "-whole"))

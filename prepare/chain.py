@@ -1,0 +1,191 @@
+"""The scripts as commands: makes what the demo lacks, runs the stage, and closes with a table.
+
+Each function is what a script runs under its main guard. With real data nothing is made.
+"""
+import json
+from contextlib import suppress
+from dataclasses import fields, replace
+from pathlib import Path
+
+import adapt_xdbert as adapt_script
+import analyze
+import distill as distill_script
+import finetune as finetune_script
+import teacher as teacher_script
+from common import print0, write_json
+from data import open_vocab
+from parts.tasks import DEMO_TASKS, TASKS
+from parts.vocab import load_vocab
+from prepare.world import demo_world, demo_xtext
+from run import init_ranks, model_folder
+
+
+def teacher(cfg):
+    """teacher.py."""
+    if not cfg.videos:
+        demo_world(cfg.data_dir, cfg.seed, init_ranks(cfg.device))
+    return teacher_script.main(cfg)
+
+
+def distill(cfg):
+    """distill.py; on the demo with its teacher and the text-only student, then the closing table."""
+    ranks = init_ranks(cfg.device)
+    folder = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
+    beside = []
+    if not cfg.train:
+        demo_world(cfg.data_dir, cfg.seed, ranks)
+        if cfg.objective != "none":
+            if not cfg.teacher:
+                make_teacher(cfg, folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
+            beside = [folder.parent / f"distill-none-s{cfg.seed}"]
+            distill_script.main(text_only_run(cfg, beside[0]))
+    if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
+        model = model_folder(cfg.teacher, "--teacher")
+        analyze.open_clips(cfg.videos, model, load_vocab(model))
+    results = distill_script.main(cfg)
+    if not cfg.eval_only and ranks.main:
+        analyze.close(folder, beside, ranks.device)
+    ranks.barrier()
+    return results
+
+
+def adapt_xdbert(cfg):
+    """adapt_xdbert.py; on the demo with text-only student and CLIP-like tower, then a table of tasks."""
+    if cfg.train or cfg.dry_run:
+        return adapt_script.main(cfg)
+    ranks, folder = init_ranks(cfg.device), adapt_script.run_folder(cfg)
+    world = demo_world(cfg.data_dir, cfg.seed, ranks)
+    adapt_script.check_demo(cfg, open_vocab(world / "corpus.h5"))
+    demo_xtext(world, ranks)
+    shared = dict(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, block_size=cfg.block_size)
+    if not cfg.language:
+        distill_script.main(text_only_run(distill_script.Config(**shared),
+                                          folder.parent / f"distill-none-s{cfg.seed}"))
+    if not cfg.clip and not cfg.no_clip:
+        make_teacher(cfg, folder.parent / f"teacher-clip-s{cfg.seed}", objective="clip")
+    results = adapt_script.main(cfg)
+    if cfg.table and not cfg.no_clip and not cfg.eval_only:
+        baseline = text_alone_run(cfg, folder)
+        adapt_script.main(baseline)
+        tune = finetune_script.Config(data_dir=cfg.data_dir, device=cfg.device, seed=cfg.seed)
+        rows = {}
+        for row, run in (("as much text alone", baseline.out_dir), ("adapted", str(folder))):
+            summaries = finetune_script.main(replace(tune, model=run, out_dir=str(
+                folder.parent / "finetune" / Path(run).name)))
+            rows[row] = {summary["task"]: summary["runs"] for summary in summaries}
+        close_tasks(rows, folder / "table.json", ranks)
+    return results
+
+
+def finetune(cfg):
+    """finetune.py; without --model the demo's rows, each in several worlds, and their table."""
+    asked = cfg.score or cfg.predict
+    chosen = [] if asked else finetune_script.chosen_tasks(cfg)
+    on_demo = any(task.name in DEMO_TASKS for task in chosen)
+    if on_demo:
+        demo_world(cfg.data_dir, cfg.seed, init_ranks(cfg.device))
+    if asked or cfg.model or cfg.cross or not all(task.name in DEMO_TASKS for task in chosen):
+        return finetune_script.main(cfg)
+    return demo_rows(cfg)
+
+
+# ---------------------------------------------------------------------------- the demo's prerequisites
+
+
+def make_teacher(cfg, folder, **flags):
+    """A teacher of the demo world of a stage's Config, where `folder` holds none of these flags."""
+    teacher_script.main(teacher_script.Config(
+        seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, block_size=getattr(cfg, "block_size", 24),
+        out_dir=str(folder), resume="auto", **flags))
+
+
+def text_only_run(cfg, folder):
+    """Config of the text-only student of the same shape, tokens and steps.
+
+    Flags that only distillation reads are at their defaults, so that one such run serves all objectives,
+    weights and teachers.
+    """
+    unused = {field.name: field.default for field in fields(cfg)
+              if field.name in ("head", "init_from", "teacher", "videos")
+              or field.name.startswith(("soft_", "nst_", "crd_"))
+              or field.name.startswith("w_") and field.name != "w_mlm"}
+    return replace(cfg, **unused, objective="none", resume="auto", eval_only=False, out_dir=str(folder))
+
+
+def text_alone_run(cfg, folder):
+    """Config of the same encoder adapted on as much text alone; one run serves all flags of CLIP's side."""
+    unused = ("clip", "segments", "cross_layers", "freeze", "cliptc_rate")
+    cfg = replace(cfg, **{name: getattr(adapt_script.Config, name) for name in unused}, objective="mlm",
+                  no_clip=True, resume="auto", max_minutes=0.0, out_dir="")
+    return replace(cfg, out_dir=str(folder.parent / adapt_script.run_folder(cfg).name))
+
+
+def newest_student(cfg, vocab):
+    """distill.Config of the student of `vocab` that was distilled last; the default where there is none.
+
+    Students with a --teacher of their own are passed over: the other seeds' worlds have no such teacher.
+    """
+    found = {}
+    for path in Path("out").glob("*/results.json"):
+        with suppress(OSError, ValueError, KeyError):  # no distillation, or not a finished one
+            results = json.loads(path.read_text())
+            flags = json.loads(path.with_name("config.json").read_text())["config"]
+            if results["objective"] == "none" or results["vocabulary"] != vocab.hash:
+                continue
+            if not flags["teacher"]:
+                found[results["finished"]] = path.parent, flags
+            elif "-image-" not in path.parent.name:
+                print0(f"passed over {path.parent}: its --teacher belongs to its own world alone")
+    if not found:
+        print0("no distilled student of this world yet: the default one will be made")
+        return distill_script.Config(seed=cfg.seed)
+    folder, flags = found[max(found)]
+    print0(f"newest student: {folder}")
+    known = {field.name for field in fields(distill_script.Config)}
+    return distill_script.Config(**{name: value for name, value in flags.items() if name in known}
+                                 | {"out_dir": str(folder)})
+
+
+def demo_rows(cfg):
+    """Fine-tunes what the demo compares: no pre-training, the text-only and the distilled student, and one
+    distilled from a teacher that saw the middle frame alone. Each seed is a world with its own models."""
+    ranks, rows = init_ranks(cfg.device), {}
+    seeds = range(cfg.seed, cfg.seed + (cfg.seeds or finetune_script.PER_TASK[cfg.preset][3]))
+    newest = newest_student(cfg, open_vocab(Path(cfg.data_dir, f"demo-s{cfg.seed}", "corpus.h5")))
+    for row in ("no pre-training", "text-only", "distilled", "distilled from images"):
+        for seed in seeds:
+            demo_world(cfg.data_dir, seed, ranks)
+            model = demo_student(row, newest, cfg, seed)
+            one = replace(cfg, seed=seed, seeds=1, **model)
+            if cfg.out_dir:
+                one = replace(one, out_dir=str(Path(cfg.out_dir, row.replace(" ", "-") + f"-s{seed}")))
+            for summary in finetune_script.main(one):
+                rows.setdefault(row, {}).setdefault(summary["task"], []).extend(summary["runs"])
+        if row.startswith("distilled"):
+            close_tasks(rows, Path(cfg.out_dir or "out/finetune", "demo.json"), ranks)
+    return rows
+
+
+def demo_student(row, newest, cfg, seed):
+    """Flags of finetune.py for a row of the demo's table in the world of `seed`; makes a missing student."""
+    own = newest.out_dir if seed == newest.seed else f"out/distill-{newest.objective}-s{seed}"
+    run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=own, resume="auto",
+                  eval_only=False, max_minutes=0.0)
+    if row in ("text-only", "no pre-training"):
+        run = text_only_run(run, f"out/distill-none-s{seed}")
+    elif row == "distilled from images":
+        seeing = f"out/teacher-image-s{seed}"
+        make_teacher(run, seeing, vision="image")
+        run = replace(run, teacher=seeing, out_dir=f"out/distill-{run.objective}-image-s{seed}")
+    elif not Path(own).exists():
+        make_teacher(run, f"out/teacher-mlm+ct-s{seed}")
+    distill_script.main(run)
+    return {"model": "none", "like": run.out_dir} if row == "no pre-training" else {"model": run.out_dir}
+
+
+def close_tasks(rows, path, ranks):
+    """Prints the table of rows fine-tuned on the demo's tasks, and writes their runs."""
+    print0(f"\n{analyze.tasks_table(rows, [TASKS[name] for name in next(iter(rows.values()))])}\n")
+    if ranks.main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, rows)

@@ -1,0 +1,292 @@
+"""Proves the books of a run: schedule, atomic checkpoints, resume, window of terms, what a killed run leaves.
+
+Run: python -m pytest -q tests/test_run.py
+"""
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from common import Switch, write_json
+from run import (PEAK_TFLOPS, Interrupt, Ranks, Run, keep_freed_memory, load_checkpoint, lr_at, model_folder,
+                 peak_flops, read_run, return_freed_memory, save_checkpoint, steps_of)
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    lr: float = 1.0
+    batch_size: int = 4
+    warmup_steps: float = 0.0
+    max_steps: int = 40
+    epochs: float = 0.0
+    seed: int = 0
+    dtype: str = "float32"
+    resume: Switch = "false"
+    eval_only: bool = False
+    max_minutes: float = 0.0
+    log_every: int = 10
+    eval_every: int = 10
+    save_every: int = 10
+
+
+def test_lr_rises_to_the_peak_and_falls_to_zero():
+    lr = [lr_at(step, 2.0, 10, 100) for step in range(101)]
+    assert lr[0] == pytest.approx(0.2) and lr[9] == pytest.approx(2.0) == lr[10]
+    assert lr[55] == pytest.approx(1.0) and lr[100] == 0
+    assert all(np.diff(lr[:10]) > 0) and all(np.diff(lr[10:]) < 0)
+
+
+def test_steps_follow_from_epochs_and_a_share_is_a_warmup():
+    assert steps_of(Config(max_steps=50, warmup_steps=0.1), 0) == (50, 5)
+    assert steps_of(Config(max_steps=0, epochs=1.5, warmup_steps=3), 41) == (16, 3)
+    with pytest.raises(SystemExit, match="--warmup_steps 20 is more than the 16 steps"):
+        steps_of(Config(max_steps=0, epochs=1.5, warmup_steps=20), 41)
+
+
+def test_peak_table_finds_the_longer_name_first():
+    for i, (name, *_) in enumerate(PEAK_TFLOPS):
+        assert not any(earlier in name for earlier, *_ in PEAK_TFLOPS[:i]), name
+    assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
+
+
+# ---------------------------------------------------------------------------- checkpoints
+
+
+def test_checkpoint_keeps_the_one_before_and_loads_safely(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step, "w": torch.full((3,), float(step))}, ALONE)
+    assert load_checkpoint(tmp_path, ALONE)["step"] == 2
+    assert torch.load(tmp_path / "checkpoint.pt.prev", weights_only=True)["step"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "checkpoint.pt.prev"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "missing"])
+def test_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, capsys, damage):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, {"step": step, "w": torch.arange(5000.)}, ALONE)
+    path = tmp_path / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        content = content[:len(content) // 2]
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+    elif damage == "empty":
+        content = b""
+    path.unlink() if damage == "missing" else path.write_bytes(bytes(content))
+    assert load_checkpoint(tmp_path, ALONE)["step"] == 1
+    assert ("damaged" in capsys.readouterr().out) == (damage != "missing")
+    (tmp_path / "checkpoint.pt.prev").unlink()
+    with pytest.raises(SystemExit, match="no readable checkpoint"):
+        load_checkpoint(tmp_path, ALONE)
+
+
+def test_hostile_checkpoint_is_not_executed(tmp_path):
+    class Hostile:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/owned",)
+    torch.save({"step": Hostile()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="no readable checkpoint"):
+        load_checkpoint(tmp_path, ALONE)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, {"step": 1}, ALONE)
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(SystemExit, match="No space left.*--resume"):
+        save_checkpoint(tmp_path, {"step": 2}, ALONE)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert load_checkpoint(tmp_path, ALONE)["step"] == 1
+
+
+def test_kill_while_saving_leaves_a_readable_checkpoint(tmp_path):
+    script = ("import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+              "from run import Ranks, save_checkpoint\n"
+              "ranks, step = Ranks(0, 1, torch.device('cpu')), 0\n"
+              "while True:\n"
+              "    step += 1\n"
+              "    state = {'step': step, 'w': torch.full((400_000,), float(step))}\n"
+              "    save_checkpoint(sys.argv[2], state, ranks)\n"
+              "    print(step, flush=True)\n")
+    command = [sys.executable, "-c", script, str(Path(__file__).parents[1]), str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    for delay in range(3):  # let some saves pass, then kill at an arbitrary moment of one
+        done = int(process.stdout.readline())
+    time.sleep(0.0123)
+    process.send_signal(signal.SIGKILL)
+    done = max([done, *map(int, process.stdout.read().split())])
+    process.wait()
+    saved = load_checkpoint(tmp_path, ALONE)
+    assert saved["step"] in (done, done + 1) and (saved["w"] == saved["step"]).all()
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A Run of the Config above in tmp_path / "run"; flags as keywords."""
+    def make(hashes=None, **flags):
+        return Run(Config(**flags), tmp_path / "run", ALONE, hashes or {"corpus": "a"}, ("batch_size",))
+    return make
+
+
+def part():
+    """What stands for a model, an optimizer and a scaler in a Run."""
+    return dict(model=torch.nn.Linear(2, 2))
+
+
+def begun(run, names=("mlm", "crd")):
+    step = run.restore(40, **part())
+    run.begin(names)
+    return step
+
+
+def test_resume_refuses_what_cannot_change_and_prints_what_did(run, capsys):
+    first = run()
+    begun(first)
+    first.saves(10, True)
+    first.leave_loop()
+    assert begun(run(resume="true", lr=2.0)) == 10 and "--lr was 1.0, is 2.0" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="--batch_size was 4"):
+        begun(run(resume="true", batch_size=8))
+    with pytest.raises(SystemExit, match="corpus is not what"):
+        begun(run(resume="true", hashes={"corpus": "b"}))
+
+
+def test_resume_auto_goes_on_only_where_all_is_equal(run):
+    first = run()
+    begun(first)
+    assert not run(resume="auto").resumes  # no checkpoint yet
+    first.saves(10, True)
+    assert run(resume="auto").resumes and not run().resumes
+    assert run(resume="auto", log_every=5, max_minutes=1.0).resumes
+    for other in (run(resume="auto", lr=3.0), run(resume="auto", hashes={"corpus": "b"})):
+        assert not other.resumes
+
+
+def test_checkpoint_and_run_of_another_format_are_refused_with_the_command(run, tmp_path):
+    first = run()
+    begun(first)
+    first.saves(10, True)
+    first.finish({"score": 1})
+    path = tmp_path / "run" / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"format": 1}, path)
+    with pytest.raises(SystemExit, match="a checkpoint of format 1, this code reads 2; start anew"):
+        begun(run(resume="true"))
+    assert read_run(tmp_path / "run")[1]["score"] == 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    write_json(tmp_path / "run" / "config.json", config | {"format": 1, "command": ["distill.py", "--lr", "1"]})
+    with pytest.raises(SystemExit, match="run: a run of format 1, this code reads 2; make it again: distill.py --lr 1"):
+        read_run(tmp_path / "run")
+    assert not run(resume="auto").resumes and run(resume="auto").finished() is None
+
+
+def test_second_run_moves_the_first_aside(run, tmp_path):
+    for n in range(3):
+        begun(run(max_steps=n + 1))
+    steps = {folder.name: json.loads((folder / "config.json").read_text())["config"]["max_steps"]
+             for folder in tmp_path.iterdir()}
+    assert steps == {"run": 3, "run.1": 1, "run.2": 2}
+
+
+def test_finished_run_is_found_only_when_all_is_equal(run):
+    first = run()
+    begun(first)
+    assert first.finished() is None
+    first.finish({"score": 1})
+    assert run().finished()["score"] == run(resume="auto").finished()["score"] == 1
+    assert run(lr=2.0).finished() is None and run(hashes={"corpus": "b"}).finished() is None
+
+
+def test_log_is_cut_to_the_checkpoint(run, tmp_path):
+    first, path = run(), tmp_path / "run" / "log.jsonl"
+    begun(first)
+    for step in (10, 20):
+        first.log(step=step)
+    first.saves(20, True)
+    first.log(step=30)
+    with path.open("a") as f:
+        f.write('{"step": 4')  # a kill in the middle of a line
+    again = run(resume="true")
+    begun(again)
+    again.log(step=25)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
+
+
+def test_window_logs_means_and_names_the_term_the_step_and_the_checkpoint(run, tmp_path, capsys):
+    one = run(log_every=4)
+    begun(one)
+    for step in range(4):
+        for _ in range(2):  # micro-batches of a step add up
+            one.add(step, {"mlm": torch.tensor(step / 2), "crd": torch.tensor(1.0)})
+        one.tick(step + 1, 0.1, torch.tensor(3.0))
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
+    assert (line["step"], line["mlm"], line["crd"], line["lr"], line["grad_norm"]) == (4, 1.5, 2.0, 0.1, 3.0)
+    assert "step      4  mlm 1.5000  crd 2.0000  lr 1.0e-01" in capsys.readouterr().out
+    one.add(4, {"mlm": torch.tensor(1.0), "crd": torch.tensor(1.0)})
+    one.add(5, {"mlm": torch.tensor(1.0), "crd": torch.tensor(math.nan)})
+    with pytest.raises(SystemExit, match="crd loss is nan at step 5; start anew"):
+        one.saves(6, True)
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"x")
+    with pytest.raises(SystemExit, match="at step 5; the last good checkpoint is .*checkpoint.pt"):
+        one.saves(6, True)
+
+
+def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
+    one = run()
+    begun(one)
+    one.parts["model"].weight.data[0] = math.inf
+    with pytest.raises(SystemExit, match="the weight weight is not finite after step 10"):
+        one.saves(10, True)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_interrupt_is_due_after_a_signal_and_after_the_time():
+    interrupt = Interrupt()
+    assert not interrupt.due(ALONE)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert interrupt.due(ALONE) and interrupt.reason == "SIGTERM"
+    assert signal.getsignal(signal.SIGTERM) == interrupt.before[signal.SIGTERM]
+    late = Interrupt(max_minutes=1e-9)
+    time.sleep(0.01)
+    assert late.due(ALONE) and late.reason == "--max_minutes"
+    late.release()
+
+
+def test_model_folder_takes_either_level(tmp_path):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").write_text("{}")
+    (tmp_path / "run" / "config.json").write_text("{}")
+    (tmp_path / "run" / "log.jsonl").write_text("")
+    assert model_folder(tmp_path / "run", "--teacher") == tmp_path / "run" / "model"
+    assert model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
+    with pytest.raises(SystemExit, match="--teacher"):
+        model_folder(tmp_path, "--teacher")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_returns_to_the_system_when_asked():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+    keep_freed_memory()
+    try:
+        tensors = [torch.ones(5_000_000) for _ in range(20)]  # 400 MB
+        del tensors[::2]  # holes in the heap, as batches of different lengths leave them
+        before = resident()
+        return_freed_memory()
+        assert resident() < before - 150
+    finally:
+        keep_freed_memory(False)
