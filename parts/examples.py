@@ -165,7 +165,7 @@ class Examples:
 def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0, beside=()):
     """A file -> Examples (SquadExamples for span). split: train, dev or test, which needs no labels.
 
-    cache: folder for tokens, or "". limit: so many examples (SQuAD: questions), drawn by (seed, row); 0 = all.
+    cache: folder for tokens, or "". limit: examples (SQuAD: questions) to draw by (seed, row); 0 = all.
     """
     rows = task.read(task, Path(path), split != "test")
     keep = np.arange(len(rows.first))

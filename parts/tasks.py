@@ -266,7 +266,6 @@ def read_lines(task, lines, number=1):
 
 # ---------------------------------------------------------------------------- the table of tasks
 
-
 ENTAILMENT = ("entailment", "not_entailment")
 NUMBERS, WORDS = ("index\tprediction", "{id}\t{label}"), ("index\tprediction", "{id}\t{word}")
 
@@ -350,9 +349,7 @@ DEMO_TASKS = tuple(name for name, task in TASKS.items() if task.source == DEMO["
 
 def find_file(task, data_dir, name, required=True):
     """Path of one of a task's files: in its folder in data_dir, glue/ or glue_data/, or in data_dir itself
-    where that is the task's folder.
-
-    Where it is in none of them: None, or if required one line that says where to get it.
+    where that is the task's folder. Without one: None, or if required SystemExit that says where to get it.
     """
     folders = [Path(data_dir, above, task.folder) for above in ("", "glue", "glue_data")]
     folders += [Path(data_dir)] if Path(data_dir).resolve().name == Path(task.folder).name else []
@@ -428,27 +425,10 @@ def score(predictions_path, gold_path, no_answer_path=""):
     return found
 
 
-def write_submission(task, examples, predictions, path):
-    """Writes predictions in the benchmark's own form: task.form, a line an example, or SQuAD's json.
-
-    predictions: class or candidate ids (n,), scores (n,), or {question id: text} for span.
-    """
-    if task.kind == "span":
-        return write_json(path, predictions)
-    header, line = task.form
-    lines = [header] if header else []
-    for name, value in zip(examples.ids, np.asarray(predictions).tolist()):
-        value = min(max(value, task.bounds[0]), task.bounds[1])
-        word = task.words[value] if task.words else ""
-        lines.append(line.format(id=name, label=value, word=word, score=value))
-    with atomic(path) as part:
-        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
 def write_predictions(task, examples, predictions, path):
-    """What `decide` found, in its benchmark's form.
+    """What `decide` found, in the benchmark's own form: task.form, a line an example, or SQuAD's json.
 
-    Beside SQuAD 2.0's lie null_odds.json and answers.json, the texts before the threshold: the official
+    SQuAD 2.0's also leaves null_odds.json and answers.json, the texts before the threshold: the official
     script's search for the best threshold reads both.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -457,5 +437,12 @@ def write_predictions(task, examples, predictions, path):
         if task.unanswerable:
             write_json(path.with_name("null_odds.json"), null)
             write_json(path.with_name("answers.json"), texts)
-        predictions = with_threshold(task, texts, null)
-    write_submission(task, examples, predictions, path)
+        return write_json(path, with_threshold(task, texts, null))
+    header, line = task.form
+    lines = [header] if header else []
+    for name, value in zip(examples.ids, np.asarray(predictions).tolist()):
+        value = min(max(value, task.bounds[0]), task.bounds[1])
+        word = task.words[value] if task.words else ""
+        lines.append(line.format(id=name, label=value, word=word, score=value))
+    with atomic(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")

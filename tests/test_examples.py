@@ -4,6 +4,7 @@ out exactly, and that the orders of training and evaluation visit each example o
 Run: python -m pytest -q tests/test_examples.py
 """
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -17,6 +18,7 @@ from parts.examples import (ANSWER_TOKENS, EVAL_TOKENS, QUESTION_TOKENS, WINDOW_
                             batches_by_length, load_examples, tokenized, truncate)
 from parts.tasks import TASKS, Rows, read_lines
 from parts.vocab import SPECIALS, Vocab
+from test_metrics import squad
 from test_tasks import MNLI_HEAD, put, rows, stop_line, table
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
@@ -43,6 +45,12 @@ def make_rows(name, n, most=12, labelled=True):
         second = [row[1] for row in texts]
     labels = [i % 5 / 2 if task.kind == "regress" else i % len(task.words) for i in range(n)]
     return Rows([row[0] for row in texts], second, labels if labelled else None, [str(i) for i in range(n)])
+
+
+def words_of(examples):
+    """Ids of each example without [CLS], [SEP] and padding."""
+    batch = examples.batch(np.arange(len(examples)))
+    return [ids[mask][1:-1].tolist() for ids, mask in zip(batch["ids"], batch["mask"])]
 
 
 def cut_plainly(first, second, room):
@@ -243,8 +251,7 @@ def test_clip_reads_the_original_text_and_keeps_its_tokens_apart(tmp_path):
         flat = batch["clip_ids"].flatten()[batch["clip_place"]]
         ids = [row[mask].tolist() for row, mask in zip(flat, batch["clip_mask"])]
         assert ids == [[CLIP_VOCAB.start, *text, CLIP_VOCAB.end] for text in CLIP_VOCAB.encode(texts)]
-        words = [row[mask][1:-1].tolist() for row, mask in zip(batch["ids"], batch["mask"])]
-        assert words == VOCAB.encode(texts) and len(list(tmp_path.iterdir())) == 2
+        assert words_of(examples) == VOCAB.encode(texts) and len(list(tmp_path.iterdir())) == 2
     assert CLIP_VOCAB.end in ids[1][1:-1] and ids[2] == CLIP_VOCAB.specials
     assert ids[0][1:4] == CLIP_VOCAB.encode(["the & cat"])[0]
 
@@ -301,20 +308,22 @@ def test_cache_is_read_again_remade_when_damaged_and_follows_the_content(tmp_pat
 
 def test_cache_tells_apart_texts_that_join_alike(tmp_path):
     for texts in (["the cat", "sat"], ["the ca", "tsat"]):
-        found = Rows(texts, None, None, ["0", "1"])
-        examples = tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path)
-        batch = examples.batch([0, 1])
-        ids = [row[mask][1:-1].tolist() for row, mask in zip(batch["ids"], batch["mask"])]
-        assert ids == VOCAB.encode(texts)
+        examples = tokenized(TASKS["sst2"], Rows(texts, None, None, ["0", "1"]), VOCAB, 20, tmp_path)
+        assert words_of(examples) == VOCAB.encode(texts)
 
 
-def test_cache_that_cannot_be_written_is_one_printed_line(tmp_path, capsys):
+def test_cache_that_cannot_be_written_is_one_printed_line(tmp_path, capsys, monkeypatch):
+    def full(*args, **kw):
+        raise OSError(errno.ENOSPC, "No space left on device")
     put(tmp_path / "file", "x")
-    found = make_rows("sst2", 3)
-    examples = tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "file")
-    out = capsys.readouterr().out
-    assert len(examples) == 3 and out.count("\n") == 1 and str(tmp_path / "file") in out
-    tokenized(TASKS["sst2"], found, VOCAB, 20, tmp_path / "cache")
+    monkeypatch.setattr(np, "savez", full)
+    for folder in (tmp_path / "file", tmp_path / "full"):
+        examples = tokenized(TASKS["sst2"], make_rows("sst2", 3), VOCAB, 20, folder)
+        out = capsys.readouterr().out
+        assert len(examples) == 3 and out.count("\n") == 1 and str(folder) in out
+    assert not list((tmp_path / "full").iterdir())
+    monkeypatch.undo()
+    tokenized(TASKS["sst2"], make_rows("sst2", 3), VOCAB, 20, tmp_path / "cache")
     assert capsys.readouterr().out == ""
 
 
@@ -344,10 +353,14 @@ def test_read_holds_out_a_tenth_of_its_rows_by_id(tmp_path):
     assert set(again.ids) == set(dev.ids) and again.labels.tolist() == [float(i[1:]) for i in again.ids]
 
 
+def steps_of(lengths, batch_size, steps):
+    order = Order(lengths, batch_size, steps, seed=0)
+    return [order(step) for step in range(steps)]
+
+
 def test_training_order_visits_each_example_once_an_epoch_with_little_padding():
     lengths = 5 + keyed_integers(100, "lengths", np.arange(1000))
-    order = Order(lengths, 8, 375, seed=0)  # three epochs of 125 batches
-    steps = [order(step) for step in range(375)]
+    steps = steps_of(lengths, 8, 375)  # three epochs of 125 batches
     stream = np.concatenate(steps)
     assert np.bincount(stream).tolist() == [3] * 1000
     assert sum(len(part) * lengths[part].max() for part in steps) < 1.06 * lengths[stream].sum()
@@ -356,23 +369,20 @@ def test_training_order_visits_each_example_once_an_epoch_with_little_padding():
     assert again(260).tolist() == steps[260].tolist()  # a resumed run needs no history
     assert Order(lengths, 8, 375, seed=1)(0).tolist() != steps[0].tolist()
     # other partners in every epoch, even where no two lengths are equal
-    order = Order(np.arange(1000), 8, 250, seed=0)
-    first, other = ({frozenset(order(125 * epoch + step).tolist()) for step in range(125)} for epoch in (0, 1))
-    assert not first & other
+    batches = [frozenset(part.tolist()) for part in steps_of(np.arange(1000), 8, 250)]
+    assert not {*batches[:125]} & {*batches[125:]}
 
 
 @pytest.mark.parametrize("n", [96, 860, 2500])
 def test_order_keeps_epochs_apart(n):
     """A small set is not repeated within a batch, and its first epoch is nearly all of it."""
-    order = Order(5 + keyed_integers(100, "lengths", np.arange(n)), 32, 3 * n // 32, seed=0)
-    steps = [order(step) for step in range(3 * n // 32)]
+    steps = steps_of(5 + keyed_integers(100, "lengths", np.arange(n)), 32, 3 * n // 32)
     assert np.mean([len(set(part.tolist())) for part in steps]) > 30
     assert len(set(np.concatenate(steps)[:n].tolist())) > 0.95 * n
 
 
 def test_order_of_fewer_examples_than_a_batch_repeats_them_evenly():
-    order = Order(np.array([5, 9, 7]), 8, 3, seed=0)
-    assert np.bincount(np.concatenate([order(step) for step in range(3)])).tolist() == [8, 8, 8]
+    assert np.bincount(np.concatenate(steps_of(np.array([5, 9, 7]), 8, 3))).tolist() == [8, 8, 8]
 
 
 def test_evaluation_batches_hold_each_example_once_within_the_budget(tmp_path):
@@ -387,8 +397,7 @@ def test_evaluation_batches_hold_each_example_once_within_the_budget(tmp_path):
 
 def test_real_sst2_is_tokenised_and_batched(real_data, bert_vocab):
     path = real_data / "glue" / "SST-2" / "dev.tsv"
-    examples = load_examples(TASKS["sst2"], path, bert_vocab, 64, "", "dev")
-    batch = examples.batch([0])
+    batch = load_examples(TASKS["sst2"], path, bert_vocab, 64, "", "dev").batch([0])
     assert bert_vocab.decode(batch["ids"][0]) == "[CLS] it ' s a charming and often affecting journey. [SEP]"
     assert batch["labels"].tolist() == [1]
 
@@ -566,16 +575,14 @@ def test_labels_stand_only_in_windows_that_hold_the_whole_answer():
 
 def test_moved_and_missing_answers_are_counted_and_skipped_in_training(tmp_path):
     answers = [("cat", 2), ("cat", 9), ("dog", 0), ("", 1)]
-    qas = [{"id": f"q{i}", "question": "who", "answers": [{"text": text, "answer_start": start}]}
-           for i, (text, start) in enumerate(answers)]
-    content = {"data": [{"paragraphs": [{"context": "a cat and a cat ran .", "qas": qas}]}]}
+    content = squad({f"q{i}": [answer] for i, answer in enumerate(answers)}, "1.1", "a cat and a cat ran .")
     path = put(tmp_path / "f.json", json.dumps(content))
     for split, size in (("train", 2), ("dev", 4)):
         examples = load_examples(TASKS["squad1"], path, VOCAB, 40, "", split)
         assert (len(examples.questions), examples.moved, examples.missing) == (size, 1, 2)
     unlabelled = load_examples(TASKS["squad1"], path, VOCAB, 40, "", "test")
     assert unlabelled.labels is None and len(unlabelled) == 4
-    del qas[:2]
+    del content["data"][:2]
     put(path, json.dumps(content))
     assert "no example" in stop_line(load_examples, TASKS["squad1"], path, VOCAB, 40, "", "train")
 

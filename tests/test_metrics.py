@@ -365,14 +365,16 @@ OFFICIAL = [
 ]
 
 
-def squad(questions, version):
-    """{id: [answers]} -> parsed json in SQuAD's layout, an article each."""
+def squad(questions, version, context="c"):
+    """{id: [answers]} -> parsed json in SQuAD's layout, an article each; an answer: text or (text, start)."""
     articles = []
     for i, answers in questions.items():
-        question = {"id": i, "question": "q", "answers": [{"text": t, "answer_start": 0} for t in answers]}
+        pairs = [answer if isinstance(answer, tuple) else (answer, 0) for answer in answers]
+        question = {"id": i, "question": "who ?",
+                    "answers": [dict(zip(("text", "answer_start"), pair)) for pair in pairs]}
         if version == "v2.0":
             question["is_impossible"] = not answers
-        articles.append({"title": "t", "paragraphs": [{"context": "c", "qas": [question]}]})
+        articles.append({"title": "t", "paragraphs": [{"context": context, "qas": [question]}]})
     return {"version": version, "data": articles}
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from parts.tasks import (DIAGNOSTIC, TASKS, Task, evaluation_files, find_file, read_lines, read_table, score,
-                         unlabelled_files, write_submission)
+                         unlabelled_files, write_predictions)
 from prepare.world import draw_nouns, write_tasks
+from test_metrics import squad
 
 
 def stop_line(function, *args, **kw):
@@ -39,6 +40,11 @@ def rows(name, path, labelled=True):
 
 def table(*lines):
     return "".join("\t".join(line) + "\n" for line in lines)
+
+
+def squad_text(answers):
+    """SQuAD 2.0's json with one question, q1."""
+    return json.dumps(squad({"q1": answers}, "v2.0"))
 
 
 # ---------------------------------------------------------------------------- readers
@@ -226,19 +232,6 @@ def test_files_are_found_in_every_place_and_missing_ones_named(tmp_path):
         assert "no such file" in stop_line(evaluation_files, task, tmp_path / "none")
 
 
-SQUAD = {"data": [{"title": "t", "paragraphs": [{"context": "The cat sat.", "qas": [
-    {"id": "q1", "question": "Who sat?", "answers": [{"text": "cat", "answer_start": 4}]}]}]}]}
-
-
-def squad(answers, **more):
-    """SQUAD with other answers of its one question."""
-    content = json.loads(json.dumps(SQUAD))
-    question = content["data"][0]["paragraphs"][0]["qas"][0] | more
-    question["answers"] = answers
-    content["data"][0]["paragraphs"][0]["qas"] = [question]
-    return json.dumps(content)
-
-
 @pytest.mark.parametrize("name, file, content, says", [
     ("sst2", "f.tsv", b"", "is empty"),
     ("sst2", "f.tsv", "\ufeff\n \n", "is empty"),
@@ -264,11 +257,11 @@ def squad(answers, **more):
     ("squad1", "f.json", '{"data": [\n{"a" 1}]}', "line 2: broken JSON"),
     ("squad1", "f.json", "[]", "holds a JSON list"),
     ("squad1", "f.json", '{"data": []}', "holds no question"),
-    ("squad1", "f.json", squad([{"text": "cat"}]), "at question q1 (KeyError('answer_start'))"),
-    ("squad1", "f.json", squad([{"text": "cat", "answer_start": "x"}]), "at question q1"),
-    ("squad1", "f.json", squad([{"text": 3, "answer_start": 0}]), "question q1 (TypeError('3 is no text"),
-    ("squad1", "f.json", squad([], is_impossible=True), "use --tasks squad2"),
-    ("squad2", "f.json", json.dumps(SQUAD).replace('"answers"', '"hidden"'), "unlabelled test split"),
+    ("squad1", "f.json", squad_text([("cat",)]), "at question q1 (KeyError('answer_start'))"),
+    ("squad1", "f.json", squad_text([("cat", "x")]), "at question q1"),
+    ("squad1", "f.json", squad_text([3]), "question q1 (TypeError('3 is no text"),
+    ("squad1", "f.json", squad_text([]), "use --tasks squad2"),
+    ("squad2", "f.json", squad_text(["cat"]).replace("answers", "hidden"), "unlabelled test split"),
 ])
 def test_mistake_in_a_file_is_one_line_with_its_place(name, file, content, says, tmp_path):
     path = put(tmp_path / file, content)
@@ -296,20 +289,15 @@ COUNTS = {  # rows of the real files; without "-" all of the official ones
 
 
 def test_real_glue_files_are_read_whole(real_data):
+    def sizes(task, folder):
+        labelled = [find_file(task, folder, task.train), *evaluation_files(task, folder).values()]
+        return tuple(len(task.read(task, path, path in labelled).first)
+                     for path in (*labelled, *unlabelled_files(task, folder).values()))
     for task in TASKS.values():
-        if task.source != TASKS["sst2"].source:
-            continue
-        sample = real_data / "glue_format_samples"
-        paths = [find_file(task, sample, task.train),
-                 *evaluation_files(task, sample).values()]
-        sizes = {len(task.read(task, path, True).first) for path in paths}
-        tests = [task.read(task, path, False) for path in unlabelled_files(task, sample).values()]
-        assert sizes == {2 if task.name == "cola" else 1} and {len(test.first) for test in tests} == {1}
-        splits = [find_file(task, real_data, task.train),
-                  *evaluation_files(task, real_data).values(),
-                  *unlabelled_files(task, real_data).values()]
-        assert tuple(len(task.read(task, path, "test" not in path.name).first)
-                     for path in splits) == COUNTS[f"glue/{task.folder}"]
+        if task.source == TASKS["sst2"].source:
+            assert sizes(task, real_data) == COUNTS[f"glue/{task.folder}"]
+            *labelled, test = sizes(task, real_data / "glue_format_samples")
+            assert set(labelled) == {2 if task.name == "cola" else 1} and test == 1
 
 
 def test_other_real_files_are_read_whole(real_data):
@@ -334,11 +322,8 @@ def test_other_real_files_are_read_whole(real_data):
 
 def test_moved_and_missing_answers_are_told_apart(tmp_path):
     answers = [("cat", 2), ("cat", 9), ("cat", 13), ("dog", 0), ("", 1), ("a", -4)]
-    qas = [{"id": f"q{i}", "question": "who", "answers": [{"text": text, "answer_start": start}]}
-           for i, (text, start) in enumerate(answers)]
-    path = put(tmp_path / "f.json", json.dumps(
-        {"data": [{"paragraphs": [{"context": "a cat and a cat ran .", "qas": qas}]}]}))
-    found = rows("squad1", path)
+    content = squad({f"q{i}": [answer] for i, answer in enumerate(answers)}, "1.1", "a cat and a cat ran .")
+    found = rows("squad1", put(tmp_path / "f.json", json.dumps(content)))
     assert found.labels == [(2, 5), (12, 15), (12, 15), (-1, -1), (-1, -1), (0, 1)]
     assert found.extra["answer"] == ["exact", "moved", "moved", "missing", "missing", "moved"]
 
@@ -378,7 +363,7 @@ def test_lines_of_standard_input_become_rows():
 def test_submission_has_the_form_of_its_benchmark(name, predictions, text, tmp_path):
     task, examples = TASKS[name], SimpleNamespace(ids=["0", "1"])
     for values in (np.array(predictions), torch.tensor(predictions)):
-        write_submission(task, examples, values, tmp_path / task.outputs[""])
+        write_predictions(task, examples, values, tmp_path / task.outputs[""])
         assert (tmp_path / task.outputs[""]).read_text() == text
 
 
@@ -388,8 +373,10 @@ def test_submission_files_have_the_servers_names(tmp_path):
         "CoLA SST-2 MRPC STS-B MNLI-m MNLI-mm AX QNLI QQP RTE WNLI").split()}
     for task in TASKS.values():
         assert set(task.tests) <= set(task.outputs) and "" in task.evals and task.metrics
-    write_submission(TASKS["squad2"], None, {"a": "café", "b": ""}, tmp_path / "p.json")
-    assert json.loads((tmp_path / "p.json").read_text()) == {"a": "café", "b": ""}
+    texts, null = {"a": "café", "b": "x"}, {"a": -0.5, "b": 0.5}
+    write_predictions(TASKS["squad2"], None, (texts, null), tmp_path / "new" / "p.json")
+    assert [json.loads((tmp_path / "new" / f"{name}.json").read_text()) for name in (
+        "p", "answers", "null_odds")] == [texts | {"b": ""}, texts, null]
 
 
 def test_a_new_pair_task_costs_a_few_lines(tmp_path):
@@ -408,15 +395,11 @@ def test_table_lists_the_papers_order():
 
 # ---------------------------------------------------------------------------- --score
 
-SCORED = {"version": "v2.0", "data": [{"paragraphs": [{"context": "c", "qas": [
-    {"id": name, "question": "q", "answers": [{"text": text, "answer_start": 0}] if text else []}
-    for name, text in {"a": "one two", "b": "three", "c": ""}.items()]}]}]}
-
-
 @pytest.fixture
 def files(tmp_path):
-    """[predictions, gold, no-answer scores] of SCORED."""
-    contents = {"predictions": {"a": "One, two", "b": "four", "c": "", "z": ""}, "gold": SCORED,
+    """[predictions, gold, no-answer scores]."""
+    contents = {"predictions": {"a": "One, two", "b": "four", "c": "", "z": ""},
+                "gold": squad({"a": ["one two"], "b": ["three"], "c": []}, "v2.0"),
                 "no_answer": {"a": -2, "b": 3.5, "c": 9}}
     return [put(tmp_path / f"{name}.json", json.dumps(content)) for name, content in contents.items()]
 
@@ -431,9 +414,8 @@ def test_score_prints_an_aligned_list(files, capsys):
 
 
 def test_score_says_which_questions_of_1_1_have_no_prediction(files, capsys):
-    gold = json.loads(json.dumps(SCORED).replace("v2.0", "1.1"))
-    del gold["data"][0]["paragraphs"][0]["qas"][2]
-    put(files[1], "\ufeff" + json.dumps(gold).replace("one two", "caf\xe9"))
+    gold = squad({"a": ["caf\xe9"], "b": ["three"]}, "1.1")
+    put(files[1], "\ufeff" + json.dumps(gold, ensure_ascii=False))
     put(files[0], '{"a": "Caf\\u00e9!"}')
     assert score(*map(str, files[:2])) == {"exact": 50, "f1": 50, "total": 2}
     assert capsys.readouterr().out.startswith(
@@ -444,15 +426,14 @@ def test_score_says_which_questions_of_1_1_have_no_prediction(files, capsys):
 @pytest.mark.parametrize("content, says", [
     (None, "cannot be read (No such file or directory); give"), (b"", "is empty; give"),
     (b'{"a": "x"', "broken JSON"), (b'["x"]', "holds a JSON list, no object; give"),
-    (b"[" * 100_000, "broken JSON"), (b"\xff\xfe\xff", "not UTF-8")])
+    (b"[" * 100_000, "broken JSON"), (b"\xff\xfe\xff", "not UTF-8"),
+    ("folder", "cannot be read (Is a directory)")])
 def test_score_of_a_wrong_file_names_it(files, which, content, says):
     if content is None:
         files[which].unlink()
+    elif content == "folder":
+        files[which] = files[which].parent
     else:
         files[which].write_bytes(content)
     line = stop_line(score, *files)
     assert line.startswith(str(files[which])) and says in line
-
-
-def test_score_of_a_folder_names_it(tmp_path):
-    assert stop_line(score, tmp_path, tmp_path).startswith(f"{tmp_path}: cannot be read (Is a directory)")
