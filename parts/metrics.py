@@ -392,7 +392,7 @@ def check_predictions(questions, predictions, no_answer, version_2):
     missing = [question.id for question in questions if question.id not in predictions]
     if missing and (version_2 or len(missing) == len(questions)):
         raise SystemExit(f"predictions: {len(missing):,} of gold's {len(questions):,} questions have none, "
-                         f'the first is {missing[0]}; give what was predicted for this file, "" for no answer')
+                         f'the first is {missing[0]}; give what was predicted for it, "" for no answer')
     if no_answer is not None and not version_2:
         raise SystemExit("no-answer scores: gold is SQuAD 1.1, which has no unanswerable questions; leave "
                          "them out")
