@@ -447,11 +447,11 @@ def main(cfg):
             break
 
         # the step's micro-batches, and what each term is divided by: its items in the global batch
+        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
             positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            index = train.index(cfg.seed, step, cfg.batch_size, positions)
-            batch = make_batch(train, cfg, index, cfg.seed, step, positions)  # HACK HERE: the batch
+            batch = make_batch(train, cfg, index[positions], cfg.seed, step, positions)  # HACK HERE: the batch
             items += torch.tensor([len(batch[f"{name}_targets"]) for name in names])
             batches.append(move(batch, ranks.device))
         items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))

@@ -336,6 +336,12 @@ def first_rows(model, batches, index, cfg, ranks):
     model.train()
 
 
+def flops_of(config, teacher, cfg):
+    """Floating-point operations of a token: forward and backward of the student, forward of the teacher."""
+    own = 3 * flops_per_token(config, cfg.block_size, cfg.mask_rate)
+    return own + (flops_per_token(teacher.bert.config, cfg.block_size) if teacher else 0)
+
+
 def make_bank(cfg, blocks, device):
     """CRD's memory bank, or None; says what it takes."""
     if "crd" not in cfg.objective:
@@ -396,11 +402,11 @@ def main(cfg):
     # ---- data
     paths = paths_of(cfg, folder)
     train, val = (data.TextBlocks(paths["train"], cfg.block_size, part, cfg.val) for part in ("train", "val"))
-    vocab = train.vocab
+    vocab, teacher = train.vocab, None
     if val.vocab.hash != vocab.hash:
         raise SystemExit(f"--val {cfg.val} is packed with another vocabulary than --train {cfg.train}; "
                          "pack it again")
-    hashes, teacher = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}, None
+    hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
     if len(names) > 1:
         teacher = FrozenTeacher(paths["teacher"], vocab, cfg, ranks.device, dtype)
         hashes["teacher"] = teacher.hash
@@ -431,14 +437,12 @@ def main(cfg):
         scores = evaluate(model.bert, model.mlm, val, cfg, ranks)
         print0(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         return scores
-    tokens, flops = cfg.batch_size * cfg.block_size, 3 * flops_per_token(config, cfg.block_size, cfg.mask_rate)
-    flops += flops_per_token(teacher.bert.config, cfg.block_size) if teacher else 0
+    tokens, flops = cfg.batch_size * cfg.block_size, flops_of(config, teacher, cfg)
     print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
            f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
     run.begin(names, "tokens", tokens, tokens * flops)
-    if cfg.compile_model:
-        for part in filter(None, (model, teacher)):
-            part.bert.compile()
+    for part in filter(None, (model, teacher) if cfg.compile_model else ()):
+        part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
 
@@ -453,11 +457,11 @@ def main(cfg):
             break
 
         # the step's micro-batches, and what each term is divided by: its items in the global batch
+        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
             positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            index = train.index(cfg.seed, step, cfg.batch_size, positions)
-            batch = make_batch(train, cfg, index, step, positions)  # HACK HERE: the batch
+            batch = make_batch(train, cfg, index[positions], step, positions)  # HACK HERE: the batch
             items += torch.tensor([items_of(name, batch) for name in names])
             batches.append(move(batch, ranks.device))
             if teacher:
@@ -466,7 +470,6 @@ def main(cfg):
         divisor = dict(zip(names, (items / ranks.size).tolist()))
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
         if bank:
-            index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
             if step == 0:
                 first_rows(model, batches, index, cfg, ranks)
             for batch in batches:

@@ -40,9 +40,9 @@ from common import Switch, check_fields, duration, print0, progress, table, writ
 from data import open_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, memory_report, model_config, param_groups
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
-from parts.metrics import median_run, score
+from parts.metrics import median_run
 from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files, find_file, measure,
-                         read_lines, unlabelled_files, write_predictions)
+                         read_lines, score, unlabelled_files, write_predictions)
 from parts.vocab import Vocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
                            model_type, save_task_model)
