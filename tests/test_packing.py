@@ -1,0 +1,491 @@
+"""prepare/packing.py and the commands of data.py: packers keep every token and frame, need no torch and no
+more memory for more text, and refuse what is broken in one line, leaving nothing behind.
+
+Run: python -m pytest -q tests/test_packing.py
+"""
+import csv
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from parts.vocab import SPECIALS, Vocab, load_vocab
+from prepare import packing
+from prepare.commands import main
+from prepare.packing import cached_words, pack_text, pack_videos, pack_xtext, read_captions, train_vocab
+from test_vocab import HARD, clip, openai, stop_line, vocab
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def packed(path):
+    return {name: np.array(a) for name, a in data.open_packed(path)[2].items()}
+
+
+def stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------- vocabulary
+
+
+def test_trained_vocabulary_is_deterministic_and_complete(tmp_path):
+    text = "".join(f"{a}{b} likes {b}{a}tion , {a} and {b} .\n"
+                   for a in ("moor", "tal", "quin", "be") for b in "xyzab")
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "c.json").write_text(json.dumps({"v": {"start": [0], "end": [1], "text": ["Größe jazz"]}}))
+    sources = [tmp_path / "a.txt", tmp_path / "c.json"]
+    # the trainer's own order is another one each time, also within a process
+    first, *_ = (train_vocab(sources, tmp_path / f"v{i}.txt", 90) for i in (1, 2, 3))
+    files = [(tmp_path / f"v{i}.txt").read_bytes() for i in (1, 2, 3)]
+    assert files[0] == files[1] == files[2]
+    assert first.hash == load_vocab(tmp_path / "v1.txt").hash and first.size == 90
+    assert first.unk not in sum(first.encode(text.split("\n") + ["grosse jazz"]), [])
+    assert "--size 20" in stop_line(train_vocab, sources, tmp_path / "v4.txt", 20)
+    assert "exists" in stop_line(train_vocab, sources, tmp_path / "v1.txt", 90)
+
+
+# ---------------------------------------------------------------------------- text
+
+
+def by_line(vocab, text):
+    """What pack_text must make of a text, the plain way: encode each line, [SEP] behind each document."""
+    out, inside = [], False
+    for line in text.split("\n"):
+        if line.strip():
+            out, inside = out + vocab.encode([line])[0], True
+        elif inside:
+            out, inside = out + [vocab.sep], False
+    return out + [vocab.sep] * inside
+
+
+def test_packed_text_equals_encoding_line_by_line(bert_vocab, tmp_path):
+    rng = np.random.default_rng(0)
+    text = "\n".join("".join(rng.permutation(HARD)[:4]) + rng.choice(["", "\n", " \n \n", "\r\n\t\r\n"])
+                     for _ in range(300))
+    (tmp_path / "t.txt").write_bytes(("\n\n" + text).encode())
+    counts = pack_text([tmp_path / "t.txt"], bert_vocab, tmp_path / "t.h5")
+    plain = by_line(bert_vocab, text)
+    attributes, vocab, maps = data.open_packed(tmp_path / "t.h5", "text")
+    assert maps["tokens"].tolist() == plain and maps["tokens"].dtype == np.uint16
+    assert counts["tokens"] == len(plain)
+    assert counts["documents"] == plain.count(vocab.sep) - text.count("[SEP]")
+    assert attributes["vocab_hash"] == vocab.hash == bert_vocab.hash
+    assert bytes(maps["sources"]) == b'["t.txt"]'
+    assert attributes["bytes"] == (tmp_path / "t.txt").stat().st_size
+
+
+def test_packed_real_text_equals_encode_batch(real_data, bert_vocab, tmp_path, monkeypatch):
+    source = real_data / "text" / "wiki.valid.raw"
+    monkeypatch.setattr(cached_words, "__defaults__", (8, 2000))  # a full cache, and words it does not keep
+    pack_text([source], bert_vocab, tmp_path / "t.h5")
+    lines = source.read_text(encoding="utf-8").split("\n")
+    plain, inside = [], False
+    for line, ids in zip(lines, bert_vocab.encode(lines)):
+        if line.strip():
+            plain, inside = plain + [ids], True
+        elif inside:
+            plain, inside = plain + [[bert_vocab.sep]], False
+    plain += [[bert_vocab.sep]] * inside
+    assert np.array_equal(data.open_packed(tmp_path / "t.h5")[2]["tokens"], np.concatenate(plain))
+
+
+def test_long_lines_and_pieces_do_not_change_ids(vocab, tmp_path):
+    line = "the cat sat " * 200_000  # 2.4 MB without a line end
+    (tmp_path / "t.txt").write_text(line + "\n\n" + line)
+    pack_text([tmp_path / "t.txt"], vocab, tmp_path / "t.h5")
+    one = vocab.encode(["the cat sat"])[0] * 200_000 + [vocab.sep]
+    assert data.open_packed(tmp_path / "t.h5")[2]["tokens"].tolist() == one + one
+
+
+def test_captions_pack_as_text_one_document_a_video(vocab, tmp_path):
+    rows = {"b": {"start": [3, 1], "end": [4, 2], "text": ["cat ran", "the\ndog"]},
+            "a": {"start": [], "end": [], "text": []}}
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pack_text([tmp_path / "c.json"], vocab, tmp_path / "c.h5")
+    document = vocab.encode(["the dog cat ran"])[0] + [vocab.sep]
+    assert data.open_packed(tmp_path / "c.h5")[2]["tokens"].tolist() == document
+
+
+def test_large_vocabularies_pack_as_uint32(vocab, tmp_path):
+    large = Vocab(vocab.tokens + [f"w{i}" for i in range(70_000)])
+    (tmp_path / "t.txt").write_text("the w69999 w3")
+    pack_text([tmp_path / "t.txt"], large, tmp_path / "t.h5")
+    tokens = data.open_packed(tmp_path / "t.h5")[2]["tokens"]
+    assert tokens.dtype == np.uint32 and large.decode(tokens) == "the w69999 w3 [SEP]"
+
+
+def test_text_mistakes_end_in_one_line_and_leave_nothing(vocab, tmp_path, monkeypatch):
+    (tmp_path / "latin.txt").write_bytes(b"the cat\n" * 9 + b"caf\xe9\n")
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "good.txt").write_text("the cat")
+    out, good = tmp_path / "out.h5", tmp_path / "good.txt"
+    assert "not UTF-8 near byte 75" in stop_line(pack_text, [tmp_path / "latin.txt"], vocab, out)
+    assert "no text" in stop_line(pack_text, [tmp_path / "empty.txt"], vocab, out)
+    gone = stop_line(pack_text, [tmp_path / "x.txt", good, tmp_path / "y.txt"], vocab, out)
+    assert "x.txt" in gone and "y.txt" in gone and "good.txt" not in gone
+    assert "no folder" in stop_line(pack_text, [good], vocab, tmp_path / "no" / "out.h5")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    assert "GB are free" in stop_line(pack_text, [good], vocab, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.txt", "good.txt", "latin.txt"]
+    monkeypatch.undo()
+    pack_text([good], vocab, out)
+    assert "exists" in stop_line(pack_text, [good], vocab, out)
+
+
+# ---------------------------------------------------------------------------- text pairs
+
+# words without a word piece (control characters), without a CLIP token (none: nothing at all), of many pieces
+ODD = ("the cat's \x07 dog\tsat\r\non \u200b the\x0bmat , \x07\n\n\x07 ran! 's &amp; x&lt;y\u00a0z [SEP]"
+       " far\n \n" + "a" * 120)
+
+
+def aligned_pairs(text, vocab, clip):
+    """What pack_xtext must make of a text, word by word -> (tokens, clip_tokens, clip_counts)."""
+    tokens, clip_tokens, counts, waiting, inside = [], [], [], 0, False
+    for line in text.split("\n"):
+        for word in re.split("[ \t\r]", line) if line.strip() else []:
+            inside = True
+            pieces, clips = vocab.encode([word])[0], clip.encode([word])[0]
+            tokens, clip_tokens, waiting = tokens + pieces, clip_tokens + clips, waiting + len(clips)
+            if pieces:
+                counts, waiting = counts + [waiting] + [0] * (len(pieces) - 1), 0
+        if not line.strip() and inside:
+            tokens, counts, waiting, inside = tokens + [vocab.sep], counts + [waiting], 0, False
+    if inside:
+        tokens, counts, waiting = tokens + [vocab.sep], counts + [waiting], 0
+    return tokens, clip_tokens, counts
+
+
+def test_packed_pairs_are_both_tokenizers_ids_aligned_at_words(vocab, clip, tmp_path, monkeypatch, capsys):
+    rng = np.random.default_rng(0)
+    text = "\n".join([ODD, *("".join(rng.permutation(HARD)[:4]) + rng.choice(["", "\n", " \n"])
+                             for _ in range(100))])
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    cased = Vocab(vocab.tokens, lower=False, strip_accents=False)
+    for name, other in (("bpe", clip), ("words", cased), ("same", vocab)):
+        path = tmp_path / f"{name}.h5"
+        counts = pack_xtext([tmp_path / "t.txt"], vocab, other, path)
+        maps, plain = packed(path), aligned_pairs(text, vocab, other)
+        for key, expected in zip(("tokens", "clip_tokens", "clip_counts"), plain):
+            assert maps[key].tolist() == expected, key
+        assert maps["tokens"].tolist() == by_line(vocab, text) and maps["clip_counts"].dtype == np.uint16
+        whole = [i for line in text.split("\n") if line.strip() for i in other.encode([line])[0]]
+        assert maps["clip_tokens"].tolist() == whole  # of whole lines: no word sees another
+        assert (counts["tokens"], counts["clip_tokens"], counts["clip_cut"]) == (
+            len(plain[0]), len(plain[1]), 0)
+        assert counts["bytes"] == len(text.encode()) and f"{len(whole):,} of CLIP" in capsys.readouterr().out
+        attributes, stored, raw = data.open_packed(path)
+        stored = stored, data.stored_clip_vocab(path, attributes, stored, raw)
+        assert [v.hash for v in stored] == [vocab.hash, other.hash] and type(stored[1]) is type(other)
+        assert stored[1].encode(HARD) == other.encode(HARD)
+    monkeypatch.setattr(cached_words, "__defaults__", (8, 40))  # a full cache, words it does not keep
+    pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "again.h5")
+    hashes = [data.open_packed(tmp_path / f"{name}.h5")[0]["hash"] for name in ("bpe", "again", "words")]
+    assert hashes[0] == hashes[1] != hashes[2]
+    pack_text([tmp_path / "t.txt"], vocab, tmp_path / "text.h5")
+    assert np.array_equal(packed(tmp_path / "text.h5")["tokens"], packed(tmp_path / "bpe.h5")["tokens"])
+
+
+def test_packed_pairs_of_real_text(real_data, bert_vocab, openai, tmp_path):
+    text = (real_data / "text" / "wiki.valid.raw").read_text(encoding="utf-8")[:200_000]
+    (tmp_path / "t.txt").write_bytes(text.encode())
+    pack_xtext([tmp_path / "t.txt"], bert_vocab, openai, tmp_path / "t.h5")
+    maps, lines = packed(tmp_path / "t.h5"), [line for line in text.split("\n") if line.strip()]
+    assert np.array_equal(maps["clip_tokens"], np.concatenate(openai.encode(lines)))
+    words, counts = sum(len(line.split()) for line in lines), maps["clip_counts"].astype(int)
+    assert counts.sum() == len(maps["clip_tokens"]) and (counts > 0).sum() == words
+    blocks = data.PairBlocks(tmp_path / "t.h5", 66, segments=2, length=40)
+    batch, pair = blocks.batch([5])["ids"][0], blocks.clip_batch([5])
+    ours = blocks.clip_vocab.decode(pair["clip_ids"].flatten()[pair["clip_place"][0]])
+    theirs = bert_vocab.decode(batch[1:-1])
+    ours, theirs = (re.sub(r"<\S+>|\[SEP\]|[^a-z0-9]", "", text) for text in (ours, theirs))
+    assert len(ours) > 200 and ours in theirs + " "  # the same text, but for words that a block's ends cut
+
+
+def test_clip_tokens_of_an_endless_word_stand_at_the_pieces_behind_it(vocab, clip, tmp_path, capsys):
+    most, n = 65535, 100_000
+    (tmp_path / "t.txt").write_text("\xe9" * (n // 2) + " the cat")  # one [UNK], two bytes a letter
+    counts = pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "t.h5")
+    assert packed(tmp_path / "t.h5")["clip_counts"].tolist() == [most, n - most + 1, 1, 0] and (
+        counts["clip_cut"] == 0)
+    (tmp_path / "t.txt").write_text("\xe9" * n)
+    counts = pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / "cut.h5")
+    assert packed(tmp_path / "cut.h5")["clip_counts"].tolist() == [most, most]  # [UNK] [SEP]
+    assert counts["clip_cut"] == 2 * n - 2 * most and f"last {2 * n - 2 * most:,}" in capsys.readouterr().out
+
+
+def test_packing_pairs_needs_no_more_memory_for_more_text(vocab, clip, tmp_path):
+    peaks = []
+    for size in (3, 5):  # MB
+        (tmp_path / "t.txt").write_text(("the cat sat on " + "a" * 200 + " mats\n") * (size * 10 ** 6 // 221))
+        tracemalloc.start()
+        pack_xtext([tmp_path / "t.txt"], vocab, clip, tmp_path / f"{size}.h5")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_mistakes_while_packing_pairs_end_in_one_line_and_leave_nothing(vocab, clip, tmp_path, monkeypatch):
+    vocab.save(tmp_path)
+    (tmp_path / "t.txt").write_text("the cat")
+    (tmp_path / "empty.txt").write_text("\n")
+    before = sorted(tmp_path.iterdir())
+    argv = ["xtext", f"{tmp_path}/t.txt", "--vocab", f"{tmp_path}"]
+    argv += ["--out", f"{tmp_path}/o.h5", "--clip_vocab"]
+    assert "openai/CLIP" in stop_line(main, [*argv, f"{tmp_path}/bpe_simple_vocab_16e6.txt.gz"])
+    assert "no text" in stop_line(pack_xtext, [tmp_path / "empty.txt"], vocab, clip, tmp_path / "o.h5")
+    assert "no such file" in stop_line(pack_xtext, [tmp_path / "x.txt"], vocab, clip, tmp_path / "o.h5")
+    monkeypatch.setattr(packing, "write_packed", stop)
+    assert "interrupted" in stop_line(main, [*argv, f"{tmp_path}"])
+    monkeypatch.undo()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 0))
+    assert "GB are free" in stop_line(main, [*argv, f"{tmp_path}"])
+    monkeypatch.undo()
+    assert sorted(tmp_path.iterdir()) == before
+    main([*argv, f"{tmp_path}"])
+    assert "exists" in stop_line(main, [*argv, f"{tmp_path}"])
+
+
+# ---------------------------------------------------------------------------- videos
+
+
+def howto(folder, videos=("v0", "v1", "v2", "v3"), seconds=10, d2=4, d3=3):
+    """HowTo100M's layout; frame t of 2D is all t + 100 v, row r of 3D r + 100 v. Returns the arguments."""
+    for name in ("f2", "f3"):
+        (folder / name).mkdir(parents=True)
+    captions = {}
+    for v, video in enumerate(videos):
+        np.save(folder / "f2" / f"{video}.npy",
+                np.tile(np.arange(seconds, dtype=np.float32)[:, None] + 100 * v, d2))
+        np.save(folder / "f3" / f"{video}.npy", np.tile(np.arange(seconds * 3 // 2)[:, None] + 100.0 * v, d3))
+        captions[video] = {"start": [0.5, 2.2, 6.0], "end": [2.0, 5.9, 7.5],
+                           "text": ["the cat sat", "on the mat , the mat", "a dog ran"]}
+    (folder / "caption.json").write_text(json.dumps(captions))
+    (folder / "videos.csv").write_text("video_id,category_1,category_2,rank,task_id\n" + "".join(
+        f"{video},,,1,{7 + v % 2}\n" for v, video in enumerate(videos)))
+    return {"captions": folder / "caption.json", "feat2d": folder / "f2", "csv_file": folder / "videos.csv",
+            "out": folder / "videos.h5", "feat3d": folder / "f3"}
+
+
+def test_packed_videos_hold_what_the_files_hold(vocab, tmp_path):
+    counts = pack_videos(vocab=vocab, **howto(tmp_path))
+    assert counts == {"videos": 4, "captions": 12, "frames": 40, "tokens": 4 * 12, "problems": 0}
+    maps = packed(tmp_path / "videos.h5")
+    assert maps["frames"].dtype == np.float16 and maps["frames"].shape == (40, 7)
+    assert np.array_equal(maps["frames"][10:20, 0], 100 + np.arange(10))
+    assert maps["frames"][:10, 4].tolist() == [0, 1, 3, 4, 6, 7, 9, 10, 12, 13]  # floor(1.5 t)
+    assert maps["video_id"].tolist() == [b"v0", b"v1", b"v2", b"v3"] and maps["task"].tolist() == [7, 8, 7, 8]
+    assert maps["frame_offsets"].tolist() == [0, 10, 20, 30, 40]
+    assert maps["caption_offsets"].tolist() == [0, 3, 6, 9, 12]
+    assert maps["token_offsets"][:4].tolist() == [0, 3, 9, 12]
+    assert maps["start"][:3].tolist() == [0.5, 2.2, 6.0] and maps["end"][:3].tolist() == [2.0, 5.9, 7.5]
+    assert vocab.decode(maps["tokens"][3:9]) == "on the mat, the mat"
+
+
+def broken(folder):
+    """howto with every kind of broken feature file and caption row; returns the arguments of pack_videos."""
+    names = ("good gone nothing cut junk nan inf flat wide long pickled norows late times uneven nocaptions "
+             "silent good2").split()
+    args, f2 = howto(folder, names), folder / "f2"
+    (f2 / "gone.npy").unlink()
+    (folder / "f3" / "gone.npy").unlink()
+    (f2 / "nothing.npy").write_bytes(b"")
+    (f2 / "cut.npy").write_bytes((f2 / "cut.npy").read_bytes()[:-8])
+    (f2 / "junk.npy").write_bytes(b"\x93NUMPY\x01\x00 no array at all")
+    for name, value in (("nan", np.nan), ("inf", 1e6)):
+        array = np.zeros((10, 4))
+        array[3, 2] = value
+        np.save(f2 / f"{name}.npy", array)
+    np.save(f2 / "flat.npy", np.zeros(40, np.float32))
+    np.save(f2 / "wide.npy", np.zeros((10, 5), np.float32))
+    np.save(f2 / "long.npy", np.zeros((13, 4), np.float32))
+    np.save(f2 / "pickled.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(f2 / "norows.npy", np.zeros((0, 4), np.float32))
+    captions = json.loads(args["captions"].read_text())
+    captions["late"]["start"][2], captions["late"]["end"][2] = 11, 30
+    captions["times"]["end"][0] = "soon"
+    captions["uneven"]["text"].pop()
+    captions["silent"]["text"] = ["", " ", "\u200b"]
+    captions["other"] = captions["good"]
+    del captions["nocaptions"]
+    args["captions"].write_text(json.dumps(captions))
+    return args
+
+
+def test_every_broken_file_is_reported_at_once(vocab, tmp_path, capsys):
+    args = broken(tmp_path)
+    line = stop_line(pack_videos, vocab=vocab, **args)
+    said = capsys.readouterr().out
+    assert line.startswith("videos: 17 problems in 18 videos (")
+    for count in ("2 missing", "2 empty", "3 damaged", "2 not finite", "3 mis-shaped", "2 no captions"):
+        assert count in line and "1 times, 2 captions" in line
+    for text in ("missing: ", "f2/gone.npy", "f3/gone.npy", "empty: ", "nothing.npy", "damaged: ", "cut.npy",
+                 "junk.npy", "pickled.npy", "nan.npy: 1 of 40 values", "inf.npy", "flat.npy: float32 (40,)",
+                 "wide.npy: 5 channels, the others have 4", "long: 13 s of 2D features, 10.0 s of 3D",
+                 "norows.npy: shape (0, 4)", "late: 1 of 3 captions lie beyond",
+                 "times: a time is no number of seconds", "uneven: 3 starts, 3 ends, 2 texts",
+                 "nocaptions: in "):
+        assert text in said, text
+    assert (tmp_path / "videos.h5.problems.txt").read_text().count("\n") == 17
+    assert not (tmp_path / "videos.h5").exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_skip_bad_leaves_out_just_the_broken(vocab, tmp_path, capsys):
+    counts = pack_videos(vocab=vocab, skip_bad=True, **broken(tmp_path))
+    said = capsys.readouterr().out
+    assert counts["problems"] == 17 and "left out 17 problems" in said
+    assert "1 videos with captions are not in" in said
+    maps = packed(tmp_path / "videos.h5")
+    assert maps["video_id"].tolist() == [b"good", b"late", b"good2"]
+    assert maps["caption_offsets"].tolist() == [0, 3, 5, 8] and np.isfinite(maps["frames"]).all()
+
+
+def test_problems_on_screen_are_bounded_and_all_in_the_file(vocab, tmp_path, capsys):
+    args = howto(tmp_path, [f"v{i}" for i in range(60)])
+    for i in range(50):
+        (tmp_path / "f2" / f"v{i}.npy").unlink()
+    assert "50 missing" in stop_line(pack_videos, vocab=vocab, **args)
+    said = capsys.readouterr().out
+    assert "and 30 more" in said and said.count("\n") == 21
+    assert (tmp_path / "videos.h5.problems.txt").read_text().count("missing: ") == 50
+
+
+def test_2d_alone_and_videos_without_words(vocab, tmp_path, capsys):
+    args = howto(tmp_path) | {"feat3d": ""}
+    captions = json.loads(args["captions"].read_text())
+    captions["v1"]["text"] = ["", "\u200b", "cat"]
+    args["captions"].write_text(json.dumps(captions))
+    assert pack_videos(vocab=vocab, **args)["captions"] == 10
+    assert "2 captions without a word" in capsys.readouterr().out
+    clips = data.VideoClips(tmp_path / "videos.h5", 12, val_clips=1)
+    assert (clips.d2, clips.d3, clips.features) == (4, 0, 4)
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("captions", '{"v0": {"start": [0], "end"', "cut off"), ("captions", "[1, 2]", "not a JSON object"),
+    ("captions", '{"v0": 3} x', "malformed"), ("captions", '{"v0": 3 "v1": 4}', "malformed"),
+    ("captions", "", "not a JSON object"), ("captions", "{}", "no video is left"),
+    ("csv_file", "video,task\nv0,1\n", "no columns video_id and task_id"),
+    ("csv_file", "video_id,task_id\nv0,abc\n", "line 2"),
+    ("csv_file", "video_id,task_id\n,3\n", "no video_id"),
+    ("csv_file", "video_id,task_id\n", "names no video"),
+])
+def test_malformed_lists_end_in_one_line(vocab, tmp_path, name, content, says):
+    args = howto(tmp_path)
+    args[name].write_text(content)
+    line = stop_line(pack_videos, vocab=vocab, skip_bad=True, **args)
+    assert says in line and not args["out"].exists() and not list(tmp_path.glob("*.tmp"))
+
+
+def test_caption_file_is_read_in_pieces(tmp_path):
+    rows = {f'video "{i}" ü': {"start": [0.0], "end": [1.5],
+                               "text": [f'}} {{ \\ " {i} ] \u2028 ' + "ü" * (i % 999)]} for i in range(9000)}
+    for indent in (None, 1):
+        (tmp_path / "c.json").write_text(json.dumps(rows, ensure_ascii=bool(indent), indent=indent),
+                                         encoding="utf-8")
+        got = list(read_captions(tmp_path / "c.json"))
+        assert {video: row for video, row, _ in got} == rows and len(got) == 9000
+        assert (tmp_path / "c.json").stat().st_size - sum(size for *_, size in got) < 1 << 20
+
+
+def test_howto100m_path_with_real_captions(real_data, bert_vocab, tmp_path, capsys):
+    real = real_data / "howto100m"
+    captions = json.loads((real / "DERIVED_caption_from_youcook2val.json").read_text())
+    with open(real / "DERIVED_videos_like_HowTo100M_v1.csv", newline="") as f:
+        rows = [row for row in csv.reader(f)]
+    few = [rows[0]] + [row for row in rows[1:] if row[0] in captions][:12]
+    with open(tmp_path / "few.csv", "w", newline="") as f:
+        csv.writer(f).writerows(few)
+    rng = np.random.default_rng(0)
+    for name, width, rate in (("2d", 2048, 1), ("3d", 2048, 1.5)):
+        (tmp_path / name).mkdir()
+        for row in few[1:]:
+            seconds = int(np.ceil(max(captions[row[0]]["end"]))) + 1
+            np.save(tmp_path / name / f"{row[0]}.npy", rng.random((int(seconds * rate), width), np.float32))
+    (tmp_path / "3d" / f"{few[3][0]}.npy").unlink()
+    args = (real / "DERIVED_caption_from_youcook2val.json", tmp_path / "2d", tmp_path / "few.csv", bert_vocab,
+            tmp_path / "videos.h5", tmp_path / "3d")
+    assert "1 problems in 12 videos (1 missing)" in stop_line(pack_videos, *args)
+    assert f"{few[3][0]}.npy" in capsys.readouterr().out
+    counts = pack_videos(*args, skip_bad=True)
+    assert counts["videos"] == 11 and "424 videos with captions are not in" in capsys.readouterr().out
+    clips = data.VideoClips(tmp_path / "videos.h5", 128, 512, val_clips=1)
+    batch = clips.batch(clips.index(0, 0, 8, np.arange(8)))
+    assert batch["frames"].shape[2] == 4096 and batch["mask"].sum(1).min() > 5
+    first = clips.video_id[0].decode()
+    at, frame = int(captions[first]["start"][0]), clips.batch([0])["frames"][0, 0]
+    assert np.allclose(frame[:2048], np.load(tmp_path / "2d" / f"{first}.npy")[at], atol=1e-3)
+    assert np.allclose(frame[2048:], np.load(tmp_path / "3d" / f"{first}.npy")[at * 3 // 2], atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def test_commands_do_what_the_issue_says(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("the cat sat on the mat .\nthe dog ran .\n\na cat !\n" * 200)
+    howto(tmp_path / "h")
+    for command in ("vocab {0}/t.txt --size=40 --out {0}/v.txt",
+                    "text {0}/t.txt --vocab {0}/v.txt --out {0}/c.h5",
+                    "videos --captions {0}/h/caption.json --feat2d {0}/h/f2 --feat3d {0}/h/f3 "
+                    "--csv {0}/h/videos.csv --vocab {0}/c.h5 --out={0}/my_videos.h5 --skip_bad"):
+        main(command.format(tmp_path).split())
+    clips, blocks = data.VideoClips(tmp_path / "my_videos.h5", 12, val_clips=1), data.TextBlocks(
+        str(tmp_path / "c.h5"), 12)
+    assert clips.vocab.hash == blocks.vocab.hash and "MB/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "required"), (["tex"], "invalid choice"), (["text", "x.txt"], "--vocab"),
+    (["demo", "--seed", "a"], "--seed"), (["demo", "--sead", "1"], "--sead"),
+    (["text", "x.txt", "--vocab", "no.txt", "--out", "o.h5"], "x.txt: no such file"),
+    (["xtext", "x.txt", "--vocab", "no.txt", "--out", "o.h5"], "--clip-vocab"),
+    (["vocab", "x.txt", "--out", "v.txt", "--size", "1e4"], "--size"),
+])
+def test_command_line_mistakes_are_one_line(argv, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert says in stop_line(main, argv)
+
+
+@pytest.fixture
+def command(vocab, tmp_path):
+    """A command that packs a text to o.h5."""
+    vocab.save(tmp_path)
+    (tmp_path / "t.txt").write_text("the cat\n" * 1000)
+    return ["text", f"{tmp_path}/t.txt", "--vocab", f"{tmp_path}", "--out", f"{tmp_path}/o.h5"]
+
+
+def test_packing_needs_no_torch(command, tmp_path):
+    code = "import sys, runpy; sys.modules['torch'] = None; runpy.run_path('data.py', run_name='__main__')"
+    subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True, cwd=ROOT)
+    assert len(packed(tmp_path / "o.h5")["tokens"]) == 2001
+
+
+@pytest.mark.parametrize("sent, says", [(signal.SIGTERM, "data.py: terminated"),
+                                        (signal.SIGINT, "data.py: interrupted")])
+def test_stopped_packing_leaves_nothing(command, tmp_path, monkeypatch, sent, says):
+    def stopped(*_, **__):
+        assert list(tmp_path.glob("o.h5.*.tmp/tokens.raw"))
+        os.kill(os.getpid(), sent)
+
+    before = sorted(tmp_path.iterdir())
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    monkeypatch.setattr(packing, "write_packed", stopped)
+    monkeypatch.setattr(sys, "argv", ["data.py", *command])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        line = stop_line(runpy.run_path, str(ROOT / "data.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, handlers[0])
+        signal.signal(signal.SIGINT, handlers[1])
+    assert line.startswith(says) and sorted(tmp_path.iterdir()) == before
