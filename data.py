@@ -281,9 +281,8 @@ class PairBlocks(TextBlocks):
     """TextBlocks of packed pairs (data.py xtext): the CLIP tokens of the same text come beside, for XDBERT.
 
     A block's CLIP tokens fill up to `segments` segments of `length` tokens one after the other, each with its
-    own start and end token, as in the released code; the first is in use even where it is empty. Tokens
-    beyond the last segment are cut: `cut` tokens in all blocks of this part. used: mean share of segments in
-    use.
+    own start and end token, as in the released code; the first is in use even where it is empty. cut: how
+    many tokens of this part do not fit. used: mean share of segments in use.
     """
     kind = "xtext"
 
@@ -301,8 +300,7 @@ class PairBlocks(TextBlocks):
     def add_shard(self, path, attributes, maps):
         self.clip_vocab = self.clip_vocab or stored_clip_vocab(path, attributes, self.vocab, maps)
         if attributes["clip_hash"] != self.clip_vocab.hash:
-            raise SystemExit(f"{path}: its CLIP side was packed with another vocabulary than that of the "
-                             "other files; pack it anew")
+            raise SystemExit(f"{path}: its CLIP side was packed with another vocabulary; pack it anew")
         if "clip_tokens" not in maps or len(maps.get("clip_counts", ())) != len(maps["tokens"]):
             raise SystemExit(f"{path}: damaged (the CLIP side does not fit the words); pack it anew")
         blocks, width = self.shards[-1].shape
@@ -331,8 +329,7 @@ def stored_clip_vocab(path, attributes, vocab, maps):
     casing = [bool(attributes[name]) for name in ("clip_lower", "clip_strip_accents") if name in attributes]
     found = Vocab(lines, *casing, str(path)) if casing else CLIPVocab(lines, str(path))
     if found.hash != attributes["clip_hash"]:
-        raise SystemExit(f"{path}: damaged (CLIP's vocabulary is not the one it was packed with); pack it "
-                         "anew")
+        raise SystemExit(f"{path}: damaged (CLIP's vocabulary does not fit its hash); pack it anew")
     return found
 
 
