@@ -88,10 +88,9 @@ def to_device(array, device):
 
 @float32
 def mlm(logits: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor:
-    """Masked-language modelling: cross-entropy at the masked positions only (Devlin et al. 2019).
+    """Masked-language modelling (Devlin et al. 2019): cross-entropy at n masked positions, its items.
 
-    logits (n, V) at the n masked positions, targets int64 (n,). items: masked positions. n = 0 gives an exact
-    0 with a graph.
+    logits (n, V), targets int64 (n,). n = 0 gives an exact 0 with a graph.
     """
     return per_item(F.cross_entropy(logits, targets, reduction="sum"), len(targets), divisor)
 
@@ -189,7 +188,7 @@ def clip(z_text: Tensor, z_video: Tensor, log_scale: Tensor, divisor: float | No
     return per_item(loss.sum(), len(loss), divisor)
 
 
-# ---------------------------------------------------------------------------- student: words, vokens, l2
+# ---------------------------------------------------------------------------- student: soft, voken, l2, nst
 
 
 @float32
@@ -259,9 +258,6 @@ def l2(s: Tensor, t: Tensor, mask: Tensor, divisor: float | None = None) -> Tens
     s, t (B, T, C), equally wide. Gradient to s. items: real tokens.
     """
     return per_item(((s - t.detach()).square().sum(-1) * mask).sum(), mask.sum(), divisor)
-
-
-# ---------------------------------------------------------------------------- student: nst
 
 
 def mmd_gaussian(S, T, sigma):

@@ -1,12 +1,16 @@
-"""BERT and CLIP's text tower by hand, and what stands around them: cross-modal encoder, heads, video encoder.
+"""Networks, heads and parameter groups. parts/weights.py reads and writes their files.
 
-BERT: Devlin et al. 2019 (post-LayerNorm, erf GELU, learned positions); ELECTRA's encoder is one, too. CLIP:
-Radford et al. 2021 (pre-LayerNorm, causal). XDBERT: Hsu et al. 2022, both beside each other. Query, key and
-value maps are fused in one. The folders that are read and written are Hugging Face's, CLIP's files OpenAI's,
-too; the tables of names are at the end of this file.
+BERT         Devlin et al. 2019: post-LayerNorm, erf GELU, learned positions; ELECTRA's encoder is one, too
+CLIPText     text tower of CLIP, Radford et al. 2021: pre-LayerNorm, causal
+XDBERT       Hsu et al. 2022: BERT and CLIPText, and a cross-modal encoder on both
+VideoEncoder frame features -> a vector, Tang et al. 2021 (VidLanKD)
+
+Shapes: B sequences, T tokens, C hidden, H heads, D = C / H, F frames, V vocabulary. Masks: bool, True = real
+token; at padded positions the states mean nothing.
 """
 import dataclasses
 import math
+import re
 from functools import partial
 
 import torch
@@ -16,13 +20,23 @@ from torch import nn
 # ---------------------------------------------------------------------------- configuration
 
 
+def check_shape(config):
+    """ValueError for a size, a dropout or a number of heads that makes no model."""
+    for name in (field.name for field in dataclasses.fields(config) if field.type is int):
+        least = 0 if name in ("embedding", "pad_id") else 1
+        most = 1000 if name == "layers" else 2 ** 31  # a damaged file must not have us build for hours
+        if not least <= getattr(config, name) < most:
+            raise ValueError(f"{name} {getattr(config, name)}: must be at least {least} and below {most}")
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout {config.dropout:g}: must be at least 0 and below 1")
+    if config.hidden % config.heads:
+        raise ValueError(f"hidden {config.hidden} cannot be split into {config.heads} heads of equal width; "
+                         "choose a multiple (BERT and CLIP have 64 a head)")
+
+
 @dataclasses.dataclass(frozen=True)
 class BERTConfig:
-    """Shape of a BERT. `dropout` is that of embeddings, attention weights and sub-layer outputs alike.
-
-    embedding: width of the embeddings, mapped to `hidden` then; 0 = as wide as `hidden`. model_type: "bert"
-    or "electra", which are one but for the pooler and the names in Hugging Face's folders.
-    """
+    """Shape of a BERT or ELECTRA."""
     vocab_size: int = 30522
     layers: int = 12
     hidden: int = 768
@@ -30,18 +44,14 @@ class BERTConfig:
     intermediate: int = 3072
     max_positions: int = 512
     type_vocab: int = 2
-    dropout: float = 0.1
+    dropout: float = 0.1  # of embeddings, attention weights and outputs of sub-layers
     layer_norm_eps: float = 1e-12
     pad_id: int = 0
     init_std: float = 0.02
-    embedding: int = 0
-    model_type: str = "bert"
+    embedding: int = 0  # width of the embeddings, which are then mapped to `hidden`; 0 = `hidden`, no map
+    model_type: str = "bert"  # or "electra": another pooler, other names in Hugging Face's folders
 
-    def __post_init__(self):
-        check_shape(self, "vocab_size", "layers", "hidden", "heads", "intermediate", "max_positions",
-                    "type_vocab")
-        if self.embedding < 0:
-            raise SystemExit(f"--embedding {self.embedding}: must not be negative")
+    __post_init__ = check_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,63 +67,41 @@ class CLIPConfig:
     dropout: float = 0.0
     init_std: float = 0.02
 
-    def __post_init__(self):
-        check_shape(self, "vocab_size", "layers", "hidden", "heads", "intermediate", "positions",
-                    "projection")
+    __post_init__ = check_shape
 
 
-def check_shape(config, *sizes):
-    """SystemExit where one of the sizes, the dropout or the number of heads cannot be."""
-    for name in sizes:
-        most = 1000 if name == "layers" else 2 ** 31  # or a damaged file would have us build for hours
-        if not 1 <= getattr(config, name) < most:
-            raise SystemExit(f"--{name} {getattr(config, name)}: must be at least 1 and below {most}")
-    if not 0 <= config.dropout < 1:
-        raise SystemExit(f"--dropout {config.dropout}: must be at least 0 and below 1")
-    if config.hidden % config.heads:
-        raise SystemExit(f"--hidden {config.hidden} cannot be split into --heads {config.heads} equal parts; "
-                         "choose a multiple (BERT and CLIP have 64 a head)")
-
-
-# 6L-512H is the ablation model of VidLanKD, 12L-768H is BERT-base
-SHAPES = {
-    "demo": dict(layers=2, hidden=128, heads=4, intermediate=512, init_std=0.05),  # 0.02 suits wider models
-    "6L-512H": dict(layers=6, hidden=512, heads=8, intermediate=2048),
-    "12L-768H": dict(layers=12, hidden=768, heads=12, intermediate=3072),
-}
-# the pre-trained language encoders of XDBERT
-LANGUAGE = {
+SHAPES = {"demo": dict(layers=2, hidden=128, heads=4, intermediate=512, init_std=0.05)}  # wider ones: 0.02
+LANGUAGE = {  # the pre-trained language encoders of XDBERT
     "bert-base": BERTConfig(),
     "electra-base": BERTConfig(model_type="electra"),
     "electra-large": BERTConfig(layers=24, hidden=1024, heads=16, intermediate=4096, model_type="electra"),
 }
 
 
-def model_config(shape, vocab_size, layers=0, hidden=0, heads=0, intermediate=0, dropout=0.1):
-    """BERTConfig of a named shape, with what is not 0 in its place.
+def model_config(shape, vocab_size, dropout=0.1):
+    """BERTConfig of a shape: a name in SHAPES, or layers and width as in "6L-512H".
 
-    Another width than the shape's brings heads 64 wide and a feed-forward 4 times as wide where not given.
+    6L-512H is the ablation model of VidLanKD, 12L-768H is BERT-base. Heads are 64 wide, or as many as a third
+    part says ("1L-32H-2A"); the feed-forward is 4 times as wide as the states.
     """
-    if shape not in SHAPES:
-        raise SystemExit(f"--model {shape}: choose one of {', '.join(SHAPES)}")
-    if hidden and not heads and hidden % 64:
-        raise SystemExit(f"--hidden {hidden} is no multiple of 64; give --heads too")
-    values = dict(SHAPES[shape])
-    if hidden:
-        values |= dict(hidden=hidden, heads=heads or hidden // 64, intermediate=4 * hidden)
-    given = dict(layers=layers, heads=heads, intermediate=intermediate)
-    values |= {name: value for name, value in given.items() if value}
-    return BERTConfig(vocab_size=vocab_size, dropout=dropout, **values)
+    if shape in SHAPES:
+        return BERTConfig(vocab_size=vocab_size, dropout=dropout, **SHAPES[shape])
+    form = re.fullmatch(r"(\d+)L-(\d+)H(?:-(\d+)A)?", shape)
+    if not form or not form[3] and int(form[2]) % 64:
+        raise ValueError(f"model {shape}: write {', '.join(SHAPES)}, or layers and width as in 6L-512H (a "
+                         "multiple of 64), or heads too as in 1L-32H-2A")
+    layers, hidden = int(form[1]), int(form[2])
+    return BERTConfig(vocab_size, layers, hidden, int(form[3] or hidden // 64), 4 * hidden, dropout=dropout)
 
 
 # ---------------------------------------------------------------------------- attention and layers
 
 
 def dropout(x, p, training):
-    """x with each element zeroed with probability p and the others scaled by 1 / (1 - p), for x of any shape.
+    """x with each element zeroed with probability p, the others scaled by 1 / (1 - p).
 
-    On the CPU p is rounded to a multiple of 2^-16, and the scale with it, so that the mean stays: four
-    draws of 16 bits from each 64 random bits take less than half of F.dropout's time.
+    On the CPU 16 random bits decide each element, which halves F.dropout's time: p is rounded to a multiple
+    of 2^-16, and the scale with it, so that the mean stays.
     """
     if not training or p == 0:
         return x
@@ -127,10 +115,10 @@ def dropout(x, p, training):
 
 
 def attend(q, k, v, heads, mask=None, p=0.0):
-    """Multi-head attention: softmax(q k' / sqrt(D)) v in each of the heads, D = C / H.
+    """Multi-head attention: softmax(q k' / sqrt(D)) v in each head.
 
-    q (B, T, C); k, v (B, S, C); mask bool, to broadcast to (B, H, T, S), True = seen, at least one for each
-    query, None = all; p: dropout of the weights -> (B, T, C).
+    q (B, T, C); k, v (B, S, C); mask bool, broadcasts to (B, H, T, S), True = seen, each query sees at least
+    one, None = all; p: dropout of the weights -> (B, T, C).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, D)
     if q.device.type != "cpu":
@@ -145,7 +133,7 @@ def attend(q, k, v, heads, mask=None, p=0.0):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the real tokens, between maps C -> C."""
+    """Multi-head self-attention over the real tokens; query, key and value are one map."""
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
@@ -154,13 +142,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
-        """x (B, T, C), mask bool (B or 1, 1, T or 1, T) or None where every token is seen -> (B, T, C)."""
-        p = self.dropout if self.training else 0.0
-        return self.out(attend(*self.qkv(x).chunk(3, -1), self.heads, mask, p))
+        """x (B, T, C), mask bool that broadcasts to (B, H, T, T), or None = all seen -> (B, T, C)."""
+        return self.out(attend(*self.qkv(x).chunk(3, -1), self.heads, mask, self.dropout * self.training))
 
 
 class CrossAttention(nn.Module):
-    """Attention of one stream to another, whose keys and values are mapped to the width of the first."""
+    """Attention of one stream to another; keys and values are mapped to the width of the first."""
 
     def __init__(self, width, other, heads, dropout=0.0):
         super().__init__()
@@ -171,8 +158,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x, other, mask=None):
         """x (B, T, C), other (B, S, C'), mask bool (B, 1, 1, S) or None -> (B, T, C)."""
-        p = self.dropout if self.training else 0.0
-        return self.out(attend(self.query(x), *self.key_value(other).chunk(2, -1), self.heads, mask, p))
+        k, v = self.key_value(other).chunk(2, -1)
+        return self.out(attend(self.query(x), k, v, self.heads, mask, self.dropout * self.training))
 
 
 class Layer(nn.Module):
@@ -197,15 +184,14 @@ class Layer(nn.Module):
 
 
 def first_positions(position, T, name):
-    """(T, C): the rows of the position embedding for T tokens; SystemExit where it has fewer."""
+    """(T, C): the first T rows of a position embedding; ValueError where it has fewer."""
     if T > len(position.weight):
-        raise SystemExit(f"sequences of {T} tokens, but {name} has {len(position.weight)} positions; "
-                         "lower --block_size, --segment_length or --max_length")
+        raise ValueError(f"{name} has {len(position.weight)} positions, not enough for a sequence of {T}")
     return position.weight[:T]
 
 
 class Embeddings(nn.Module):
-    """Word, position and segment vectors, summed and normalised; where they are narrower, mapped to C."""
+    """Word, position and segment vectors, summed and normalised; narrower ones are mapped to C."""
 
     def __init__(self, config):
         super().__init__()
@@ -223,10 +209,10 @@ class Embeddings(nn.Module):
 
 
 class BERT(nn.Module):
-    """Token ids -> hidden states. 12L-768H with pooler has 109,482,240 parameters (BERT-base).
+    """Token ids -> hidden states. 12L-768H with pooler is BERT-base: 109,482,240 parameters.
 
-    Of model_type electra it is ELECTRA's discriminator (Clark et al. 2020), whose pooler is that of Hugging
-    Face's classifier: it is in no pre-trained folder. electra-large has 334,092,288 parameters without.
+    With model_type electra: ELECTRA's discriminator (Clark et al. 2020). Its pooler is that of Hugging Face's
+    classifier, no pre-trained folder has one; electra-large without has 334,092,288 parameters.
     """
 
     def __init__(self, config, pooler=False):
@@ -238,11 +224,10 @@ class BERT(nn.Module):
         self.apply(partial(init_weights, std=config.init_std))
 
     def forward(self, ids, mask=None, segments=None, all_states=False):
-        """Hidden states of a batch of sequences.
+        """ids (B, T) int64 -> (B, T, C), or with all_states the list of L + 1 of them, embeddings first.
 
-        ids (B, T) int64; mask (B, T) bool, True = real token (at least one each), None = all real, which is
-        faster; segments (B, T) int64, None = all 0. -> (B, T, C), or with all_states the list of L + 1 of
-        them, embeddings first. What stands at padded positions means nothing.
+        mask (B, T), a real token in each row, None = all real, which is faster; segments (B, T) int64,
+        None = all 0.
         """
         mask = None if mask is None else mask[:, None, None, :]
         states = [self.embeddings(ids, segments)]
@@ -251,23 +236,22 @@ class BERT(nn.Module):
         return states if all_states else states[-1]
 
     def pool(self, h, mask=None):
-        """(B, T, C) -> (B, C): tanh of a linear map of the [CLS] state; for a BERT made with pooler=True.
+        """(B, T, C) -> (B, C), needs pooler=True: tanh of a linear map of the [CLS] state.
 
-        ELECTRA: its dropout, linear map, GELU. mask is not used: [CLS] is always real.
+        ELECTRA: dropout, linear map, GELU. CLIPText uses mask, here [CLS] is always real.
         """
         if self.config.model_type == "electra":
             return F.gelu(self.pooler(dropout(h[:, 0], self.config.dropout, self.training)))
         return torch.tanh(self.pooler(h[:, 0]))
 
     def for_task(self, pooled):
-        """Drops the pooler where nothing is pooled by it: DDP would wait for its gradient."""
-        if not pooled:
-            self.pooler = None
-        assert not pooled or self.pooler is not None, "pool cls needs a BERT made with pooler=True"
+        """Drops a pooler that the task does not use: DDP would wait for its gradient."""
+        self.pooler = self.pooler if pooled else None
+        assert self.pooler or not pooled, "pool cls needs a BERT made with pooler=True"
 
 
 def init_weights(module, std):
-    """Weights N(0, std), biases 0 (Devlin et al. 2019: 0.02); for `.apply`. LayerNorm stays 1 and 0."""
+    """For `.apply`: weights N(0, std), biases 0 (Devlin et al. 2019: 0.02). LayerNorm stays 1 and 0."""
     if isinstance(module, (nn.Linear, nn.Embedding)):
         nn.init.normal_(module.weight, std=std)
     if isinstance(module, nn.Linear):
@@ -275,7 +259,7 @@ def init_weights(module, std):
 
 
 def masked_mean(x, mask=None):
-    """x (B, T, C), mask (B, T) bool, True = counts (at least one each), None = all -> (B, C)."""
+    """x (B, T, C), mask (B, T), at least one True in each row, None = all -> (B, C)."""
     if mask is None:
         return x.mean(1)
     real = mask[..., None].to(x.dtype)  # (B, T, 1)
@@ -288,7 +272,7 @@ FIRST_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 class CLIPLayer(nn.Module):
-    """Attention and quick-GELU feed-forward, each of the normalised state and added to it (pre-LN)."""
+    """Attention and quick-GELU feed-forward, each on the normalised state, its result added (pre-LN)."""
 
     def __init__(self, config):
         super().__init__()
@@ -317,10 +301,7 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPText(nn.Module):
-    """CLIP's text tower: token ids -> states in the space that texts and images share.
-
-    ViT-B/32's has 63,428,097 parameters, the logit scale (log of 1 / temperature) among them.
-    """
+    """Token ids -> states in the space that texts and images share. ViT-B/32's: 63,428,097 parameters."""
 
     def __init__(self, config):
         super().__init__()
@@ -329,7 +310,7 @@ class CLIPText(nn.Module):
         self.layers = nn.ModuleList(CLIPLayer(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.hidden)
         self.project = nn.Linear(config.hidden, config.projection, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
+        self.logit_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))  # log(1 / temperature)
         self.init_weights()
 
     def init_weights(self):
@@ -347,8 +328,7 @@ class CLIPText(nn.Module):
     def forward(self, ids, mask=None, segments=None):
         """ids (n, l) int64 -> (n, l, P): at EVERY token the state after final LayerNorm and projection.
 
-        mask and segments, as BERT takes them, are not used: no token sees a later one, so padding, which
-        stands behind, changes nothing. What stands at padded positions means nothing.
+        mask and segments are BERT's and not used: no token sees a later one, and padding comes last.
         """
         x, l = self.embeddings(ids), ids.shape[1]
         causal = torch.ones(l, l, dtype=torch.bool, device=ids.device).tril()
@@ -357,11 +337,11 @@ class CLIPText(nn.Module):
         return self.project(self.norm(x))
 
     def pool(self, h, mask=None):
-        """(n, l, P) -> (n, P): the state of the last real token, which is the end of the text."""
+        """(n, l, P) -> (n, P): the state of the last real token, the end of the text."""
         return h[:, -1] if mask is None else h[torch.arange(len(h), device=h.device), mask.sum(1) - 1]
 
     def for_task(self, pooled):
-        """No head reads the logit scale: DDP would wait for its gradient."""
+        """No task uses the logit scale: DDP would wait for its gradient."""
         self.logit_scale.requires_grad_(False)
 
 
@@ -369,7 +349,7 @@ class CLIPText(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    """One stream's half of a cross-modal layer: attention to the other, then a BERT layer (post-LN)."""
+    """One stream's half of a cross-modal layer: attention to the other stream, then a BERT layer."""
 
     def __init__(self, config, other):
         super().__init__()
@@ -384,26 +364,23 @@ class CrossLayer(nn.Module):
 
 
 class CrossEncoder(nn.Module):
-    """Text and CLIP stream, each attending to the other, then to itself (XDBERT section 2.1, as LXMERT).
+    """Text and CLIP stream: each attends to the other, then to itself (XDBERT section 2.1, as LXMERT).
 
-    text: the language encoder's BERTConfig; clip: the CLIPConfig. Both halves of a layer read the layer's
-    inputs. Each stream has the heads of its own encoder; the feed-forward is as wide as the text's in both.
+    text: the language encoder's BERTConfig. Both halves of a layer read the layer's inputs. Each stream has
+    the heads of its own encoder; both feed-forwards are as wide as the text's.
     """
 
     def __init__(self, text, clip, layers=2):
         super().__init__()
-        if layers < 1:
-            raise SystemExit(f"--cross_layers {layers}: must be at least 1")
         beside = dataclasses.replace(text, hidden=clip.projection, heads=clip.heads)
         self.text = nn.ModuleList(CrossLayer(text, clip.projection) for _ in range(layers))
         self.clip = nn.ModuleList(CrossLayer(beside, text.hidden) for _ in range(layers))
         self.apply(partial(init_weights, std=text.init_std))
 
     def forward(self, h, c, mask=None, clip_mask=None, text=True, clip=True):
-        """h (B, T, C), c (B, R, P), masks bool (B, T) and (B, R), True = real, None = all -> both anew.
+        """h (B, T, C), c (B, R, P), masks (B, T) and (B, R), None = all real -> (new h, new c).
 
-        A stream that is not wanted (text=False, clip=False) is not run in the last layer, and returned as
-        None. What stands at padded positions means nothing.
+        text=False or clip=False: the last layer leaves that stream out and returns None for it.
         """
         mask, clip_mask = (m if m is None else m[:, None, None, :] for m in (mask, clip_mask))
         for text_half, clip_half in zip(self.text[:-1], self.clip[:-1]):
@@ -413,10 +390,10 @@ class CrossEncoder(nn.Module):
 
 
 class XDBERT(nn.Module):
-    """Language encoder and CLIP's text tower, and on both the cross-modal encoder: states of both streams.
+    """Language encoder, CLIP's text tower, and the cross-modal encoder on both.
 
-    BERT-base (its pooler counted), ViT-B/32's text tower and 2 layers have 202,059,009 parameters. pooler:
-    None, or the linear map of `pool`; who trains one sets it.
+    BERT-base with pooler, ViT-B/32's text tower and 2 layers have 202,059,009 parameters. pooler: None until
+    somebody trains one, then the linear map of `pool`.
     """
 
     def __init__(self, language, clip, layers=2):
@@ -426,20 +403,20 @@ class XDBERT(nn.Module):
         self.cross = CrossEncoder(language.config, clip.config, layers)
         self.pooler = None
 
-    def streams(self, ids, mask=None, segments=None, *, clip_ids, clip_place, clip_mask, text=True,
-                clip=True):
-        """(h (B, T, C), c (B, R, P)) of a batch of sequences, with None in place of what is not wanted.
+    def streams(self, ids, mask=None, segments=None, *, clip_ids, clip_place, clip_mask,
+                text=True, clip=True):
+        """States of both streams, (h (B, T, C), c (B, R, P)); None for one with text=False or clip=False.
 
-        ids, mask, segments: as for BERT. clip_ids (n, l) int64: the batch's CLIP segments, none of them
-        empty, so that no empty one is run. clip_place (B, R) int64: where among their n l states the r-th
-        real CLIP token of row b stands; clip_mask (B, R) bool, True = there is one (at least one each).
+        ids, mask, segments: as for BERT. clip_ids (n, l) int64: the batch's CLIP segments, none empty.
+        clip_place (B, R) int64: the place of row b's r-th real CLIP token among the n l states; clip_mask
+        (B, R), True = there is one (at least one in each row).
         """
         h = self.language(ids, mask, segments)
         c = F.embedding(clip_place, self.clip(clip_ids).flatten(0, 1))  # (B, R, P)
         return self.cross(h, c, mask, clip_mask, text, clip)
 
     def forward(self, ids, mask=None, segments=None, **clip):
-        """The text stream (B, T, C): what fine-tuning reads. clip: clip_ids, clip_place, clip_mask."""
+        """The text stream (B, T, C), which fine-tuning reads. clip: clip_ids, clip_place, clip_mask."""
         return self.streams(ids, mask, segments, **clip, clip=False)[0]
 
     def pool(self, h, mask=None):
@@ -447,7 +424,7 @@ class XDBERT(nn.Module):
         return torch.tanh(self.pooler(h[:, 0]))
 
     def for_task(self, pooled):
-        """Leaves what the text stream needs: DDP would wait for the gradient of the rest. A fresh pooler."""
+        """Drops or freezes what the text stream does not use: DDP would wait for its gradient."""
         self.language.pooler = None
         self.clip.logit_scale.requires_grad_(False)
         self.cross.clip[-1].requires_grad_(False)
@@ -458,9 +435,8 @@ class XDBERT(nn.Module):
             init_weights(self.pooler, self.config.init_std)
 
     def own(self):
-        """What is in neither of the two encoders: the cross-modal encoder, and the pooler if there is one."""
-        parts = {"cross": self.cross, "pooler": self.pooler}
-        return nn.ModuleDict({name: part for name, part in parts.items() if part is not None})
+        """The parts outside both encoders: the cross-modal encoder and, where there is one, the pooler."""
+        return nn.ModuleDict({"cross": self.cross} | ({"pooler": self.pooler} if self.pooler else {}))
 
 
 # ---------------------------------------------------------------------------- heads
@@ -469,8 +445,8 @@ class XDBERT(nn.Module):
 class MLMHead(nn.Module):
     """States -> logits over a vocabulary: dense, GELU, LayerNorm, word embeddings transposed.
 
-    hidden: the states' width C. embedding_weight (V, E), e.g. `bert.embeddings.word.weight`: shared, not
-    copied. eps, std: LayerNorm's and of the initial weights.
+    hidden: the states' width C. embedding_weight (V, E): shared, not copied, e.g.
+    `bert.embeddings.word.weight`. eps: LayerNorm's; std: of the initial weights.
     """
 
     def __init__(self, hidden, embedding_weight, eps=1e-12, std=0.02):
@@ -483,25 +459,22 @@ class MLMHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(words))
 
     def transform(self, h):
-        """(..., C) -> (..., E): what the decoder's rows are compared with."""
+        """(..., C) -> (..., E), the input of the decoder."""
         return self.norm(F.gelu(self.dense(h)))
 
     def forward(self, h):
-        """(n, C) -> (n, V). Give it the rows that count, `head(h[labels >= 0])`: all cost 6-9 times more."""
+        """(n, C) -> (n, V). Give it the masked rows only: all rows cost 6-9 times more."""
         return F.linear(self.transform(h), self.weight, self.bias)
 
 
 class DistillHead(nn.Sequential):
     """Student states -> the teacher's width: linear, ReLU, linear (VidLanKD section 4.3).
 
-    The paper does not tell its initial weights; PyTorch's own keep the scale of the states.
+    The paper does not give its initial weights; PyTorch's own keep the scale of the states.
     """
 
     def __init__(self, hidden_s, hidden_t):
         super().__init__(nn.Linear(hidden_s, hidden_s), nn.ReLU(), nn.Linear(hidden_s, hidden_t))
-
-
-# ---------------------------------------------------------------------------- fine-tuning
 
 
 class TaskModel(nn.Module):
@@ -513,10 +486,9 @@ class TaskModel(nn.Module):
         choice    (B, K, T)  (B, K)        the same for each of K candidates, one map C -> 1 for all
         span      (B, T)     (B, T, 2)     linear map of every last state to start and end, also of padding
 
-    encoder: BERT, CLIPText or XDBERT; what the task has no use for is dropped from it or needs no gradient.
-    pool: what is pooled, "mean" = the mean of the last states over real tokens, "cls" = BERT's
-    pooler (made with pooler=True), XDBERT's, which is fresh where none was trained, or CLIP's state at the
-    end of the text.
+    encoder: BERT, CLIPText or XDBERT; parts that the task does not use are dropped or frozen.
+    pool: "mean" = mean of the last states over real tokens; "cls" = the pooler of BERT (made with
+    pooler=True) or of XDBERT (fresh where none was trained), CLIP's state at the end of the text.
     """
 
     def __init__(self, encoder, kind, labels=1, pool="cls"):
@@ -527,9 +499,9 @@ class TaskModel(nn.Module):
         init_weights(self.classifier, encoder.config.init_std)
 
     def forward(self, ids, mask=None, segments=None, **clip):
-        """ids, mask, segments as for BERT, with K candidates a row where kind is choice -> float32 logits.
+        """ids, mask, segments as for BERT, for choice (B, K, T) -> float32 logits.
 
-        clip: what `XDBERT.forward` takes; a candidate is a row there.
+        clip: as for XDBERT, where each candidate is a row.
         """
         shape = ids.shape
         if self.kind == "choice":
@@ -545,7 +517,7 @@ class TaskModel(nn.Module):
         return logits[:, 0] if self.kind == "regress" else logits
 
     def freeze_encoder(self):
-        """Leaves pooler and head to train; the rest has no gradient (nor graph), no dropout in train mode."""
+        """Trains pooler and head alone; the rest has no gradient, no graph and no dropout."""
         self.frozen = True
         for name, p in self.encoder.named_parameters():
             if not name.startswith("pooler."):
@@ -563,10 +535,9 @@ class TaskModel(nn.Module):
 
 
 class VideoEncoder(nn.Module):
-    """Frame features -> one vector a clip: linear map, frame positions, BERT layers, mean over real frames.
+    """Frame features -> one vector: linear map, frame positions, BERT layers, mean over the real frames.
 
-    config: a BERTConfig (its vocabulary is not used); features: channels D of a frame; max_frames: how many
-    frame positions there are to learn.
+    config: a BERTConfig, its vocabulary is not used; features: channels of a frame; max_frames: positions.
     """
 
     def __init__(self, config, features, max_frames=512):
@@ -579,12 +550,8 @@ class VideoEncoder(nn.Module):
         self.apply(partial(init_weights, std=config.init_std))
 
     def forward(self, frames, mask=None):
-        """frames (B, F, D), mask (B, F) bool, True = real frame (at least one each), None = all -> (B, C)."""
-        count = frames.shape[1]
-        if count > self.max_frames:
-            raise SystemExit(f"clips of {count} frames, but the encoder has {self.max_frames} positions; "
-                             "lower --max_frames")
-        x = self.norm(self.project(frames) + self.position.weight[:count])
+        """frames (B, F, features), mask (B, F), a real frame in each row, None = all real -> (B, C)."""
+        x = self.norm(self.project(frames) + first_positions(self.position, frames.shape[1], "VideoEncoder"))
         x = dropout(x, self.config.dropout, self.training)
         for layer in self.layers:
             x = layer(x, None if mask is None else mask[:, None, None, :])  # (B, F, C)
@@ -595,13 +562,12 @@ class VideoEncoder(nn.Module):
 
 
 def param_groups(module, weight_decay, layer_decay=1.0):
-    """The groups that AdamW takes: matrices with weight decay; biases, LayerNorm and scalars without.
+    """Groups for AdamW: matrices with weight decay; biases, LayerNorm and scalars without.
 
-    Every trainable parameter is in exactly one group, and once, tied or not. "scale" is its factor on the
-    learning rate, decayed by layer as in ELECTRA (Clark et al. 2020): 1 for heads, pooler and cross-modal
-    layers, d^(L - i) for layer i = 0 .. L - 1 of a BERT or CLIP's text tower, d^(L + 1) for its embeddings,
-    where d = layer_decay; 1 makes two groups. (ELECTRA's released code has one d more in all but the head:
-    its last layer gets d^2.)
+    Every trainable parameter is in exactly one group, once, tied or not. "scale": factor on the learning
+    rate, decayed by layer as in ELECTRA (Clark et al. 2020). With d = layer_decay it is d^(L - i) for layer
+    i = 0 .. L - 1 of a BERT or a text tower, d^(L + 1) for its embeddings, 1 for all else; d = 1 makes two
+    groups. (ELECTRA's released code has one d more in all but the head.)
     """
     scales = {}
     for encoder in module.modules():
@@ -617,10 +583,9 @@ def param_groups(module, weight_decay, layer_decay=1.0):
 def flops_per_token(config, T, mlm=0.0):
     """Floating-point operations (2 a multiply-add) of one token's forward pass in sequences of T tokens.
 
-    A layer: 2 (4 C^2 + 2 C I) for its linear maps and 4 T C for q k' and the weighted sum. mlm: share of the
-    tokens at which the MLM head is computed, 2 (C^2 + C V) each, its embeddings taken to be C wide. Training
-    is 3 times this: backward takes each product twice. Look-ups, norms, softmax and GELU are left out, as is
-    usual for MFU.
+    A layer: 2 (4 C^2 + 2 C I) for the linear maps, 4 T C for q k' and the weighted sum. mlm: share of the
+    tokens with an MLM head, 2 (C^2 + C V) each. Training takes 3 times as many. Only matrix products count,
+    as usual for MFU.
     """
     C = config.hidden
     layer = 2 * (4 * C * C + 2 * C * config.intermediate) + 4 * T * C
@@ -628,12 +593,11 @@ def flops_per_token(config, T, mlm=0.0):
 
 
 def memory_report(model, config, batch, T, logits=0.15, beside=()):
-    """One line on what training takes: parameters, memory at `batch` sequences of T tokens, checkpoint size.
+    """One line: parameters, memory of training on `batch` sequences of T tokens, size of a checkpoint.
 
-    An estimate in float32: weights, gradients and AdamW's two moments (16 bytes a parameter); what a BERT of
-    this shape keeps for backward, 11 C + 2 I numbers a token and layer, and on a CPU 3 H T for attention;
-    three times the MLM head's logits, at the share `logits` of the tokens. beside: further (config,
-    sequences, T) that are run in the same step.
+    Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
+    11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
+    tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step.
     """
     parameters = sum(p.numel() for p in model.parameters())
     on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters

@@ -429,7 +429,7 @@ class OpenAIText(nn.Module):
 
     def forward(self, image, ids):
         x = self.token_embedding(ids) + self.positional_embedding[:ids.shape[1]]
-        mask = torch.full((ids.shape[1], ids.shape[1]), -math.inf).triu(1)
+        mask = torch.full((ids.shape[1], ids.shape[1]), -math.inf, dtype=x.dtype).triu(1)
         x = x.permute(1, 0, 2)
         for block in self.transformer.resblocks:
             x = block(x, mask)
