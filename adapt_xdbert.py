@@ -301,26 +301,6 @@ def open_parts(cfg):
         "language encoder": language_hash, "CLIP": tower_hash}
 
 
-def check_demo(cfg, vocab):
-    """One line where a model that was given cannot read the demo world, whose Vocab is `vocab`."""
-    for flag, load in (("language", load_vocab), ("clip", load_clip_vocab)):
-        path = getattr(cfg, flag)
-        if path and path not in (*LANGUAGE, "random"):
-            own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
-            if own != vocab.hash:
-                raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "
-                                 "with `python data.py xtext`")
-
-
-def on_demo(cfg, folder):
-    """cfg with the demo's text and runs where --train is empty."""
-    if cfg.train:
-        return cfg
-    runs = {"language": f"distill-none-s{cfg.seed}", "clip": f"teacher-clip-s{cfg.seed}"}
-    found = {flag: getattr(cfg, flag) or str(folder.parent / run) for flag, run in runs.items()}
-    return replace(cfg, train=str(Path(cfg.data_dir, f"demo-s{cfg.seed}", "xcorpus.h5")), **found)
-
-
 def parts_table(model):
     """Text of a table: the parameters of each part; heads are not in the total, as in the paper's Table 6."""
     def size(part):
@@ -388,15 +368,15 @@ def main(cfg):
     if cfg.dry_run:
         return dry_run(cfg)
     ranks, dtype, folder = init_ranks(cfg.device), getattr(torch, cfg.dtype), run_folder(cfg)
-    micro_size, cfg = micro_batch_size(cfg, ranks), on_demo(cfg, folder)
-    for flag in ("language", "clip")[:1 if cfg.no_clip else 2]:
+    micro_size = micro_batch_size(cfg, ranks)
+    for flag in ("train", "language", "clip")[:2 if cfg.no_clip else 3]:
         if not getattr(cfg, flag):
             raise SystemExit(f"--{flag} is missing; --help tells what it may be")
 
     # ---- data
     set_seed(cfg.seed, 0)
     train, val, language, mlm, tower, hashes = open_parts(cfg)
-    run = Run(cfg, folder, ranks, hashes, FIXED, FREE, {"train": cfg.train, "language": cfg.language})
+    run = Run(cfg, folder, ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results
@@ -451,7 +431,8 @@ def main(cfg):
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
             positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[positions], cfg.seed, step, positions)  # HACK HERE: the batch
+            keys = cfg.seed, step, positions
+            batch = make_batch(train, cfg, index[positions], *keys)  # HACK HERE: the batch
             items += torch.tensor([len(batch[f"{name}_targets"]) for name in names])
             batches.append(move(batch, ranks.device))
         items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))

@@ -50,12 +50,12 @@ def open_judge(folder, device):
     there are none.
     """
     config, _ = read_run(folder)
-    cfg, paths = SimpleNamespace(**config["config"]), config["paths"]
-    train, val = (data.TextBlocks(paths["train"], cfg.block_size, part, cfg.val) for part in ("train", "val"))
-    latents = Path(paths["train"]).parent / "raw" / "latents.json"
+    cfg = SimpleNamespace(**config["config"])
+    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    latents = Path(cfg.train).parent / "raw" / "latents.json"
     judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, head=None, video=None, clips=None,
                             latents=read_json(latents) if latents.exists() else None)
-    path = paths.get("teacher") or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
+    path = cfg.teacher or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
     if not Path(path).exists():
         return judge
     path = model_folder(path, "--teacher")
@@ -63,7 +63,7 @@ def open_judge(folder, device):
     judge.head = load_mlm_head(path, judge.bert)
     if (path / "video_encoder.safetensors").exists():
         judge.video = load_video_encoder(path).to(device)
-        judge.clips = open_clips(paths["videos"], path, train.vocab)
+        judge.clips = open_clips(cfg.videos, path, train.vocab)
     return judge
 
 

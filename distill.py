@@ -124,6 +124,8 @@ POSITIVE = ("eval_blocks", "soft_tau", "crd_negatives", "crd_dim", "crd_tau", "m
 FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim",
          "crd_tau", "crd_momentum", "crd_bank_size", "crd_bank_dtype", "crd_loss", "crd_views", "mask_rate",
          "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
+# flags that change no result: hashes tell what the models and the data are
+FREE = ("preset", "train", "val", "videos", "teacher")
 
 # VidLanKD 4.3: 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H; batch 256: released code
 SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
@@ -137,12 +139,16 @@ PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(w_nst=
 class FrozenTeacher:
     """The teacher as the student sees it: hidden states, word distributions, vokens; frozen."""
 
-    def __init__(self, folder, vocab, cfg, device, dtype):
-        self.folder = model_folder(folder, "--teacher")
+    def __init__(self, cfg, vocab, device, dtype):
+        if not cfg.teacher:
+            raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by "
+                             "teacher.py --videos FILE, or any Hugging Face BERT of the same vocabulary")
+        self.folder = model_folder(cfg.teacher, "--teacher")
         theirs = load_vocab(self.folder)
         if theirs.hash != vocab.hash:
-            raise SystemExit(f"--teacher {folder} reads another vocabulary ({theirs.size:,} tokens) than the "
-                             f"corpus ({vocab.size:,}); pack it again with --vocab {self.folder}/vocab.txt")
+            raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary ({theirs.size:,} tokens) than "
+                             f"the corpus ({vocab.size:,}); pack it again with --vocab "
+                             f"{self.folder}/vocab.txt")
         self.bert = load_bert(self.folder)
         self.head = load_mlm_head(self.folder, self.bert)
         self.width, self.hash = self.bert.config.hidden, file_hash(self.folder)
@@ -376,21 +382,6 @@ def save(model, folder, vocab):
     save_file(heads, folder / "heads.safetensors")
 
 
-def paths_of(cfg, folder):
-    """{what: path} of what a run reads: the flags', or on the demo its world's and the teacher beside it."""
-    demo = None if cfg.train else Path(cfg.data_dir, f"demo-s{cfg.seed}")
-    paths = {"train": cfg.train or demo / "corpus.h5", "val": cfg.val,
-             "videos": cfg.videos or (demo and demo / "videos.h5") or "", "teacher": cfg.teacher}
-    if cfg.videos and not Path(cfg.videos).exists():
-        raise SystemExit(f"--videos {cfg.videos}: no such file; pack it with `python data.py videos ...`")
-    if cfg.objective != "none" and not cfg.teacher:
-        if not demo:
-            raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by "
-                             "teacher.py --videos FILE, or any Hugging Face BERT of the same vocabulary")
-        paths["teacher"] = folder.parent / f"teacher-mlm+ct-s{cfg.seed}"
-    return paths
-
-
 def main(cfg):
     """Trains and saves the student of `cfg`; returns what its results.json holds."""
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
@@ -400,17 +391,16 @@ def main(cfg):
     weights = {name: getattr(cfg, f"w_{name}", 1.0) for name in names}
 
     # ---- data
-    paths = paths_of(cfg, folder)
-    train, val = (data.TextBlocks(paths["train"], cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     vocab, teacher = train.vocab, None
     if val.vocab.hash != vocab.hash:
         raise SystemExit(f"--val {cfg.val} is packed with another vocabulary than --train {cfg.train}; "
                          "pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
     if len(names) > 1:
-        teacher = FrozenTeacher(paths["teacher"], vocab, cfg, ranks.device, dtype)
+        teacher = FrozenTeacher(cfg, vocab, ranks.device, dtype)
         hashes["teacher"] = teacher.hash
-    run = Run(cfg, folder, ranks, hashes, FIXED, paths=paths)
+    run = Run(cfg, folder, ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results
@@ -506,7 +496,7 @@ def main(cfg):
                **evaluate(model.bert, model.mlm, val, cfg, ranks)}
     if ranks.main:
         save(model.eval(), folder / "model", vocab)
-        if (latents := Path(paths["train"]).parent / "raw" / "latents.json").exists():  # the demo world
+        if (latents := Path(cfg.train).parent / "raw" / "latents.json").exists():  # the demo world
             results["probes"] = probes(model.bert, train, read_json(latents), ranks.device)
     print0(f"made {folder}/model in {duration(seconds)}")
     return run.finish(results)

@@ -291,13 +291,12 @@ class Run:
         run.finish(results)
 
     cfg: a Config; hashes: {what: hash} of the data and models that the run reads; fixed: flags that a resumed
-    run cannot change; free: flags that change no result, beside those of changed_flags; paths: {what: path}
-    of what it reads, for analyses.
+    run cannot change; free: flags that change no result, beside those of changed_flags.
     """
 
-    def __init__(self, cfg, folder, ranks, hashes, fixed=(), free=(), paths=None):
+    def __init__(self, cfg, folder, ranks, hashes, fixed=(), free=()):
         self.cfg, self.folder, self.ranks, self.hashes = cfg, Path(folder), ranks, hashes
-        self.fixed, self.free, self.paths = fixed, free, paths or {}
+        self.fixed, self.free = fixed, free
         self.saved, self.lines, self.parts = None, 0, {}
         self.resumes = cfg.resume == "true" or cfg.resume == "auto" and self.agreed(self.unfinished())
 
@@ -385,7 +384,7 @@ class Run:
                 shutil.rmtree(rest, ignore_errors=True)
             write_json(folder / "config.json", {
                 "format": FORMAT, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(),
-                "paths": {name: str(path) for name, path in self.paths.items()}, "hashes": self.hashes,
+                "hashes": self.hashes,
                 "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
                              "numpy": np.__version__},
                 "device": torch.cuda.get_device_name(self.ranks.device)

@@ -12,7 +12,6 @@ like CLIP's: its end-of-text state is matched with its clip among those of the b
 """
 import math
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -247,11 +246,10 @@ def main(cfg):
                          "negatives; raise it")
 
     # ---- data
-    videos = cfg.videos or Path(cfg.data_dir, f"demo-s{cfg.seed}", "videos.h5")
-    train, val = (data.VideoClips(videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
+    train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
                                   cfg.feat_norm) for part in ("train", "val"))
     run = Run(cfg, cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}", ranks,
-              {"videos": train.hash, "vocabulary": train.vocab.hash}, FIXED, paths={"videos": videos})
+              {"videos": train.hash, "vocabulary": train.vocab.hash}, FIXED, ("preset", "videos"))
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results

@@ -14,8 +14,9 @@ import finetune as finetune_script
 import teacher as teacher_script
 from common import print0, write_json
 from data import open_vocab
+from model import LANGUAGE
 from parts.tasks import DEMO_TASKS, TASKS
-from parts.vocab import load_vocab
+from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from prepare.world import demo_world, demo_xtext
 from run import init_ranks, model_folder
 
@@ -23,20 +24,18 @@ from run import init_ranks, model_folder
 def teacher(cfg):
     """teacher.py."""
     if not cfg.videos:
-        demo_world(cfg.data_dir, cfg.seed, init_ranks(cfg.device))
+        world = demo_world(cfg.data_dir, cfg.seed, init_ranks(cfg.device))
+        cfg = replace(cfg, videos=str(world / "videos.h5"))
     return teacher_script.main(cfg)
 
 
 def distill(cfg):
-    """distill.py; on the demo with its teacher and the text-only student, then the closing table."""
+    """distill.py; on the demo with its teacher and the text-only student; then the closing table."""
     ranks = init_ranks(cfg.device)
-    folder = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
-    beside = []
+    folder, beside = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}"), []
     if not cfg.train:
-        demo_world(cfg.data_dir, cfg.seed, ranks)
+        cfg = demo_student(cfg, folder, demo_world(cfg.data_dir, cfg.seed, ranks))
         if cfg.objective != "none":
-            if not cfg.teacher:
-                make_teacher(cfg, folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
             beside = [folder.parent / f"distill-none-s{cfg.seed}"]
             distill_script.main(text_only_run(cfg, beside[0]))
     if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
@@ -55,14 +54,17 @@ def adapt_xdbert(cfg):
         return adapt_script.main(cfg)
     ranks, folder = init_ranks(cfg.device), adapt_script.run_folder(cfg)
     world = demo_world(cfg.data_dir, cfg.seed, ranks)
-    adapt_script.check_demo(cfg, open_vocab(world / "corpus.h5"))
-    demo_xtext(world, ranks)
-    shared = dict(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, block_size=cfg.block_size)
+    check_readers(cfg, open_vocab(world / "corpus.h5"))
+    cfg = replace(cfg, train=str(demo_xtext(world, ranks)))
     if not cfg.language:
-        distill_script.main(text_only_run(distill_script.Config(**shared),
-                                          folder.parent / f"distill-none-s{cfg.seed}"))
+        student = distill_script.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
+                                        block_size=cfg.block_size)
+        cfg = replace(cfg, language=str(folder.parent / f"distill-none-s{cfg.seed}"))
+        distill_script.main(text_only_run(demo_student(replace(student, objective="none"), folder, world),
+                                          cfg.language))
     if not cfg.clip and not cfg.no_clip:
-        make_teacher(cfg, folder.parent / f"teacher-clip-s{cfg.seed}", objective="clip")
+        cfg = replace(cfg, clip=make_teacher(cfg, folder.parent / f"teacher-clip-s{cfg.seed}",
+                                             objective="clip"))
     results = adapt_script.main(cfg)
     if cfg.table and not cfg.no_clip and not cfg.eval_only:
         baseline = text_alone_run(cfg, folder)
@@ -93,10 +95,31 @@ def finetune(cfg):
 
 
 def make_teacher(cfg, folder, **flags):
-    """A teacher of the demo world of a stage's Config, where `folder` holds none of these flags."""
+    """The folder of a teacher of the demo world of a stage's Config; trains it where there is none."""
+    world = Path(cfg.data_dir, f"demo-s{cfg.seed}")
     teacher_script.main(teacher_script.Config(
-        seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, block_size=getattr(cfg, "block_size", 24),
-        out_dir=str(folder), resume="auto", **flags))
+        seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, videos=str(world / "videos.h5"),
+        block_size=cfg.block_size, out_dir=str(folder), resume="auto", **flags))
+    return str(folder)
+
+
+def demo_student(cfg, folder, world):
+    """distill.Config with the demo world's files and, where it distils, a teacher beside `folder`."""
+    files = {"train": str(world / "corpus.h5"), "videos": cfg.videos or str(world / "videos.h5")}
+    if cfg.objective != "none" and not cfg.teacher:
+        files["teacher"] = make_teacher(cfg, folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
+    return replace(cfg, **files)
+
+
+def check_readers(cfg, vocab):
+    """One line where a model that was given cannot read the demo world, whose Vocab is `vocab`."""
+    for flag, load in (("language", load_vocab), ("clip", load_clip_vocab)):
+        path = getattr(cfg, flag)
+        if path and path not in (*LANGUAGE, "random"):
+            own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
+            if own != vocab.hash:
+                raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "
+                                 "with `python data.py xtext`")
 
 
 def text_only_run(cfg, folder):
@@ -106,7 +129,7 @@ def text_only_run(cfg, folder):
     weights and teachers.
     """
     unused = {field.name: field.default for field in fields(cfg)
-              if field.name in ("head", "init_from", "teacher", "videos")
+              if field.name in ("head", "init_from", "teacher")
               or field.name.startswith(("soft_", "nst_", "crd_"))
               or field.name.startswith("w_") and field.name != "w_mlm"}
     return replace(cfg, **unused, objective="none", resume="auto", eval_only=False, out_dir=str(folder))
@@ -132,7 +155,7 @@ def newest_student(cfg, vocab):
             flags = json.loads(path.with_name("config.json").read_text())["config"]
             if results["objective"] == "none" or results["vocabulary"] != vocab.hash:
                 continue
-            if not flags["teacher"]:
+            if Path(flags["teacher"]).name == f"teacher-mlm+ct-s{flags['seed']}":
                 found[results["finished"]] = path.parent, flags
             elif "-image-" not in path.parent.name:
                 print0(f"passed over {path.parent}: its --teacher belongs to its own world alone")
@@ -143,7 +166,7 @@ def newest_student(cfg, vocab):
     print0(f"newest student: {folder}")
     known = {field.name for field in fields(distill_script.Config)}
     return distill_script.Config(**{name: value for name, value in flags.items() if name in known}
-                                 | {"out_dir": str(folder)})
+                                 | {"out_dir": str(folder), "train": "", "videos": "", "teacher": ""})
 
 
 def demo_rows(cfg):
@@ -154,9 +177,9 @@ def demo_rows(cfg):
     newest = newest_student(cfg, open_vocab(Path(cfg.data_dir, f"demo-s{cfg.seed}", "corpus.h5")))
     for row in ("no pre-training", "text-only", "distilled", "distilled from images"):
         for seed in seeds:
-            demo_world(cfg.data_dir, seed, ranks)
-            model = demo_student(row, newest, cfg, seed)
-            one = replace(cfg, seed=seed, seeds=1, **model)
+            one = replace(cfg, seed=seed, seeds=1)
+            world = demo_world(cfg.data_dir, seed, ranks)
+            one = replace(one, **model_of(row, newest, one, world))
             if cfg.out_dir:
                 one = replace(one, out_dir=str(Path(cfg.out_dir, row.replace(" ", "-") + f"-s{seed}")))
             for summary in finetune_script.main(one):
@@ -166,21 +189,21 @@ def demo_rows(cfg):
     return rows
 
 
-def demo_student(row, newest, cfg, seed):
-    """Flags of finetune.py for a row of the demo's table in the world of `seed`; makes a missing student."""
-    own = newest.out_dir if seed == newest.seed else f"out/distill-{newest.objective}-s{seed}"
-    run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=own, resume="auto",
-                  eval_only=False, max_minutes=0.0)
+def model_of(row, newest, cfg, world):
+    """Flags of finetune.py for a row of the demo's table in a world; makes a missing student."""
+    out, seed = Path("out"), cfg.seed
+    own = newest.out_dir if seed == newest.seed else out / f"distill-{newest.objective}-s{seed}"
+    run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=str(own),
+                  resume="auto", eval_only=False, max_minutes=0.0)
     if row in ("text-only", "no pre-training"):
-        run = text_only_run(run, f"out/distill-none-s{seed}")
+        run = text_only_run(demo_student(replace(run, objective="none"), out, world),
+                            out / f"distill-none-s{seed}")
     elif row == "distilled from images":
-        seeing = f"out/teacher-image-s{seed}"
-        make_teacher(run, seeing, vision="image")
-        run = replace(run, teacher=seeing, out_dir=f"out/distill-{run.objective}-image-s{seed}")
-    elif not Path(own).exists():
-        make_teacher(run, f"out/teacher-mlm+ct-s{seed}")
-    distill_script.main(run)
-    return {"model": "none", "like": run.out_dir} if row == "no pre-training" else {"model": run.out_dir}
+        seeing = make_teacher(run, out / f"teacher-image-s{seed}", vision="image")
+        run = replace(run, teacher=seeing, out_dir=str(out / f"distill-{run.objective}-image-s{seed}"))
+    run = demo_student(run, out / "run", world)
+    folder = distill_script.main(run)["folder"]
+    return {"model": "none", "like": folder} if row == "no pre-training" else {"model": folder}
 
 
 def close_tasks(rows, path, ranks):

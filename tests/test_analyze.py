@@ -81,7 +81,8 @@ def test_clips_of_the_demo_are_drawn_and_described(demo, teacher_run, tmp_path):
     (tmp_path / "teacher-mlm+ct-s0" / "model" / "clips.json").write_text(json.dumps(options))
     (run / "results.json").write_text("{}")
     (run / "config.json").write_text(json.dumps({
-        "format": FORMAT, "config": {"seed": 0, "block_size": 24, "val": ""},
-        "paths": {"train": str(world / "corpus.h5"), "videos": str(world / "videos.h5")}}))
+        "format": FORMAT, "config": {
+            "seed": 0, "block_size": 24, "train": str(world / "corpus.h5"), "val": "", "teacher": "",
+            "videos": str(world / "videos.h5")}}))
     analyze.main(["clips", str(run), "--out", str(tmp_path / "clips.png")])
     assert (tmp_path / "clips.png").stat().st_size > 5000

@@ -429,7 +429,7 @@ def test_wrong_models_and_files_are_refused(distill_config, teacher_run, tmp_pat
     refused("--teacher .*nowhere", lambda: distill.main(distill_config(teacher=str(tmp_path / "nowhere"))))
     refused("needs a teacher", lambda: distill.main(distill_config(teacher="")))
     refused("missing.h5", lambda: distill.main(distill_config(train=str(tmp_path / "missing.h5"))))
-    refused("missing.h5", lambda: distill.main(distill_config(videos=str(tmp_path / "missing.h5"))))
+    refused("missing.h5", lambda: chain.distill(distill_config(videos=str(tmp_path / "missing.h5"))))
     refused("--head none", lambda: distill.main(distill_config(objective="l2", head="none", model="1L-64H")))
     refused("no readable checkpoint", lambda: distill.main(distill_config(resume="true")))
     wider = distill_config(init_from=str(teacher_run), model="1L-64H")
