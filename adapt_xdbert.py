@@ -194,10 +194,8 @@ def make_batch(blocks, cfg, index, *keys, text=None):
     text: the blocks whose text CLIP's side holds; None: with MATCH half of them are others, drawn.
     """
     batch = blocks.batch(index)
-    inputs, labels = data.mask_tokens(batch["ids"], batch["mask"], blocks.vocab, cfg.mask_rate,
-                                      cfg.mask_split, *keys)
-    masked = (labels.flatten() != -100).nonzero()[:, 0]
-    found = {"inputs": inputs, "mlm_index": masked, "mlm_targets": labels.flatten()[masked]}
+    words = data.masked_words(batch, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys)
+    found = {"inputs": words["inputs"], "mlm_index": words["target_index"], "mlm_targets": words["targets"]}
     if cfg.no_clip:
         return found
     if text is None:

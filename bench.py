@@ -50,7 +50,7 @@ from parts.examples import POOL, Order, tokenized
 from parts.tasks import TASKS, Rows
 from parts.vocab import SPECIALS, Vocab
 from prepare.packing import pack_text, train_vocab
-from run import init_world, keep_freed_memory, move, peak_flops, set_seed
+from run import init_ranks, keep_freed_memory, move, peak_flops, set_seed
 
 
 @dataclass(frozen=True)
@@ -973,7 +973,7 @@ def main(cfg):
                          f"of them and of --anchors {cfg.anchors}")
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    device, start = init_world(cfg.device).device, time.monotonic()
+    device, start = init_ranks(cfg.device).device, time.monotonic()
     keep_freed_memory(False)  # plain and ours under the C library's own policy; the steps as the scripts run
     set_seed(0, 0)
     print0(machine(device))

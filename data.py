@@ -173,6 +173,14 @@ def mask_tokens(ids, mask, vocab, rate, split, *keys):
     return tuple(tensors(inputs=inputs, labels=labels).values())
 
 
+def masked_words(batch, vocab, rate, split, *keys):
+    """mask_tokens of a batch -> {"inputs": (B, T), "target_index": rows (M,) of the flattened (B, T) that are
+    to be predicted, "targets": their ids (M,)}."""
+    inputs, labels = mask_tokens(batch["ids"], batch["mask"], vocab, rate, split, *keys)
+    place = (labels.flatten() != -100).nonzero()[:, 0]
+    return {"inputs": inputs, "target_index": place, "targets": labels.flatten()[place]}
+
+
 def anchors_per_row(crd_tokens, batch_size, positions):
     """How many of `crd_tokens` anchors each position of the global batch gets, (b,); they differ by one."""
     base, rest = divmod(crd_tokens, batch_size)

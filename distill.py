@@ -9,7 +9,7 @@ L^S = L_MLM + sum of w_k L_k over the chosen objectives (Eq. 4): soft (Eq. 5), l
 Hugging Face folder; heads.safetensors in it holds the distillation heads.
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from common import Switch, check_fields, duration, keyed_integers, print0, read_
 from model import BERT, DistillHead, MLMHead, flops_per_token, memory_report, model_config, param_groups
 from parts.metrics import probes
 from parts.vocab import load_vocab
-from parts.weights import load_bert, load_mlm_head, save_bert
+from parts.weights import load_bert, load_mlm_head, save_bert, start_from
 from run import (Run, file_hash, init_ranks, lr_at, micro_batch_size, model_folder, move, run_script,
                  set_seed, steps_of)
 
@@ -140,14 +140,11 @@ class FrozenTeacher:
     """The teacher as the student sees it: hidden states, word distributions, vokens; frozen."""
 
     def __init__(self, cfg, vocab, device, dtype):
-        if not cfg.teacher:
-            raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by "
-                             "teacher.py --videos FILE, or any Hugging Face BERT of the same vocabulary")
         self.folder = model_folder(cfg.teacher, "--teacher")
         theirs = load_vocab(self.folder)
         if theirs.hash != vocab.hash:
-            raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary ({theirs.size:,} tokens) than "
-                             f"the corpus ({vocab.size:,}); pack it again with --vocab "
+            raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary ({theirs.size:,} tokens) "
+                             f"than the corpus ({vocab.size:,}); pack it again with --vocab "
                              f"{self.folder}/vocab.txt")
         self.bert = load_bert(self.folder)
         self.head = load_mlm_head(self.folder, self.bert)
@@ -257,15 +254,12 @@ def items_of(name, batch):
 
 def make_batch(blocks, cfg, index, step, positions):
     """Blocks `index` as a micro-batch at `positions` of the global batch: masked inputs, targets, anchors."""
-    batch, vocab = blocks.batch(index), blocks.vocab
-    ids, mask, keys = batch["ids"], batch["mask"], (cfg.seed, step, positions)
-    inputs, labels = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split, *keys)
-    target_index = (labels.flatten() != -100).nonzero()[:, 0]
-    batch |= {"inputs": inputs, "target_index": target_index, "targets": labels.flatten()[target_index]}
+    batch, keys = blocks.batch(index), (cfg.seed, step, positions)
+    ids, mask, how = batch["ids"], batch["mask"], (blocks.vocab, cfg.mask_rate, cfg.mask_split)
+    batch |= data.masked_words(batch, *how, *keys)
     if "crd" in cfg.objective:
         if cfg.crd_views == "different":
-            batch["inputs_t"], _ = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split,
-                                                    "teacher", *keys)
+            batch["inputs_t"], _ = data.mask_tokens(ids, mask, *how, "teacher", *keys)
         sequence = torch.arange(len(ids))
         if cfg.crd_level == "token":
             per_row = data.anchors_per_row(cfg.crd_tokens, cfg.batch_size, positions)
@@ -284,14 +278,12 @@ def evaluate(bert, head, blocks, cfg, ranks):
     total = torch.zeros(3, dtype=torch.float64)  # summed loss, right words, masked words
     index = np.arange(min(len(blocks), cfg.eval_blocks))
     for part in np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]:
-        batch = blocks.batch(part)
-        inputs, labels = data.mask_tokens(batch["ids"], batch["mask"], blocks.vocab, cfg.mask_rate,
-                                          cfg.mask_split, "val", part)
-        target_index = (labels.flatten() != -100).nonzero()[:, 0]
-        targets = labels.flatten()[target_index].to(ranks.device)
-        logits = head(bert(inputs.to(ranks.device)).flatten(0, 1)[target_index.to(ranks.device)]).float()
-        total += torch.tensor([F.cross_entropy(logits, targets, reduction="sum").item(),
-                               (logits.argmax(1) == targets).sum().item(), len(targets)], dtype=torch.float64)
+        batch = move(data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val",
+                                       part), ranks.device)
+        logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["target_index"]]).float()
+        loss = F.cross_entropy(logits, batch["targets"], reduction="sum")
+        right = logits.argmax(1) == batch["targets"]
+        total += torch.tensor([loss.item(), right.sum().item(), len(right)], dtype=torch.float64)
     bert.train(training)
     loss, right, n = ranks.sum(total).tolist()
     return {"mlm_loss": loss / n, "mlm_accuracy": right / n}
@@ -360,21 +352,6 @@ def make_bank(cfg, blocks, device):
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 
 
-def start_from(model, source, vocab):
-    """Loads the encoder and masked-word head of --init_from into the student: two-stage pre-training."""
-    folder, config = model_folder(source, "--init_from"), model.bert.config
-    bert = load_bert(folder)
-    if load_vocab(folder).hash != vocab.hash:
-        raise SystemExit(f"--init_from {source} reads another vocabulary than the corpus; pack it again with "
-                         f"--vocab {folder}/vocab.txt")
-    if replace(bert.config, dropout=config.dropout, init_std=config.init_std) != config:
-        raise SystemExit(f"--init_from {source}: its shape is not the student's ({config.layers} layers of "
-                         f"{config.hidden}); give --model to match")
-    model.bert.load_state_dict(bert.state_dict())
-    if head := load_mlm_head(folder, bert):
-        model.mlm.load_state_dict(head.state_dict())
-
-
 def save(model, folder, vocab):
     """The student as a Hugging Face folder, and the distillation heads, f_1 and f_2 beside it."""
     save_bert(model.bert, folder, vocab, model.mlm)
@@ -412,7 +389,7 @@ def main(cfg):
     bank = make_bank(cfg, len(train), ranks.device)
     model = Distiller(cfg, config, teacher, bank)
     if cfg.init_from:
-        start_from(model, cfg.init_from, vocab)
+        start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
     print0(memory_report(model, config, micro_size, cfg.block_size))
 

@@ -174,12 +174,8 @@ def make_batch(clips, cfg, index, step, positions):
     batch, vocab = clips.batch(index), clips.vocab
     if cfg.objective == "clip":
         return batch
-    ids, mask = batch["ids"], batch["mask"]
-    inputs, labels = data.mask_tokens(ids, mask, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step,
-                                      positions)
-    target_index = (labels.flatten() != -100).nonzero()[:, 0]
-    batch |= {"inputs": inputs, "target_index": target_index, "targets": labels.flatten()[target_index],
-              "text_mask": mask & (ids != vocab.cls) & (ids != vocab.sep)}
+    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step, positions)
+    batch["text_mask"] = batch["mask"] & (batch["ids"] != vocab.cls) & (batch["ids"] != vocab.sep)
     if cfg.negatives == "one":
         batch["partner"], batch["partner_video"], batch["partner_token"] = losses.hinge_partners(
             batch["text_mask"], keyed_integers, cfg.seed, step, positions)

@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from common import atomic, print0, read_json
 from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, TaskModel,
                    VideoEncoder, init_weights)
+from parts.vocab import load_vocab
 
 AGAIN = "fetch or save the model again"
 
@@ -388,6 +389,23 @@ def load_bert(folder, pooler=False, dropout=None):
         bert.pooler = nn.Linear(config.hidden, config.hidden)
         init_weights(bert.pooler, config.init_std)
     return bert.eval()
+
+
+def start_from(bert, head, folder, vocab):
+    """Loads the BERT of `folder`, and its MLM head if it has one, into `bert` and `head` (two-stage).
+
+    vocab: the Vocab of the words that are read. SystemExit where vocabulary or shape differ.
+    """
+    source, config = load_bert(folder), bert.config
+    if load_vocab(folder).hash != vocab.hash:
+        raise SystemExit(f"--init_from {folder} reads another vocabulary than the corpus; pack it again with "
+                         f"--vocab {folder}/vocab.txt")
+    if dataclasses.replace(source.config, dropout=config.dropout, init_std=config.init_std) != config:
+        raise SystemExit(f"--init_from {folder}: its shape is not the student's ({config.layers} layers of "
+                         f"{config.hidden}); give --model to match")
+    bert.load_state_dict(source.state_dict())
+    if own := load_mlm_head(folder, source):
+        head.load_state_dict(own.state_dict())
 
 
 def load_mlm_head(folder, bert):

@@ -38,6 +38,9 @@ def distill(cfg):
         if cfg.objective != "none":
             beside = [folder.parent / f"distill-none-s{cfg.seed}"]
             distill_script.main(text_only_run(cfg, beside[0]))
+    if cfg.objective != "none" and not cfg.teacher:
+        raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
+                         "--videos FILE, or any Hugging Face BERT of the same vocabulary")
     if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
         model = model_folder(cfg.teacher, "--teacher")
         analyze.open_clips(cfg.videos, model, load_vocab(model))

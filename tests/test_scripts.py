@@ -427,7 +427,7 @@ def test_wrong_teacher_flag_is_refused_before_anything_runs(teacher_config, flag
 def test_wrong_models_and_files_are_refused(distill_config, teacher_run, tmp_path):
     refused("batch_size 8 .* try 9", lambda: distill.main(distill_config(grad_accum=3)))
     refused("--teacher .*nowhere", lambda: distill.main(distill_config(teacher=str(tmp_path / "nowhere"))))
-    refused("needs a teacher", lambda: distill.main(distill_config(teacher="")))
+    refused("needs a teacher", lambda: chain.distill(distill_config(teacher="")))
     refused("missing.h5", lambda: distill.main(distill_config(train=str(tmp_path / "missing.h5"))))
     refused("missing.h5", lambda: chain.distill(distill_config(videos=str(tmp_path / "missing.h5"))))
     refused("--head none", lambda: distill.main(distill_config(objective="l2", head="none", model="1L-64H")))
