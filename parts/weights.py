@@ -66,10 +66,10 @@ IGNORED = re.compile(r"embeddings\.position_ids|cls\.predictions\.decoder\.(weig
                      r"(classifier\.(dense|out_proj)|sequence_summary\.summary)\.(weight|bias)|"
                      r"(visual_\w+|kd[12]_(student|teacher))_head\..+")
 SIZES = {"vocab_size": "vocab_size", "num_hidden_layers": "layers", "hidden_size": "hidden",
-         "num_attention_heads": "heads", "intermediate_size": "intermediate", "initializer_range": "init_std"}
+         "num_attention_heads": "heads", "intermediate_size": "intermediate"}
 HF_CONFIG = SIZES | {"max_position_embeddings": "max_positions", "type_vocab_size": "type_vocab",
                      "hidden_dropout_prob": "dropout", "layer_norm_eps": "layer_norm_eps",
-                     "pad_token_id": "pad_id"}
+                     "pad_token_id": "pad_id", "initializer_range": "init_std"}
 # settings with one value that our models can represent; a config.json may leave them out
 HF_SETTINGS = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
 # {model_type: {kind of task: (class, its name of the pooler, of the head)}}
@@ -112,7 +112,7 @@ OPENAI_IGNORED = re.compile(r"visual\..+|input_resolution|context_length|vocab_s
 CLIP_IGNORED = re.compile(r"(vision_model|visual_projection)\..+|embeddings\.position_ids|"
                           r"classifier\.(weight|bias)")
 CLIP_CONFIG = SIZES | {"max_position_embeddings": "positions", "projection_dim": "projection",
-                       "dropout": "dropout"}
+                       "dropout": "dropout", "initializer_range": "init_std"}
 CLIP_SETTINGS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
