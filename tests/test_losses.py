@@ -665,7 +665,7 @@ def test_bank_state_survives_a_file(tmp_path):
     assert torch.equal(bank.z_s, other.z_s) and torch.equal(bank.z_t, other.z_t)
     assert np.array_equal(draw(bank, 7), draw(other, 7)) and bank.log_z == other.log_z
     assert torch.equal(*(losses.crd(*z, np.array([4, 17]), b, draw(b, 7)) for b in (bank, other)))
-    with pytest.raises(ValueError, match=r"\(50, 4\) cannot go on as one of \(40, 4\)"):
+    with pytest.raises(ValueError, match=r"\(50, 4\).*\(40, 4\)"):
         losses.CRDBank(40, 4).load_state_dict(bank.state_dict())
 
 
