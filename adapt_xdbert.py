@@ -24,13 +24,12 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json, table
-from model import (BERT, LANGUAGE, XDBERT, CLIPConfig, CLIPText, MLMHead, flops_per_token, init_weights,
-                   memory_report, param_groups)
+from model import (BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, init_weights, param_groups)
 from parts.metrics import probes
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from parts.weights import load_bert, load_clip, load_mlm_head, save_bert, save_xdbert
-from run import (Run, file_hash, init_ranks, lr_at, micro_batch_size, model_folder, move, run_script,
-                 set_seed, steps_of)
+from run import (Run, file_hash, flops_per_token, init_ranks, lr_at, memory_report, micro_batch_size,
+                 model_folder, move, run_script, set_seed, steps_of)
 
 
 @dataclass(frozen=True)
@@ -103,6 +102,11 @@ class Config:
         data.parse_split(self.mask_split)
 
 
+LANGUAGE = {  # shapes of the papers' language encoders, for random weights
+    "bert-base": BERTConfig(),
+    "electra-base": BERTConfig(model_type="electra"),
+    "electra-large": BERTConfig(layers=24, hidden=1024, heads=16, intermediate=4096, model_type="electra"),
+}
 OBJECTIVES = ("mlm", "match", "cliptc")
 CHOICES = {"reduction": ("mean", "sum")}
 POSITIVE = ("segments", "cross_layers", "eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")

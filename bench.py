@@ -1,108 +1,111 @@
 """Speed and memory of losses and of training steps, each beside the plain form that it replaces.
 
-    python bench.py                         # 6L-512H, B 32, T 128: under 5 minutes on 2 CPU cores
+    python bench.py                         # 6L-512H, B 32, T 128: under 4 minutes on 2 CPU cores
     python bench.py --only nst,crd --json bench.json
     python bench.py --device cuda --preset base
 
-Let it be alone on the machine. Everything runs in one process: after a warm-up, which is thrown away, the
-variants of a section take turns, and the table has their medians and spread. What takes ten seconds or more
-is timed once, a released structure's step from its first run on. Before a loss is timed, its value and
-gradients are compared with ours. The plain forms are written here, for comparison only. On a CPU, freed
-memory goes back to the system, as is the C library's way, but in our whole step, which keeps it as the
-scripts do (keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning
-and xdbert keep it, plain and ours.
+Leave the machine alone meanwhile. The plain forms are written here, for comparison only. The same rules hold
+for them and for ours. Before a form is timed, its value and gradients are compared with ours on a few
+samples; that warms it up. A first run gives the memory. If it takes 2 seconds or more, it is also the only
+round; else it is thrown away, and the forms of a section take turns. On a CPU, freed memory goes back to the
+system, as is the C library's way, but our whole step keeps it as the scripts do (keep_freed_memory); --kept
+times the released structure's step this way, too. Fine-tuning and xdbert keep it, plain and ours.
 
-nst, crd, hinge, soft and voken: forward and backward of one loss (the other losses cost next to nothing).
-mlm_head: head and loss. step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch
-is in memory. "distillation alone" is its part of the step: heads, losses and bank, forward and backward,
-without the teacher. finetune: batch, forward and backward, clipping, AdamW, on examples as long as those of
-real tasks. xdbert: forward and backward, clipping, AdamW of adapt_xdbert.py at the paper's shapes, whatever
-the flags: BERT-base and ViT-B/32's text tower on 2 texts of 512 words and 9 x 77 of CLIP's tokens, some of
-whose 9 segments are empty; the check that both losses are equal is the warm-up. It takes 11 GB. text: packing
-a corpus.
+nst, crd, hinge: forward and backward of one loss (the others cost next to nothing). mlm_head: head and loss.
+step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch is in memory.
+"distillation alone" is its part of the step: heads, losses and bank, forward and backward, no teacher.
+finetune: batch, forward and backward, clipping, AdamW, on examples as long as those of real tasks. xdbert: a
+step of adapt_xdbert.py at the paper's shapes, whatever the flags: BERT-base and ViT-B/32's text tower on 2
+texts of 512 words and 9 x 77 of CLIP's tokens, some of whose 9 segments are empty; 11 GB. text: packing.
 """
 import contextlib
 import copy
 import itertools
-import json
 import math
 import os
 import platform
-import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import adapt_xdbert
+import distill
 import finetune
 import losses
-from common import duration, keyed_integers, keyed_uniform, parse_cli, print0, progress, write_json
-from model import (BERT, LANGUAGE, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer,
-                   DistillHead, MLMHead, TaskModel, flops_per_token, param_groups)
-from parts.examples import POOL, Order, tokenized
+from common import duration, keyed_integers, keyed_uniform, parse_cli, print0, table, write_json
+from model import (BERT, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer, DistillHead,
+                   MLMHead, TaskModel, model_config, param_groups)
+from parts.examples import POOL, tokenized
 from parts.tasks import TASKS, Rows
 from parts.vocab import SPECIALS, Vocab
 from prepare.packing import pack_text, train_vocab
-from run import init_ranks, keep_freed_memory, move, peak_flops, set_seed
+from run import Ranks, init_ranks, keep_freed_memory, move, peak_flops, set_seed
 
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "small"  # small = 6L-512H, base = 12L-768H, teacher and student alike
-    only: str = "nst,crd,mlm_head,hinge,soft,voken,step,finetune,xdbert,text"  # sections to run
+    preset: str = "small"  # small = 6L-512H, base = 12L-768H
+    only: str = "nst,crd,mlm_head,hinge,step,finetune,xdbert,text"  # sections to run
     # sizes
     batch: int = 32  # B, sequences
     tokens: int = 128  # T, tokens of a sequence
-    layers: int = 6  # of teacher and student
-    hidden: int = 512  # C = d_s = d_t; heads are 64 wide; three quarters of it for finetune
-    vocab: int = 30522  # V, and the K of voken
+    model: str = "6L-512H"  # shape of teacher and student alike, C = d_s = d_t; finetune's is 3/4 as wide
+    vocab: int = 30522  # V
     anchors: int = 32  # A of crd
     negatives: int = 4096  # N of crd
     dim: int = 128  # E of crd
     rows: int = 1_000_000  # M of crd's bank
-    text: str = ""  # a text file to pack; empty = synthetic English-like text
-    megabytes: int = 4  # of that text
+    text: str = ""  # a file whose first 4 MB are packed; empty = synthetic English-like text
     # measuring
-    rounds: int = 3  # timed rounds of a loss; at most 2 where a run takes half a second or more
-    step_rounds: int = 2  # timed rounds of the steps; xdbert has one less
+    rounds: int = 3  # timed rounds; at most 2 where a run takes half a second, 1 where it takes 2 seconds
     kept: bool = False  # step: the released structure with freed memory kept, too: 15 GB and half a minute
-    threads: int = 0  # CPU threads; 0 = PyTorch's own choice
     device: str = "cpu"  # cpu, cuda or auto
     json: str = ""  # file for the same numbers; empty = none
 
+    def __post_init__(self):
+        if not set(self.only.split(",")) <= set(SECTIONS):
+            raise ValueError(f"--only {self.only}: write some of {','.join(SECTIONS)}")
+        for name, least in dict(batch=2, tokens=5, vocab=10, anchors=1, negatives=1, dim=1, rounds=1,
+                                rows=max(self.batch, self.anchors)).items():
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be {least} or more")
+        model_config(self.model, self.vocab)
 
-PRESETS = {"small": {}, "base": dict(layers=12, hidden=768)}
+
+PRESETS = {"small": {}, "base": dict(model="12L-768H")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MASKED = 0.15  # share of the tokens at which the masked-language loss is taken
 SAMPLES = 2  # samples on which a loop over the batch is timed; its time is scaled to the batch
 LOOP = "loop over samples (*)"
 USED = (7, 4)  # segments of CLIP's in use in xdbert: what 512 words of plain text take, and about half of it
 # Tokens of an example, [CLS] and [SEP] included: quantiles 0, 0.05 .. 1 over GLUE's train.tsv under
-# bert-base-uncased's vocabulary, cut at 128. Before them how many batches are timed
+# bert-base-uncased's vocabulary, cut at 128
 LENGTHS = {
-    "rte": (4, (13, 29, 33, 37, 40, 43, 45, 47, 50, 53, 56, 59, 62, 67, 72, 85, 103, 120, 128, 128, 128)),
-    "sst2": (6, (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66)),
-    "cola": (4, (4, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 12, 12, 13, 14, 15, 17, 20, 47))}
+    "rte": (13, 29, 33, 37, 40, 43, 45, 47, 50, 53, 56, 59, 62, 67, 72, 85, 103, 120, 128, 128, 128),
+    "sst2": (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66),
+    "cola": (4, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 12, 12, 13, 14, 15, 17, 20, 47)}
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some versions of torch.profiler print each start and stop
 
 
 # ---------------------------------------------------------------------------- plain forms of the losses
 
 
-def gaussian_broadcast(x, y):
-    """x, y (d, T) -> (d, d) kernel, sigma 1, by way of all (d, d, T) differences."""
-    return (-(x[:, None] - y[None]).square().sum(-1) / 2).exp()
-
-
-def poly_broadcast(x, y):
-    """x, y (d, T) -> (d, d) kernel, degree 2, no constant, by way of all (d, d, T) products, as released."""
-    return (x[:, None] * y[None]).sum(-1).square()
+# x, y (d, T) -> (d, d), by way of all (d, d, T) differences (sigma 1) or products (degree 2), as released
+KERNELS = {"gaussian": lambda x, y: (-(x[:, None] - y[None]).square().sum(-1) / 2).exp(),
+           "poly": lambda x, y: (x[:, None] * y[None]).sum(-1).square()}
+# x, y (B, d, T) -> squared distances (B, d, d)
+DISTANCES = {"cdist": lambda x, y: torch.cdist(x, y).square(),
+             "bmm": lambda x, y: (x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]
+                                  - 2 * torch.bmm(x, y.transpose(1, 2)))}
 
 
 def nst_loop(s, t, kernel, teacher_term=True):
@@ -116,18 +119,11 @@ def nst_loop(s, t, kernel, teacher_term=True):
     return total / len(s)
 
 
-def squared_distances(x, y):
-    """x, y (B, d, T) -> (B, d, d), by one product."""
-    return x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None] - 2 * torch.bmm(x, y.transpose(1, 2))
-
-
 def nst_batched(s, t, distances):
     """Eq. 7 for the whole batch, gradient by autograd."""
     S, T = (F.normalize(x, dim=1, eps=1e-6).transpose(1, 2) for x in (s, t))    # (B, d, T)
-
-    def kernel(x, y):
-        return (-distances(x, y) / 2).exp().mean()
-    return kernel(S, S) + kernel(T, T) - 2 * kernel(S, T)
+    ss, tt, st = ((-distances(x, y) / 2).exp().mean() for x, y in ((S, S), (T, T), (S, T)))
+    return ss + tt - 2 * st
 
 
 def crd_gather(z_s, z_t, slots, bank, drawn):
@@ -176,26 +172,7 @@ def hinge_batched(h, v):
     return (text + video) / (own.numel() * (B - 1))
 
 
-def soft_whole(h_s, W_s, b_s, h_t, W_t, b_t, tau=2.0):
-    """Eq. 5 through the whole (n, V) logits, gradient by autograd."""
-    wanted = ((h_t @ W_t.T + b_t) / tau).softmax(-1)
-    return -(wanted * ((h_s @ W_s.T + b_s) / tau).log_softmax(-1)).sum(-1).mean()
-
-
-def voken_whole(h_s, W, b, h_t, videos):
-    """Eq. 9 through the whole (n, K) scores and logits, gradient by autograd."""
-    return F.cross_entropy(h_s @ W.T + b, (h_t @ videos.T).argmax(-1))
-
-
-# ---------------------------------------------------------------------------- the step as released
-
-
-def split(joined, parts):
-    """A linear map of several at once -> each of them, on the same memory."""
-    maps = [nn.Linear(joined.in_features, joined.out_features // parts, device="meta") for _ in range(parts)]
-    for part, weight, bias in zip(maps, joined.weight.data.chunk(parts), joined.bias.data.chunk(parts)):
-        part.weight, part.bias = nn.Parameter(weight), nn.Parameter(bias)
-    return maps
+# ---------------------------------------------------------------------------- released structures
 
 
 class EagerAttention(nn.Module):
@@ -205,8 +182,13 @@ class EagerAttention(nn.Module):
         super().__init__()
         self.heads, self.dropout, self.out = attention.heads, attention.dropout, attention.out
         crossed = isinstance(attention, CrossAttention)
-        self.maps = nn.ModuleList([attention.query, *split(attention.key_value, 2)] if crossed else
-                                  split(attention.qkv, 3))
+        self.maps, joined = nn.ModuleList(), attention.key_value if crossed else attention.qkv
+        for weight, bias in zip(*(x.data.chunk(3 - crossed) for x in (joined.weight, joined.bias))):
+            part = nn.Linear(weight.shape[1], len(weight), device="meta")
+            part.weight, part.bias = nn.Parameter(weight), nn.Parameter(bias)  # on the same memory
+            self.maps.append(part)
+        if crossed:
+            self.maps.insert(0, attention.query)
 
     def forward(self, x, other, mask=None):
         """x (B, T, C), other (B, S, C'), mask bool, to broadcast to (B, H, T, S), None = all -> (B, T, C)."""
@@ -219,46 +201,39 @@ class EagerAttention(nn.Module):
 
 
 class EagerLayer(nn.Module):
-    """model.Layer or model.CLIPLayer the eager way."""
+    """model.Layer, model.CLIPLayer or model.CrossLayer the eager way."""
 
     def __init__(self, layer):
         super().__init__()
-        self.attention, self.pre_norm = EagerAttention(layer.attention), isinstance(layer, CLIPLayer)
+        self.pre_norm, self.cross = isinstance(layer, CLIPLayer), None
+        if isinstance(layer, CrossLayer):
+            self.cross, self.cross_norm, layer = EagerAttention(layer.cross), layer.cross_norm, layer.layer
+        self.attention = EagerAttention(layer.attention)
         self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
         self.expand, self.contract = layer.expand, layer.contract
 
-    def forward(self, x, mask=None):
+    def forward(self, x, *masks):
+        """masks: mask, or for a CrossLayer other, mask, other_mask; each may be left out."""
+        def dropout(y):
+            return F.dropout(y, self.attention.dropout, self.training)
+        if self.cross:
+            other, mask, other_mask = masks
+            x = self.cross_norm(x + dropout(self.cross(x, other, other_mask)))
+            masks = mask,
         if self.pre_norm:
             y = self.attention_norm(x)
-            x = x + self.attention(y, y, mask)
+            x = x + self.attention(y, y, *masks)
             y = self.expand(self.output_norm(x))
             return x + self.contract(y * torch.sigmoid(1.702 * y))
-        y = F.dropout(self.attention(x, x, mask), self.attention.dropout, self.training)
-        x = self.attention_norm(x + y)
-        y = F.dropout(self.contract(F.gelu(self.expand(x))), self.attention.dropout, self.training)
-        return self.output_norm(x + y)
-
-
-class EagerCrossLayer(nn.Module):
-    """model.CrossLayer the eager way."""
-
-    def __init__(self, half):
-        super().__init__()
-        self.cross, self.cross_norm = EagerAttention(half.cross), half.cross_norm
-        self.layer = EagerLayer(half.layer)
-
-    def forward(self, x, other, mask=None, other_mask=None):
-        y = F.dropout(self.cross(x, other, other_mask), self.cross.dropout, self.training)
-        return self.layer(self.cross_norm(x + y), mask)
+        x = self.attention_norm(x + dropout(self.attention(x, x, *masks)))
+        return self.output_norm(x + dropout(self.contract(F.gelu(self.expand(x)))))
 
 
 def eager(encoder):
     """A twin of a BERT, CLIPText or CrossEncoder whose layers run the eager way; its weights are the same."""
     twin = copy.copy(encoder)
-    twin._modules = {
-        name: nn.ModuleList((EagerCrossLayer if isinstance(layer, CrossLayer) else EagerLayer)(layer)
-                            for layer in part) if isinstance(part, nn.ModuleList) else part
-        for name, part in encoder._modules.items()}
+    twin._modules = {name: nn.ModuleList(map(EagerLayer, part)) if isinstance(part, nn.ModuleList) else part
+                     for name, part in encoder._modules.items()}
     return twin
 
 
@@ -277,18 +252,19 @@ class Released(nn.Module):
     at all positions, eager attention, teacher outputs in float32 by way of the CPU. Heads as ours.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, teacher):
         super().__init__()
-        self.bert = eager(BERT(config))
+        self.bert, self.teacher = eager(BERT(config)), [eager(teacher)]  # in a list: it is not trained
         self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
         self.nst, self.crd_s, self.crd_t = (DistillHead(config.hidden, config.hidden) for _ in range(3))
 
-    def forward(self, ids, labels, teacher):
+    def forward(self, batch):
+        ids = batch["inputs"]
         with torch.no_grad():
-            h_t = teacher(ids).cpu().to(ids.device)
+            h_t = self.teacher[0].eval()(ids).cpu().to(ids.device)
         h, T = self.bert(ids), ids.shape[1]
-        mlm = F.cross_entropy(self.mlm(h).flatten(0, 1), labels.flatten())
-        nst = nst_loop(self.nst(h), h_t, poly_broadcast, teacher_term=False)
+        mlm = F.cross_entropy(self.mlm(h).flatten(0, 1), batch["labels"].flatten())
+        nst = nst_loop(self.nst(h), h_t, KERNELS["poly"], teacher_term=False)
         z_s, z_t = self.crd_s(h), self.crd_t(h_t)
         return mlm + nst + sum(contrast_at(z_s[:, i], z_t[:, i]) for i in range(T)) / T
 
@@ -307,8 +283,8 @@ class ReleasedXDBERT(nn.Module):
         self.pooler, self.mlm, self.match, self.cliptc = encoder.pooler, ours.mlm, ours.match, ours.cliptc
 
     def forward(self, batch):
-        """ids, labels (B, T), clip_ids (B S, L), clip_mask and clip_labels (B, S L), matched (B,) -> loss."""
-        h = self.language(batch["ids"])                                         # (B, T, C)
+        """inputs, labels (B, T), clip_ids (B S, L), clip_mask, clip_labels (B, S L), matched (B,) -> loss."""
+        h = self.language(batch["inputs"])                                      # (B, T, C)
         c = self.clip(batch["clip_ids"]).view(*batch["clip_mask"].shape, -1)    # (B, S L, P)
         h, c = self.cross(h, c, None, batch["clip_mask"])
         matched = self.match(torch.tanh(self.pooler(h[:, 0])))
@@ -317,125 +293,83 @@ class ReleasedXDBERT(nn.Module):
                 + F.cross_entropy(matched, batch["matched"]))
 
 
-# ---------------------------------------------------------------------------- our step
-
-
-class Ours(nn.Module):
-    """Student, heads and loss as in distill.py with --objective nst+crd, one anchor token a sequence."""
-
-    def __init__(self, config, bank):
-        super().__init__()
-        self.bert, self.bank = BERT(config), bank
-        self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
-        self.nst, self.crd = (DistillHead(config.hidden, config.hidden) for _ in range(2))
-        self.f1, self.f2 = (nn.Linear(config.hidden, bank.z_s.shape[1]) for _ in range(2))
-
-    def forward(self, batch, h_t):
-        h = self.bert(batch["ids"])
-        rows = h.flatten(0, 1)[batch["target_index"]]
-        return losses.mlm(self.mlm(rows), batch["targets"]) + self.distil(h, h_t, batch)
-
-    def distil(self, h, h_t, batch):
-        """All that distillation adds behind the states h: heads, NST, CRD, the bank's draw and update."""
-        z_s, z_t = self.project(h, h_t, batch)
-        nst = losses.nst(self.nst(h), h_t, batch["mask"])
-        crd = losses.crd(z_s, z_t, batch["slots"], self.bank, self.bank.draw(0))
-        self.bank.update(batch["index"], z_s.detach(), z_t.detach())
-        return 100 * nst + crd
-
-    def project(self, h, h_t, batch):
-        """f_1 and f_2 of the anchors, (A, E) each, of length 1."""
-        s, t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))            # (A, C)
-        return tuple(F.normalize(x.float(), dim=-1) for x in (self.f1(self.crd(s)), self.f2(t.to(s.dtype))))
-
-
 # ---------------------------------------------------------------------------- measuring
 
 
-@contextlib.contextmanager
-def silent_stderr():
-    """Nothing reaches file descriptor 2: some versions of torch.profiler log each start and stop there."""
-    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(null)
+def cpu():
+    """(name, set of the names of its instruction sets), as the system and PyTorch tell them."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    info = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return (info.get("model name", platform.processor() or platform.machine()),
+            {*info.get("flags", info.get("Features", "")).split(), *(name for name in known if known[name])})
 
 
-def peak_mb(run, device):
-    """Runs it; the most memory that it held at once, on top of what was there before, in MB (1e6 bytes).
+def kinds_of(device):
+    """Names of the rows' dtypes. A CPU without bf16 instructions would take minutes for a step in bf16."""
+    bf16 = device.type == "cuda" or any("bf16" in name for name in cpu()[1])
+    return ["fp32", "bf16"] if bf16 else ["fp32"]
+
+
+def autocast(device, kind):
+    return torch.autocast(device.type, torch.bfloat16, enabled=kind == "bf16")
+
+
+def seconds(run, device, repeats=1):
+    """Mean wall time of a run."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else int
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def first_run(run, device):
+    """(seconds, MB) of a run: MB (1e6 bytes) is the most memory held at once, on top of what was held before.
 
     CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release of PyTorch's allocator, recorded
     by torch.profiler, added up: exact to the byte, but blind to what MKL or oneDNN take for themselves.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        cpu = torch.profiler.ProfilerActivity.CPU
-        with silent_stderr(), torch.profiler.profile(activities=[cpu], profile_memory=True) as profile:
-            run()
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    sizes = [event["args"]["Bytes"] for event in sorted((e for e in events if e.get("name") == "[memory]"),
-                                                        key=lambda e: e["ts"])]
-    return max(itertools.accumulate(sizes, initial=0)) / 1e6
+        return seconds(run, device), (torch.cuda.max_memory_allocated() - before) / 1e6
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        took = seconds(run, device)
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return took, max(itertools.accumulate(sizes, initial=0)) / 1e6
 
 
-def seconds(run, device, repeats=1):
-    """Mean wall time of a run; by CUDA events on a GPU."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        for _ in range(repeats):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    return (time.perf_counter() - start) / repeats
+def measure(forms, device, rounds, scale={}):
+    """{name: run} -> {name: {ms, low, high, peak_mb}}. Short runs are repeated to 50 ms a round.
 
-
-def measure(section, variants, device, rounds, warm=()):
-    """{name: (run, scale)} -> {name: {ms, low, high, peak_mb}}; the variants take turns in each round.
-
-    scale: whole time of a loop over that of the part which `run` does. The first run is the warm-up and gives
-    the memory; short ones get a second, and are repeated to 50 ms a round, or as often as a variant's third
-    entry tells. Runs of half a second or more have two rounds at most, of ten seconds or more one. warm:
-    names of what was warmed up before, so that its first run is the first round, too.
+    scale: {name: whole time over that of the part which the run does}, where it is not 1.
     """
-    results, took, repeats, times = {}, {}, {}, {name: [] for name in variants}
-    order = [(first, name) for first in (True, *[False] * rounds) for name in variants]
-    for first, name in progress(order, len(order), "run", section):
-        run, scale, *fixed = variants[name]
-        if first:
-            spent = []
-            results[name] = {"peak_mb": peak_mb(lambda: spent.append(seconds(run, device)), device)}
-            took[name], = spent
-            if name in warm:
-                times[name].append(1e3 * scale * took[name])
-            elif took[name] < 1:
-                took[name] = seconds(run, device)
-            repeats[name] = sum(fixed) or max(1, round(0.05 / took[name]))
-        elif len(times[name]) < (rounds if took[name] < 0.5 else min(rounds, 2 if took[name] < 10 else 1)):
-            times[name].append(1e3 * scale * seconds(run, device, repeats[name]))
-    return {name: results[name] | {"ms": statistics.median(ms), "low": min(ms), "high": max(ms)}
-            for name, ms in times.items()}
+    rows, times, plan = {}, {}, {}
+    for name, run in forms.items():
+        took, peak = first_run(run, device)
+        rows[name], times[name] = {"peak_mb": peak}, [took] if took >= 2 else []
+        if took < 0.5:
+            took = seconds(run, device)
+        plan[name] = (0 if times[name] else rounds if took < 0.5 else min(rounds, 2),
+                      max(1, round(0.05 / took)))
+    for i in range(rounds):
+        for name, (count, repeats) in plan.items():
+            if i < count:
+                times[name].append(seconds(forms[name], device, repeats))
+    for name, row in rows.items():
+        ms = [1e3 * scale.get(name, 1) * took for took in times[name]]
+        row |= {"ms": float(np.median(ms)), "low": min(ms), "high": max(ms)}
+    return rows
 
 
 def same(what, plain, ours, inputs, tolerance=1e-3):
-    """Relative difference of two losses' values and gradients to `inputs`: no ratio of unlike things."""
+    """Compares two losses and their gradients to `inputs`: a ratio must not compare unlike things."""
     (value, *grads), (wanted, *wanted_grads) = ((loss.detach(), *torch.autograd.grad(loss, inputs))
                                                 for loss in (plain(), ours()))
     worst = max(((a - b).norm() / b.norm()).item() for a, b in zip([value, *grads], [wanted, *wanted_grads]))
@@ -445,13 +379,8 @@ def same(what, plain, ours, inputs, tolerance=1e-3):
     return f"{what} {worst:.0e}"
 
 
-def backward(loss, inputs):
-    """A run of measure: value and gradients of loss()."""
-    return lambda: torch.autograd.grad(loss(), inputs)
-
-
 def training_step(module, loss, **options):
-    """A run of measure: backward of loss(*args), clipping, AdamW of these options."""
+    """A form of measure: backward of loss(*args), clipping, AdamW of these options."""
     optimizer = torch.optim.AdamW(param_groups(module, 0.01), lr=1e-4, **options)
 
     def run(*args):
@@ -462,362 +391,284 @@ def training_step(module, loss, **options):
     return run
 
 
-def autocast(device, dtype):
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+def keep_memory(device, nbytes):
+    """On a CPU, keeps freed memory from now on, and fetches nbytes, for which the first form would wait."""
+    if device.type == "cpu":
+        keep_freed_memory()
+        torch.ones(nbytes // 4)
 
 
 def show(title, rows, checks, out, count=0, unit="tokens"):
     """Prints a section and keeps it in out["table"]. count: units of a run; checks: what `same` found."""
-    print0(f"\n{title}")
+    lines = [["", "ms", "min .. max", f"{unit}/s", "peak MB", "ratio"]]
     for name, row in rows.items():
         rate = row[f"{unit}_per_s"] = 1e3 * count / row["ms"]
-        print0(f"  {name:<36}{row['ms']:11.2f}  {row['low']:9.2f} .. {row['high']:<9.2f}"
-               + (f"{rate:11,.{0 if unit == 'tokens' else 1}f}" if count else f"{'-':>11}")
-               + f"{row['peak_mb']:10.1f}" + (f"{row['ratio']:8.2f}x" if "ratio" in row else ""))
+        lines.append([name, f"{row['ms']:.2f}", f"{row['low']:.2f} .. {row['high']:.2f}",
+                      f"{rate:,.1f}" if count else "-", f"{row['peak_mb']:.1f}",
+                      f"{row['ratio']:.2f}x" if "ratio" in row else "-"])
+    print0(f"{title}\n{table(lines)}")
     if checks:
-        print0(f"  largest difference from ours in value and gradients: {', '.join(checks)}")
+        print0(f"largest difference from ours in value and gradients: {', '.join(checks)}")
     out["table"][title] = rows
 
 
-def loss_section(cfg, device, out, title, variants, checks, tokens=0):
-    """Measures and shows a loss; the last variant is ours, ratio = how many times its time one takes."""
-    rows = measure(title.split(":")[0], variants, device, cfg.rounds)
+def compare(cfg, device, out, title, forms, inputs, whole, few, loop=None, tokens=0):
+    """Checks, measures and shows forms of a loss. The last is ours; ratio = time over that of ours.
+
+    forms: {name: loss of an argument}: `few` in the check, `whole` when timed, `loop` for the loop.
+    """
+    *plain, ours = forms
+    checks = [same(name, partial(forms[name], few), partial(forms[ours], few), inputs) for name in plain]
+
+    def backward(name):
+        return torch.autograd.grad(forms[name](loop if name == LOOP else whole), inputs)
+    rows = measure({name: partial(backward, name) for name in forms}, device, cfg.rounds,
+                   {LOOP: cfg.batch / SAMPLES})
     for row in rows.values():
-        row["ratio"] = row["ms"] / list(rows.values())[-1]["ms"]
+        row["ratio"] = row["ms"] / rows[ours]["ms"]
     show(title, rows, checks, out, tokens)
     return rows
 
 
-# ---------------------------------------------------------------------------- sections
+# ---------------------------------------------------------------------------- sections: losses
 
 
 def bench_nst(cfg, device, out):
     """NST against the loop over samples, and against cdist and bmm with autograd."""
-    B, T, d = cfg.batch, cfg.tokens, cfg.hidden
+    B, T, d = cfg.batch, cfg.tokens, model_config(cfg.model, cfg.vocab).hidden
     s, t = torch.randn(B, T, d, device=device, requires_grad=True), torch.randn(B, T, d, device=device)
     mask = torch.ones(B, T, dtype=torch.bool, device=device)
-    few = min(SAMPLES, B)
-
-    def bench(kernel, broadcast, batched):
-        def loop():
-            return nst_loop(s[:few], t[:few], broadcast)
-
-        def ours(n=B):
-            return losses.nst(s[:n], t[:n], mask[:n], kernel)
-        variants = {LOOP: (backward(loop, s), B / few)}
-        variants |= {name: (backward(loss, s), 1) for name, loss in (batched | {"ours": ours}).items()}
-        checks = [same("loop", loop, lambda: ours(few), [s])]
-        checks += [same(name, loss, ours, [s]) for name, loss in batched.items()]
-        title = f"nst, {kernel} kernel: B {B}, T {T}, d {d}"
-        return loss_section(cfg, device, out, title, variants, checks, B * T)
-
-    rows = bench("gaussian", gaussian_broadcast, {
-        "cdist + autograd": lambda: nst_batched(s, t, lambda x, y: torch.cdist(x, y).square()),
-        "bmm + autograd": lambda: nst_batched(s, t, squared_distances)})
-    print0(f"  ours is to hold at most 3 B T d 4 bytes + 32 MB = {3 * B * T * d * 4 / 1e6 + 32:.0f} MB")
-    bench("poly", poly_broadcast, {})
+    batched = {f"{name} + autograd": lambda n, by=by: nst_batched(s[:n], t[:n], by)
+               for name, by in DISTANCES.items()}
+    for kernel, plain in (("poly", {}), ("gaussian", batched)):
+        forms = {LOOP: lambda n: nst_loop(s[:n], t[:n], KERNELS[kernel]), **plain,
+                 "ours": lambda n: losses.nst(s[:n], t[:n], mask[:n], kernel)}
+        rows = compare(cfg, device, out, f"nst, {kernel} kernel: B {B}, T {T}, d {d}", forms, [s], B, SAMPLES,
+                       SAMPLES, B * T)
+    print0(f"ours is to hold at most 3 B T d 4 bytes + 32 MB = {3 * B * T * d * 4 / 1e6 + 32:.0f} MB")
     out |= {"nst.ratio_loop": rows[LOOP]["ratio"], "nst.ratio_bmm": rows["bmm + autograd"]["ratio"],
             "nst.peak_mb": rows["ours"]["peak_mb"]}
 
 
 def full_bank(rows, cfg, device):
-    """A bank whose every row is written, with random samples."""
-    bank, part = losses.CRDBank(rows, cfg.dim, cfg.negatives, 0.07, 0.0, torch.float32, device, 0), 1 << 10
-    for start in range(0, rows, part):  # small parts are faster
-        index = np.arange(start, min(start + part, rows))
-        bank.update(index, *torch.randn(2, len(index), cfg.dim, device=device))
+    """A bank whose every row is written, with random states that repeat."""
+    bank = losses.CRDBank(rows, cfg.dim, cfg.negatives, 0.07, 0.0, torch.float32, device)
+    z_s, z_t = torch.randn(2, 1024, cfg.dim, device=device)  # few at a time: it is faster
+    for start in range(0, rows, 1024):
+        index = np.arange(start, min(start + 1024, rows))
+        bank.update(index, z_s[:len(index)], z_t[:len(index)])
     return bank
 
 
 def bench_crd(cfg, device, out):
     """CRD against RepDistiller's gather for each anchor; each draws its negatives; and the bank's update."""
     A, N, M = cfg.anchors, cfg.negatives, cfg.rows
-    bank = full_bank(M, cfg, device)
+    bank, slots = full_bank(M, cfg, device), keyed_integers(M, "bench anchors", np.arange(A))
     z = [F.normalize(x, dim=-1).requires_grad_() for x in torch.randn(2, A, cfg.dim, device=device)]
-    slots = keyed_integers(M, "bench anchors", np.arange(A))
-    slots_there, shared = torch.from_numpy(slots).to(device), torch.from_numpy(bank.draw(0)).to(device)
-    bank.set_z(*(x.detach() for x in z), slots, bank.draw(0))
+    first = bank.draw(keyed_integers, 0, 0)
+    bank.set_z(*(x.detach() for x in z), slots, first)
+    slots_there, first = (torch.from_numpy(x).to(device) for x in (slots, first))
 
-    def gather(drawn):
-        return crd_gather(*z, slots_there, bank, drawn)
-
-    def autograd(negatives):
-        return crd_shared(*z, slots_there, bank, negatives)
-
-    def ours():
-        return losses.crd(*z, slots, bank, bank.draw(0))
-    checks = [same("gather", lambda: gather(shared.expand(A, N)), ours, z),
-              same("one gather + autograd", lambda: autograd(shared), ours, z)]
-
-    def drawn(*shape):
-        return torch.randint(M, shape, device=device)
+    def drawn(fixed, *shape):
+        """Negatives: all the bank's draw where the forms are compared, new ones where they are timed."""
+        return first.expand(shape) if fixed else torch.randint(M, shape, device=device)
     title = f"crd: {A} anchors, N {N}, E {cfg.dim}, M {M:,}, negatives drawn each time"
-    rows = loss_section(cfg, device, out, title, {
-        "gather for each anchor + bmm": (backward(lambda: gather(drawn(A, N)), z), 1),
-        "one gather + autograd": (backward(lambda: autograd(drawn(N)), z), 1),
-        "ours": (backward(ours, z), 1)}, checks)
+    rows = compare(cfg, device, out, title, {
+        "gather for each anchor + bmm": lambda fixed: crd_gather(*z, slots_there, bank, drawn(fixed, A, N)),
+        "one gather + autograd": lambda fixed: crd_shared(*z, slots_there, bank, drawn(fixed, N)),
+        "ours": lambda fixed: losses.crd(*z, slots, bank, bank.draw(keyed_integers, 0, 0))}, z, False, True)
 
-    # other rows each time, as in training: the same ones would come from the cache
     def update(bank):
-        touched = [keyed_integers(bank.rows, "bench update", i, np.arange(A)) for i in range(256)]
-        touched = itertools.cycle(touched)
+        """Of other rows each time, as in training: the same ones would come from the cache."""
+        rows = keyed_integers(bank.rows, "bench update", np.arange(256)[:, None], np.arange(A))
+        touched = itertools.cycle(rows)
         return lambda: bank.update(next(touched), z[0].detach(), z[1].detach())
     small = max(A, cfg.batch, M // 100)
-    updates = loss_section(cfg, device, out, f"crd: the bank's update of {A} rows", {
-        f"M {small:,}": (update(full_bank(small, cfg, device)), 1), f"M {M:,}": (update(bank), 1)}, [])
+    updates = measure({f"M {m:,}": update(bank if m == M else full_bank(m, cfg, device)) for m in (small, M)},
+                      device, cfg.rounds)
+    show(f"crd: the bank's update of {A} rows", updates, [], out)
     out |= {"crd.ratio_gather": rows["gather for each anchor + bmm"]["ratio"]}
     out |= {f"crd.update_ms.{m}": updates[f"M {m:,}"]["ms"] for m in (small, M)}
 
 
-def bert_config(cfg):
-    return BERTConfig(vocab_size=cfg.vocab, layers=cfg.layers, hidden=cfg.hidden,
-                      heads=max(1, cfg.hidden // 64), intermediate=4 * cfg.hidden,
-                      max_positions=max(512, cfg.tokens))
-
-
-def make_batch(cfg, device):
-    """A batch as distill.py makes it: ids, 15 % targets, and one anchor token of each sequence."""
-    B, T = cfg.batch, cfg.tokens
-    place = np.arange(B * T)
-    index = torch.from_numpy(np.flatnonzero(keyed_uniform("bench targets", place) < MASKED))
-    ids = torch.from_numpy(keyed_integers(cfg.vocab, "bench ids", place)).view(B, T)
-    labels = torch.full((B * T,), -100).index_copy(0, index, ids.flatten()[index]).view(B, T)
-    sample = keyed_integers(cfg.rows, "bench samples", np.arange(B))
-    batch = {"ids": ids, "mask": torch.ones(B, T, dtype=torch.bool), "labels": labels, "target_index": index,
-             "targets": ids.flatten()[index],
-             "anchors": torch.from_numpy(np.arange(B) * T + keyed_integers(T, "bench anchors", np.arange(B)))}
-    return {name: x.to(device) for name, x in batch.items()} | {"index": sample, "slots": sample % cfg.rows}
-
-
 def bench_mlm_head(cfg, device, out):
     """Masked-word head and loss at all positions against the masked ones."""
-    config, batch = bert_config(cfg), make_batch(cfg, device)
-    h = torch.randn(cfg.batch, cfg.tokens, cfg.hidden, device=device, requires_grad=True)
-    head = MLMHead(cfg.hidden, nn.Parameter(0.02 * torch.randn(cfg.vocab, cfg.hidden))).to(device)
-    inputs = [h, *head.parameters()]
+    B, T, C, V = cfg.batch, cfg.tokens, model_config(cfg.model, cfg.vocab).hidden, cfg.vocab
+    h = torch.randn(B, T, C, device=device, requires_grad=True)
+    head = MLMHead(C, nn.Parameter(0.02 * torch.randn(V, C))).to(device)
+    few, whole = (made_batch(replace(cfg, batch=n), device) for n in (min(4, B), B))
 
-    def everywhere():
-        return F.cross_entropy(head(h).flatten(0, 1), batch["labels"].flatten())
+    def everywhere(batch):
+        return F.cross_entropy(head(h[:len(batch["inputs"])]).flatten(0, 1), batch["labels"].flatten())
 
-    def ours():
+    def ours(batch):
         return losses.mlm(head(h.flatten(0, 1)[batch["target_index"]]), batch["targets"])
-    tokens, masked = cfg.batch * cfg.tokens, len(batch["targets"])
-    title = f"mlm_head: {tokens} positions, {masked} of them masked, C {cfg.hidden}, V {cfg.vocab}"
-    rows = loss_section(cfg, device, out, title, {
-        "logits at all positions": (backward(everywhere, inputs), 1), "ours": (backward(ours, inputs), 1)},
-        [same("all positions", everywhere, ours, inputs)], tokens)
+    title = f"mlm_head: {B * T} positions, {len(whole['targets'])} of them masked, C {C}, V {V}"
+    rows = compare(cfg, device, out, title, {"logits at all positions": everywhere, "ours": ours},
+                   [h, *head.parameters()], whole, few, tokens=B * T)
     out["mlm_head.ratio_all"] = rows["logits at all positions"]["ratio"]
 
 
 def bench_hinge(cfg, device, out):
     """The teacher's contrastive loss against the loop over pairs, and against one broadcast with autograd."""
-    B, T, C = cfg.batch, cfg.tokens, cfg.hidden
+    B, T, C = cfg.batch, cfg.tokens, model_config(cfg.model, cfg.vocab).hidden
     h, v = (torch.randn(shape, device=device, requires_grad=True) for shape in ((B, T, C), (B, C)))
-    mask = torch.ones(B, T, dtype=torch.bool, device=device)
-
-    def batched():
-        return hinge_batched(h, v)
-
-    def ours():
-        return losses.hinge_all(h, v, mask)
-    few, four = min(SAMPLES, B), (h[:4], v[:4])
-    checks = [same("loop", lambda: hinge_loop(*four, len(four[1])),
-                   lambda: losses.hinge_all(*four, mask[:4]), [h, v]),
-              same("broadcast", batched, ours, [h, v])]
-    loss_section(cfg, device, out, f"hinge, all negatives: B {B}, T {T}, C {C}", {
-        LOOP: (backward(lambda: hinge_loop(h, v, few), [h, v]), B / few),
-        "B x B x T x C broadcast + autograd": (backward(batched, [h, v]), 1),
-        "ours": (backward(ours, [h, v]), 1)}, checks, B * T)
+    mask, few = torch.ones(B, T, dtype=torch.bool, device=device), min(4, B)
+    # arguments of the forms: (samples, the loop's share of them)
+    compare(cfg, device, out, f"hinge, all negatives: B {B}, T {T}, C {C}", {
+        LOOP: lambda size: hinge_loop(h[:size[0]], v[:size[0]], size[1]),
+        "B x B x T x C broadcast + autograd": lambda size: hinge_batched(h[:size[0]], v[:size[0]]),
+        "ours": lambda size: losses.hinge_all(h[:size[0]], v[:size[0]], mask[:size[0]])},
+        [h, v], (B, B), (few, few), (B, SAMPLES), B * T)
 
 
-def bench_soft(cfg, device, out):
-    """Soft labels through whole logits against chunks; a quarter of the batch."""
-    n, C, V = max(1, cfg.batch * cfg.tokens // 4), cfg.hidden, cfg.vocab
-    (h_s, h_t), (W_s, W_t) = torch.randn(2, n, C, device=device), 0.02 * torch.randn(2, V, C, device=device)
-    b_s, b_t = torch.zeros(2, V, device=device)
-    inputs = [x.detach().requires_grad_() for x in (h_s, W_s, b_s)]
-
-    def whole():
-        return soft_whole(*inputs, h_t, W_t, b_t)
-
-    def ours():
-        return losses.soft(*inputs, h_t, W_t, b_t)
-    loss_section(cfg, device, out, f"soft: {n} tokens, C {C}, V {V}", {
-        "whole logits + autograd": (backward(whole, inputs), 1), "ours": (backward(ours, inputs), 1)},
-        [same("whole", whole, ours, inputs)], n)
+# ---------------------------------------------------------------------------- sections: training steps
 
 
-def bench_voken(cfg, device, out):
-    """Vokens through whole scores and logits against chunks; a quarter of the batch, K = V."""
-    n, C, K = max(1, cfg.batch * cfg.tokens // 4), cfg.hidden, cfg.vocab
-    (h_s, h_t), (W, videos) = torch.randn(2, n, C, device=device), torch.randn(2, K, C, device=device)
-    videos = F.normalize(videos, dim=-1)
-    inputs = [x.detach().requires_grad_() for x in (h_s, 0.02 * W, torch.zeros(K, device=device))]
-
-    def whole():
-        return voken_whole(*inputs, h_t, videos)
-
-    def ours():
-        return losses.voken(*inputs, h_t, videos)
-    loss_section(cfg, device, out, f"voken: {n} tokens, C {C}, K {K}", {
-        "whole scores + autograd": (backward(whole, inputs), 1), "ours": (backward(ours, inputs), 1)},
-        [same("whole", whole, ours, inputs)], n)
+def made_batch(cfg, device):
+    """A batch as distill.py makes it: ids, 15 % targets, and one anchor token of each sequence."""
+    B, T = cfg.batch, cfg.tokens
+    place = np.arange(B * T)
+    ids = torch.from_numpy(keyed_integers(cfg.vocab, "bench ids", place))
+    target = torch.from_numpy(keyed_uniform("bench targets", place) < MASKED)
+    batch = {"inputs": ids.view(B, T), "mask": torch.ones(B, T, dtype=torch.bool), "targets": ids[target],
+             "labels": ids.where(target, torch.tensor(-100)).view(B, T), "first": torch.arange(B),
+             "anchors": torch.from_numpy(np.arange(B) * T + keyed_integers(T, "bench anchors", np.arange(B))),
+             "target_index": target.nonzero()[:, 0]}
+    slots = keyed_integers(cfg.rows, "bench samples", np.arange(B))
+    return {name: x.to(device) for name, x in batch.items()} | {"slots": slots}
 
 
 def bench_step(cfg, device, out):
     """The whole distillation step, nst+crd: released structure in float32, ours in float32 and bfloat16."""
-    config, batch, bank = bert_config(cfg), make_batch(cfg, device), full_bank(cfg.rows, cfg, device)
-    B, T, C, N, E = cfg.batch, cfg.tokens, cfg.hidden, cfg.negatives, cfg.dim
-    teachers = {"fp32": BERT(config).to(device).eval().requires_grad_(False)}
-    teachers["bf16"] = copy.deepcopy(teachers["fp32"]).to(torch.bfloat16)
-    teachers["eager"] = eager(teachers["fp32"]).eval()
-    h_t, h_eager = teachers["fp32"](batch["ids"]), teachers["eager"](batch["ids"])
-    worst = ((h_t - h_eager).norm() / h_t.norm()).item()
-    if not worst < 1e-3:
-        raise SystemExit(f"step: eager and our states differ by {worst:.1e}; no ratio of unlike things")
+    config, bank = model_config(cfg.model, cfg.vocab), full_bank(cfg.rows, cfg, device)
+    B, T, C, kinds = cfg.batch, cfg.tokens, config.hidden, kinds_of(device)
+    teacher = BERT(config).to(device).eval().requires_grad_(False)
+    teachers = {kind: copy.deepcopy(teacher).to(DTYPES[kind]) for kind in kinds}
+    student = distill.Distiller(distill.Config(objective="nst+crd", crd_dim=cfg.dim), config,
+                                SimpleNamespace(width=C), bank).to(device).eval()
+    two, batch = (made_batch(replace(cfg, batch=n), device) for n in (2, B))
 
-    def kept(run):
-        """The same with freed memory kept, as the scripts do on a CPU."""
-        def run_kept():
-            keep_freed_memory(device.type == "cpu")
-            run()
-            keep_freed_memory(False)
-        return run_kept
+    # the losses are unlike: states are compared here, the forms of the losses in their own sections
+    twin, direction = eager(student.bert).eval(), torch.randn(C, device=device)
+    both = set(twin.parameters())  # all but the maps that one has joined
+    check = same("states", lambda: (twin(two["inputs"]) @ direction).mean(),
+                 lambda: (student.bert(two["inputs"]) @ direction).mean(),
+                 [p for p in student.bert.parameters() if p in both])
+    batch["h_t"] = teacher(batch["inputs"])
+    with torch.no_grad():
+        bank.set_z(*student.project(batch["h_t"], batch), batch["slots"], bank.draw(keyed_integers, 0, 0))
 
-    def ours(teacher, dtype):
-        """The step, and what distillation alone adds to it."""
-        student = Ours(config, bank).to(device).train()
-        if bank.log_z is None:
-            with torch.no_grad():
-                bank.set_z(*student.project(h_t, h_t, batch), batch["slots"], bank.draw(0))
+    def loss(batch, kind, h=None):
+        """distill.py's losses, and the bank's update; from the states h (B, T, C) on where they are given."""
+        batch = batch | {"negatives": bank.draw(keyed_integers, 0, 0)}
+        with autocast(device, kind):
+            if h is None:
+                batch["h_t"], h = teachers[kind](batch["inputs"]), student.bert(batch["inputs"])
+            terms = student.terms(h, batch, dict.fromkeys(("mlm", "nst", "crd")))
+        distill.update_bank(student, batch["slots"], Ranks(0, 1, device))
+        return terms["mlm"] + 100 * terms["nst"] + terms["crd"]
 
-        def cast(run):
-            with autocast(device, dtype):
-                return run()
-        with torch.no_grad():
-            h, states = cast(lambda: student.bert(batch["ids"])), teacher(batch["ids"])
-        kd = [p for part in (student.nst, student.crd, student.f1, student.f2) for p in part.parameters()]
-        alone = backward(lambda: cast(lambda: student.distil(h, states, batch)), [h.requires_grad_(), *kd])
-        run = training_step(student, lambda: cast(lambda: student(batch, teacher(batch["ids"]))), fused=True)
-        return (kept(run), 1), (alone, 1)
+    def alone(kind):
+        """Distillation alone: no masked words; the states of another BERT do for the student's."""
+        with torch.no_grad(), autocast(device, kind):
+            dtype = student.bert(two["inputs"]).dtype
+        h, none = batch["h_t"].to(dtype, copy=True).requires_grad_(), batch["target_index"][:0]
+        given = batch | {"target_index": none, "targets": none, "h_t": batch["h_t"].to(DTYPES[kind])}
+        heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
+        return lambda: torch.autograd.grad(loss(given, kind, h), [h, *heads])
+    student.train()
+    released = Released(config, teacher).to(device).train()
+    released_step = training_step(released, released, foreach=False)
+    step = training_step(student, loss, fused=True)
+    released_step(two)  # a small step makes AdamW's moments
+    with FlopCounterMode(display=False) as counter:
+        step(two, "fp32")
 
-    released = Released(config).to(device).train()
-    step = training_step(
-        released, lambda: released(batch["ids"], batch["labels"], teachers["eager"]), foreach=False)
-    name = "released structure, fp32"
-    variants = {name: (step, 1)}
-    for key, dtype in DTYPES.items():
-        variants[f"ours, {key}"], variants[f"distillation alone, {key}"] = ours(teachers[key], dtype)
-    # half a minute, whose first 0.1 s goes into AdamW's moments; the teacher above was its warm-up
-    rows = measure("step", variants, device, cfg.step_rounds, warm=[name])
-    if cfg.kept:  # last: what it leaves in the process would speed up the others
-        rows |= measure("step", {"the released, freed memory kept": (kept(step), 1)}, device, 1)
-    for key in (key for key in rows if not key.startswith("distillation")):
-        rows[key]["ratio"] = rows[name]["ms"] / rows[key]["ms"]
-    show(f"step: {cfg.layers}L-{C}H, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio = speed-up over released",
-         rows, [f"eager hidden states {worst:.0e}"], out, B * T)
-    print0("  the released code runs NT-Xent over positions in CRD's place: another loss, not compared")
-
-    # floating-point operations a token; NST: T x d times d x d, d x 2d and 2d x d
-    forward = flops_per_token(config, T)
-    mlm = 3 * (flops_per_token(config, T, MASKED) - forward)
-    parts = {"teacher": forward, "student": 3 * forward, "MLM": mlm,
-             "heads": 12 * C * C + (12 * C * C + 12 * C * E) / T, "NST": 10 * C * C, "CRD": 8 * N * E / T}
-    parts["all"] = flops = sum(parts.values())
-    print0("  MFLOP a token: " + ", ".join(f"{name} {value / 1e6:.1f}" for name, value in parts.items()))
-    for key, dtype in DTYPES.items():
-        row, peak, rate = rows[f"ours, {key}"], peak_flops(device, dtype), matmul_flops(device, dtype)
-        share = rows[f"distillation alone, {key}"]["ms"] / row["ms"]
-        out |= {f"step.ratio_{key}": row["ratio"], f"step.kd_share_{key}": share}
-        mfu = 100 * flops * row["tokens_per_s"] / peak if peak else math.nan
-        print0(f"  {key}: distillation is {100 * share:.1f} % of the step; "
-               f"MFU {mfu:.0f} % of {peak / 1e12:.3g} TFLOP/s; "
-               f"floor {1e3 * B * T * flops / rate:.3g} ms\n        = {rate / flops:,.0f} tokens/s "
-               f"({0.4 * rate / flops:,.0f} at 40 %) at the {rate / 1e12:.3g} TFLOP/s of one large product")
-    out["step.kd_share"] = max(out["step.kd_share_fp32"], out["step.kd_share_bf16"])
+    plain, steps = "released structure, fp32", {f"ours, {kind}": partial(step, batch, kind) for kind in kinds}
+    if cfg.kept:
+        steps["the released, freed memory kept"] = partial(released_step, batch)
+    rows = measure({plain: partial(released_step, batch)}
+                   | {f"distillation alone, {kind}": alone(kind) for kind in kinds}, device, cfg.rounds)
+    keep_memory(device, 120 * B * T * config.layers * C)
+    rows |= measure(steps, device, cfg.rounds)
+    for name in steps:
+        rows[name]["ratio"] = rows[plain]["ms"] / rows[name]["ms"]
+    show(f"step: {cfg.model}, B {B}, T {T}, V {cfg.vocab}, nst+crd; ratio = speed-up over released",
+         rows, [check], out, B * T)
+    flops = counter.get_total_flops() / two["inputs"].numel()
+    print0("the released code runs NT-Xent over positions in CRD's place: another loss, not compared\n"
+           f"ours takes {flops / 1e6:.1f} MFLOP a token")
+    for kind in kinds:
+        row, peak = rows[f"ours, {kind}"], peak_flops(device, DTYPES[kind]) or math.nan
+        share = rows[f"distillation alone, {kind}"]["ms"] / row["ms"]
+        out |= {f"step.ratio_{kind}": row["ratio"], f"step.kd_share_{kind}": share}
+        print0(f"{kind}: distillation is {100 * share:.1f} % of the step; MFU "
+               f"{100 * flops * row['tokens_per_s'] / peak:.0f} % of {peak / 1e12:.3g} TFLOP/s")
+    out["step.kd_share"] = max(out[f"step.kd_share_{kind}"] for kind in kinds)
 
 
-def matmul_flops(device, dtype):
-    """FLOP/s of one large square product, measured: what the floor is counted against."""
-    n = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).to(dtype)
-    a @ a
-    return 2 * n ** 3 / min(seconds(lambda: a @ a, device) for _ in range(8))
-
-
-def made_examples(task, lengths, cfg):
-    """finetune.Examples of random words, `lengths` (n,) tokens each; a pair's second text has a quarter."""
-    vocab = Vocab([*SPECIALS, *(f"w{i}" for i in range(len(SPECIALS), cfg.vocab))])
-    n, pair = len(lengths), len(task.text) == 2
-    words = iter(keyed_integers(cfg.vocab, "bench words", np.arange(lengths.sum())).tolist())
-    second = (lengths - 3) // 4 * pair
-
-    def texts(sizes):
-        return [" ".join(f"w{i}" for i in itertools.islice(words, size)) for size in sizes]
-    rows = Rows(texts(lengths - 2 - pair - second), texts(second) if pair else None,
-                         keyed_integers(2, "bench labels", np.arange(n)), [""] * n)
-    return tokenized(task, rows, vocab, cfg.tokens)
+def made_examples(lengths, cfg):
+    """Examples of one random text each, `lengths` (n,) tokens with [CLS] and [SEP]."""
+    words, n = [f"w{i}" for i in range(cfg.vocab - len(SPECIALS))], len(lengths)
+    drawn = iter(keyed_integers(len(words), "bench words", np.arange(lengths.sum())).tolist())
+    texts = [" ".join(words[i] for i in itertools.islice(drawn, length - 2)) for length in lengths.tolist()]
+    rows = Rows(texts, None, keyed_integers(2, "bench labels", np.arange(n)), [""] * n)
+    return tokenized(TASKS["sst2"], rows, Vocab([*SPECIALS, *words]), cfg.tokens)
 
 
 def bench_finetune(cfg, device, out):
     """Training steps of fine-tuning: every example padded to T tokens against batches of like lengths."""
-    if cfg.tokens < 5 or cfg.vocab < 10:
-        raise SystemExit(f"--tokens {cfg.tokens} --vocab {cfg.vocab}: finetune needs at least 5 tokens and a "
-                         "vocabulary of 10; raise them or leave it out of --only")
-    B, T, pool = cfg.batch, cfg.tokens, POOL
-    config = bert_config(replace(cfg, hidden=64 * max(1, 3 * cfg.hidden // 256)))  # 6L-384H: MiniLM's
-    model = TaskModel(BERT(config, pooler=True), "classify", 2).to(device).eval()
-    objective, parameters = finetune.Objective(model), list(model.parameters())
+    B, T, kinds, whole = cfg.batch, cfg.tokens, kinds_of(device), model_config(cfg.model, cfg.vocab)
+    shape = f"{whole.layers}L-{64 * max(1, 3 * whole.hidden // 256)}H"  # 6L-384H: MiniLM's
+    model = TaskModel(BERT(model_config(shape, cfg.vocab), pooler=True), "classify", 2).to(device).eval()
+    objective = finetune.Objective(model)
 
     def padded(batch):
         """All sequences T long; [PAD], False and segment 0 are zeros."""
         return {name: x if name == "labels" else F.pad(x, (0, T - x.shape[1])) for name, x in batch.items()}
 
-    def loss(batch, dtype=torch.float32):
-        with autocast(device, dtype):
-            return sum(objective(move(batch, device), B).values())
-
-    batches, lengths, checks, n = {}, [], [], B * pool
-    for name, (count, quantiles) in LENGTHS.items():
-        tokens = np.interp((np.arange(n) + 0.5) / n, np.linspace(0, 1, len(quantiles)), quantiles)
-        examples = made_examples(TASKS[name], tokens.round().astype(np.int64), cfg)
-        order = Order(examples.lengths, B, pool, 0)
-        every = [order(i) for i in range(pool)]
-        longest = np.array([examples.lengths[index].max() for index in every])
-        # the longest first; in each of `count` equal parts the middle one: about the mean length of all
-        timed = np.argsort(-longest, kind="stable")[(2 * np.arange(count) + 1) * pool // (2 * count) - 1]
-        batches[name] = [partial(examples.batch, every[i]) for i in timed]
-        lengths.append(f"{name} {longest[timed].mean():.1f} ({longest.mean():.1f})")
-        few = examples.batch(np.arange(4) * n // 4)
+    def loss(batch, kind="fp32"):
+        with autocast(device, kind):
+            return objective(move(batch, device), {"loss": B})["loss"]
+    batches, lengths, checks = {}, [], []
+    for name, quantiles in LENGTHS.items():
+        # finetune.py sorts a pool by length and cuts it in batches, (POOL, B). Timed are the middle ones of
+        # both halves: about the mean length of all
+        share = (np.arange(POOL * B) + 0.5) / (POOL * B)
+        pool = np.interp(share, np.linspace(0, 1, len(quantiles)), quantiles).round().astype(int)
+        pool = pool.clip(max=T).reshape(POOL, B)
+        timed = pool[[POOL // 4, 3 * POOL // 4]]
+        examples = made_examples(timed.flatten(), cfg)
+        batches[name] = [partial(examples.batch, np.arange(B) + start) for start in (0, B)]
+        lengths.append(f"{name} {timed[:, -1].mean():.1f} ({pool[:, -1].mean():.1f})")
+        few = examples.batch([0, 2 * B - 1])
         with losses.no_tf32():
-            checks.append(same(name, lambda: loss(padded(few)), lambda: loss(few), parameters))
+            checks.append(same(name, lambda: loss(padded(few)), lambda: loss(few), list(model.parameters())))
 
-    # one model and optimizer for all, so that no variant's state grows into memory that another one keeps
-    step = training_step(model.train(), lambda make, dtype: loss(make(), dtype), fused=True)
-    variants = {}
+    # one model and optimizer for all, so that no form's state grows into memory that another one keeps
+    step = training_step(model.train(), loss, fused=True)
+    step(few)  # makes AdamW's moments
 
-    def steps(makers, dtype):
-        """A variant of measure: finetune.py's training step on the batches that `makers` return, in turn."""
-        turn = itertools.cycle(makers)
-        return lambda: step(next(turn), dtype), 1, len(makers)
-    for key, dtype in DTYPES.items():
+    def steps(makers, kind):
+        """finetune.py's training step on each of the batches that `makers` return."""
+        for make in makers:
+            step(make(), kind)
+    forms = {}
+    for kind in kinds:
         # when padded to T, a batch costs the same whatever its task
-        variants[f"all padded to {T}, {key}"] = steps([lambda: padded(batches["rte"][0]())], dtype)
-        variants |= {f"ours, {name}, {key}": steps(makers, dtype) for name, makers in batches.items()}
-    keep_freed_memory(device.type == "cpu")  # for all of them, as the script does
-    rows = measure("finetune", variants, device, cfg.step_rounds)
-    keep_freed_memory(False)
-    for key in DTYPES:
-        for name in batches:
-            row, plain = rows[f"ours, {name}, {key}"], rows[f"all padded to {T}, {key}"]
-            out[f"finetune.ratio_{key}.{name}"] = row["ratio"] = plain["ms"] / row["ms"]
-    show(f"finetune: {cfg.layers}L-{config.hidden}H, B {B}, V {cfg.vocab}; examples/s, not tokens/s; ratio = "
-         "speed-up over padding", rows, checks, out, B, "examples")
-    print0(f"  mean length of the batches timed (of a pool of {pool}): {', '.join(lengths)}")
-    for name in batches:
-        out[f"finetune.bf16.{name}"] = rows[f"ours, {name}, fp32"]["ms"] / rows[f"ours, {name}, bf16"]["ms"]
-    print0("  bf16 over fp32, both ours: "
-           + ", ".join(f"{name} {out[f'finetune.bf16.{name}']:.2f}x" for name in batches))
+        forms[f"all padded to {T}, {kind}"] = partial(steps, [lambda: padded(batches["rte"][0]())], kind)
+        forms |= {f"ours, {name}, {kind}": partial(steps, makers, kind) for name, makers in batches.items()}
+    keep_memory(device, 90 * B * T * whole.layers * whole.hidden)
+    rows = measure(forms, device, cfg.rounds, {name: 1 / 2 for name in forms if name.startswith("ours")})
+    for kind, name in itertools.product(kinds, batches):
+        row, plain = rows[f"ours, {name}, {kind}"], rows[f"all padded to {T}, {kind}"]
+        out[f"finetune.ratio_{kind}.{name}"] = row["ratio"] = plain["ms"] / row["ms"]
+        if kind == "bf16":
+            out[f"finetune.bf16.{name}"] = rows[f"ours, {name}, fp32"]["ms"] / row["ms"]
+    show(f"finetune: {shape}, B {B}, V {cfg.vocab}; ratio = speed-up over padding", rows, checks, out, B,
+         "examples")
+    print0(f"mean length of the batches timed (of a pool of {POOL}): {', '.join(lengths)}")
 
 
 def made_pairs(language, clip, T, S, used, device):
@@ -825,73 +676,70 @@ def made_pairs(language, clip, T, S, used, device):
 
     T words; `used` of CLIP's S segments are full, the others empty; 15 % of words and tokens are targets.
     """
-    B, L, R = 2, clip.positions, used * clip.positions
+    B, L, R, none = 2, clip.positions, used * clip.positions, torch.tensor(-100)
     words = torch.from_numpy(keyed_integers(language.vocab_size, "bench ids", np.arange(B * T)))
     tokens = torch.from_numpy(keyed_integers(clip.vocab_size, "bench tokens", np.arange(B * R)))
     target, clip_target = (torch.from_numpy(keyed_uniform(key, np.arange(n)) < MASKED)
                            for key, n in (("bench targets", B * T), ("bench clip targets", B * R)))
-    place = torch.arange(B * R)
+    place, empty = torch.arange(B * R), (0, S * L - R)
     clip_target &= (place % L > 0) & (place % L < L - 1)  # never start or end
     ours = {"inputs": words.view(B, T), "mlm_index": target.nonzero()[:, 0], "mlm_targets": words[target],
             "match_targets": torch.arange(B) % 2, "clip_ids": tokens.view(-1, L),
             "clip_place": place.view(B, R), "clip_mask": torch.ones(B, R, dtype=torch.bool),
             "cliptc_index": clip_target.nonzero()[:, 0], "cliptc_targets": tokens[clip_target]}
-    clip_labels, empty = tokens.where(clip_target, torch.tensor(-100)).view(B, R), (0, S * L - R)
-    released = {"ids": ours["inputs"], "labels": words.where(target, torch.tensor(-100)).view(B, T),
+    released = {"inputs": ours["inputs"], "labels": words.where(target, none).view(B, T),
                 "clip_ids": F.pad(tokens.view(B, R), empty).view(-1, L),
-                "clip_mask": F.pad(ours["clip_mask"], empty),
-                "clip_labels": F.pad(clip_labels, empty, value=-100), "matched": ours["match_targets"]}
+                "clip_mask": F.pad(ours["clip_mask"], empty), "matched": ours["match_targets"],
+                "clip_labels": F.pad(tokens.where(clip_target, none).view(B, R), empty, value=-100)}
     return move(released, device), move(ours, device)
 
 
-def bench_xdbert(cfg, device, out, language=LANGUAGE["bert-base"], clip=CLIPConfig(), T=512, S=9):
+def bench_xdbert(cfg, device, out, language=BERTConfig(), clip=CLIPConfig(), T=512, S=9):
     """A step of adapt_xdbert.py at the paper's shapes, two texts: the released structure against ours."""
     model = adapt_xdbert.Adapter(adapt_xdbert.Config(), BERT(language, pooler=True), CLIPText(clip), None)
-    plain = ReleasedXDBERT(model.to(device))  # where the weights lie: it shares their memory
-    pairs = {used: made_pairs(language, clip, T, S, used, device) for used in USED}
+    plain, kinds = ReleasedXDBERT(model.to(device)), kinds_of(device)  # it shares the model's memory
 
-    def released(batch, dtype=torch.float32):
-        with autocast(device, dtype):
+    def released(batch, kind="fp32"):
+        with autocast(device, kind):
             return plain(batch)
 
-    def ours(batch, dtype=torch.float32):
-        with autocast(device, dtype):
+    def ours(batch, kind="fp32"):
+        with autocast(device, kind):
             return sum(model(batch, {name: len(batch[f"{name}_targets"]) for name in model.names}).values())
-    keep_freed_memory(device.type == "cpu")  # for all of them, as the script does
     plain.eval(), model.eval()
     both, checks = set(plain.parameters()), []  # all but the maps that one has joined
     inputs = [p for p in model.parameters() if p in both and p.requires_grad]
+    short = replace(clip, positions=clip.positions // 3)
     with losses.no_tf32():
-        for used, (theirs, batch) in pairs.items():
-            checks.append(same(f"{used} of {S}", lambda: released(theirs), lambda: ours(batch), inputs))
-            inputs = list(model.match.parameters())  # all gradients once are enough: they take a whole step
-    plain.train(), model.train()
-
-    # the check was fp32's warm-up, but for AdamW's moments; one optimizer serves both dtypes
-    step, our_step = training_step(plain, released, foreach=False), training_step(model, ours, fused=True)
-    for run, batch in zip((step, our_step), made_pairs(language, clip, T // 8, 1, 1, device)):
-        run(batch)
-    variants = {}
-    for key, dtype in DTYPES.items():
-        # it runs the empty segments, too: their number changes nothing
-        variants[f"released structure, {key}"] = partial(step, pairs[USED[0]][0], dtype), 1
         for used in USED:
-            variants[f"ours, {used} of {S} segments, {key}"] = partial(our_step, pairs[used][1], dtype), 1
-    fp32 = [name for name in variants if name.endswith("fp32")]
-    rows = measure("xdbert", variants, device, max(1, cfg.step_rounds - 1), warm=fp32)
-    keep_freed_memory(False)
+            theirs, batch = made_pairs(language, short, T // 8, S, used, device)
+            checks.append(same(f"{used} of {S}", partial(released, theirs), partial(ours, batch), inputs))
+    # one optimizer serves both dtypes; a small step makes its moments
+    step = training_step(plain.train(), released, foreach=False)
+    our_step = training_step(model.train(), ours, fused=True)
+    step(theirs), our_step(batch)
+
+    pairs, forms = {used: made_pairs(language, clip, T, S, used, device) for used in USED}, {}
+    for kind in kinds:
+        # it runs the empty segments, too: their number changes nothing
+        forms[f"released structure, {kind}"] = partial(step, pairs[USED[0]][0], kind)
+        for used in USED:
+            forms[f"ours, {used} of {S} segments, {kind}"] = partial(our_step, pairs[used][1], kind)
+    states = T * language.layers * language.hidden + S * clip.positions * clip.layers * clip.hidden
+    keep_memory(device, 2 * 240 * states)
+    rows = measure(forms, device, cfg.rounds)
     for row in rows.values():
         row["ratio"] = rows["released structure, fp32"]["ms"] / row["ms"]
     show(f"xdbert: {language.layers}L-{language.hidden}H, CLIP {clip.layers}L-{clip.hidden}H, B 2, T {T} and "
          f"{S} x {clip.positions}; ratio = speed-up over released, fp32", rows, checks, out, 2 * T)
-    for used in USED:
-        fp32, bf16 = (rows[f"ours, {used} of {S} segments, {key}"] for key in DTYPES)
-        found = {"empty": 1 - used / S, "ratio_fp32": fp32["ratio"], "ratio_bf16": bf16["ratio"],
-                 "ratio_bf16_equal": rows["released structure, bf16"]["ms"] / bf16["ms"]}
-        out |= {f"xdbert.{name}.{used}": value for name, value in found.items()}
-        print0(f"  {used} of {S} segments in use, {100 * found['empty']:.0f} % empty: "
-               f"{found['ratio_fp32']:.2f}x in fp32, {found['ratio_bf16_equal']:.2f}x in bf16, "
-               f"{found['ratio_bf16']:.2f}x ours bf16 over released fp32")
+    for used, kind in itertools.product(USED, kinds):
+        row = rows[f"ours, {used} of {S} segments, {kind}"]
+        out |= {f"xdbert.empty.{used}": 1 - used / S, f"xdbert.ratio_{kind}.{used}": row["ratio"]}
+        if kind == "bf16":
+            out[f"xdbert.ratio_bf16_equal.{used}"] = rows["released structure, bf16"]["ms"] / row["ms"]
+
+
+# ---------------------------------------------------------------------------- section: text
 
 
 def write_text(path, size):
@@ -901,92 +749,68 @@ def write_text(path, size):
     92 %; in 14 MB of Wikipedia it is 91,000 and 91 %. A packer that remembers words gains on both alike.
     """
     syllables = [c + v for c in "bdfghklmnprstvwz" for v in "aeiou"]
+    names = ["".join(parts) for n in (1, 2, 3) for parts in itertools.product(syllables, repeat=n)]
     rank = np.arange(500_000)
     share = np.cumsum(1 / (rank + 2.7) / (1 + rank / 12_000))
-    words = np.searchsorted(share / share[-1], keyed_uniform("bench text", np.arange(size // 5)))
-    names = {}
-    for r in np.unique(words).tolist():
-        name, rest = syllables[r % 80], r // 80
-        while rest:
-            name, rest = name + syllables[rest % 80], rest // 80
-        names[r] = name
-    text = [names[r] for r in words.tolist()]
+    words = np.searchsorted(share / share[-1], keyed_uniform("bench text", np.arange(size // 5))).tolist()
     with open(path, "w") as f:
-        for start in range(0, len(text), 18):  # sentences of 18 words, documents of 10 sentences
-            first, second = (" ".join(text[a:a + 9]) for a in (start, start + 9))
+        for start in range(0, len(words), 18):  # sentences of 18 words, documents of 10 sentences
+            first, second = (" ".join(names[r] for r in words[a:a + 9]) for a in (start, start + 9))
             f.write(f"{first.capitalize()}, {second}.\n" + "\n" * (start % 180 == 162))
 
 
-def bench_text(cfg, device, out):
-    """data.py text, which remembers the ids of words, against plain encode_batch, on the first megabytes."""
+def bench_text(cfg, device, out, size=4_000_000):
+    """data.py text, which remembers the ids of words, against plain encode_batch, on 4 MB."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "text.txt"
         if cfg.text:
             with open(cfg.text, "rb") as f:
-                source.write_bytes(f.read(cfg.megabytes * 10 ** 6).decode(errors="ignore").encode())
+                source.write_bytes(f.read(size).decode(errors="ignore").encode())
         else:
-            write_text(source, cfg.megabytes * 10 ** 6)
-        size = source.stat().st_size
-        print0(f"\ntext: {cfg.text or 'synthetic English'}, {size / 1e6:.1f} MB")
+            write_text(source, size)
         vocab = train_vocab([source], Path(folder) / "vocab.txt", cfg.vocab)
         lines, start = source.read_text().splitlines(), time.perf_counter()
-        for i in progress(range(0, len(lines), 1000), None, "batch", "encode_batch"):
+        for i in range(0, len(lines), 1000):
             vocab.encode(lines[i:i + 1000])
-        plain = size / 1e6 / (time.perf_counter() - start)
+        plain = source.stat().st_size / 1e6 / (time.perf_counter() - start)
         packed = pack_text([source], vocab, Path(folder) / "text.h5")["mb_per_s"]
-    print0(f"  encode_batch {plain:.1f} MB/s; data.py text {packed:.1f} MB/s = {packed / plain:.1f}x")
+    print0(f"{cfg.text or 'synthetic English'}: encode_batch {plain:.1f} MB/s; data.py text {packed:.1f} "
+           f"MB/s = {packed / plain:.1f}x")
     out |= {"text.mb_per_s": packed, "text.encode_batch_mb_per_s": plain}
 
 
 # ---------------------------------------------------------------------------- main
 
 
-SECTIONS = {"nst": bench_nst, "crd": bench_crd, "mlm_head": bench_mlm_head, "hinge": bench_hinge,
-            "soft": bench_soft, "voken": bench_voken, "step": bench_step, "finetune": bench_finetune,
-            "xdbert": bench_xdbert, "text": bench_text}
-
-
-def machine(device):
-    """What the figures depend on, in one line."""
-    cpu, flags = platform.processor() or platform.machine(), ""
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-        cpu, flags = info.get("model name", cpu), info.get("flags", "")
-    amx = "with AMX" if "amx_bf16" in flags else "no AMX (bf16 gains less)"
-    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
-    return (f"{gpu}{cpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}, {amx}; torch {torch.__version__}")
+# beside each section its seconds on two cores of an AVX2-only EPYC, for the time left
+SECTIONS = {"nst": (bench_nst, 20), "crd": (bench_crd, 6), "mlm_head": (bench_mlm_head, 10),
+            "hinge": (bench_hinge, 8), "step": (bench_step, 75), "finetune": (bench_finetune, 35),
+            "xdbert": (bench_xdbert, 55), "text": (bench_text, 5)}
 
 
 def main(cfg):
     """Runs the sections of cfg.only, prints the table; returns {number's name: value, "table": every row}."""
-    chosen = cfg.only.split(",")
-    if not set(chosen) <= set(SECTIONS):
-        raise SystemExit(f"--only {cfg.only}: write some of {','.join(SECTIONS)}")
-    for name in ("batch", "tokens", "layers", "hidden", "vocab", "anchors", "negatives", "dim", "rows",
-                 "rounds", "step_rounds", "megabytes"):
-        if getattr(cfg, name) < 1:
-            raise SystemExit(f"--{name} {getattr(cfg, name)}: must be 1 or more")
-    if cfg.batch < 2 or cfg.rows < max(cfg.batch, cfg.anchors):
-        raise SystemExit(f"--batch {cfg.batch} --rows {cfg.rows}: at least 2 sequences, and a row for each "
-                         f"of them and of --anchors {cfg.anchors}")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    device, start = init_ranks(cfg.device).device, time.monotonic()
-    keep_freed_memory(False)  # plain and ours under the C library's own policy; the steps as the scripts run
+    device, start, (name, words) = init_ranks(cfg.device).device, time.monotonic(), cpu()
     set_seed(0, 0)
-    print0(machine(device))
-    print0(f"{'median of the rounds':<38}{'ms':>11}  {'min':>9} .. {'max':<9}{'tokens/s':>11}{'peak MB':>10}"
-           f"{'ratio':>9}")
-    print0(f"(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}")
-    print0("peak MB: on top of weights and inputs, in the first run (that of step: AdamW's moments too), by "
-           + ("torch.cuda.max_memory_allocated" if device.type == "cuda" else "torch.profiler"))
-    out = {"machine": machine(device), "table": {}}
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    machine = (f"{gpu}{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, "
+               f"{torch.backends.cpu.get_cpu_capability()}, {'with' if 'amx_bf16' in words else 'no'} AMX; "
+               f"torch {torch.__version__}")
+    print0(f"{machine}\n(*) timed on {SAMPLES} samples and scaled to the batch; memory of these {SAMPLES}\n"
+           "peak MB: on top of weights and inputs, in the first run")
+    if "bf16" not in kinds_of(device):
+        print0("no rows in bf16: this CPU has no instructions for it")
+    out, chosen, done = {"machine": machine, "table": {}}, cfg.only.split(","), 0
+    whole = sum(SECTIONS[name][1] for name in chosen)
     for name in chosen:
+        section, share = SECTIONS[name]
+        pace = (time.monotonic() - start) / done if done else 1
+        print0(f"\n{name}: {100 * done / whole:.0f} % done, about {duration(pace * (whole - done))} left")
+        keep_freed_memory(False)  # the C library's own policy, for plain and ours
         # losses.py computes without TF32, so its plain forms do; the steps as the scripts run them
         with contextlib.nullcontext() if name in ("step", "finetune", "xdbert") else losses.no_tf32():
-            SECTIONS[name](cfg, device, out)
+            section(cfg, device, out)
+        done += share
     print0(f"\n{duration(time.monotonic() - start)}")
     if cfg.json:
         write_json(cfg.json, out)

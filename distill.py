@@ -15,19 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
-from model import BERT, DistillHead, MLMHead, flops_per_token, memory_report, model_config, param_groups
-from parts.metrics import probes
+from model import BERT, DistillHead, MLMHead, model_config, param_groups
+from parts.metrics import masked_word_scores, probes
 from parts.vocab import load_vocab
-from parts.weights import load_bert, load_mlm_head, save_bert, start_from
-from run import (Run, file_hash, init_ranks, lr_at, micro_batch_size, model_folder, move, run_script,
-                 set_seed, steps_of)
+from parts.weights import load_bert, load_mlm_head, read_tensors, save_bert, start_from
+from run import (Run, file_hash, flops_per_token, init_ranks, lr_at, memory_report, micro_batch_size,
+                 model_folder, move, run_script, set_seed, steps_of)
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,15 @@ class Config:
 
     def __post_init__(self):
         chosen = self.objective.split("+")
-        known = set(chosen) <= set(OBJECTIVES) and len(set(chosen)) == len(chosen)
-        if self.objective != "none" and not known:
-            raise ValueError(f"--objective {self.objective}: write none, or some of {', '.join(OBJECTIVES)} "
-                             "joined by +")
+        if self.objective != "none" and sorted(set(chosen) & set(OBJECTIVES)) != sorted(chosen):
+            raise ValueError(f"--objective {self.objective}: none, or some of {'+'.join(OBJECTIVES)}")
         check_fields(self, CHOICES, POSITIVE)
         if not self.max_steps and not self.epochs:
             raise ValueError("--max_steps 0 needs --epochs")
         if "crd" in chosen and min(self.batch_size, self.crd_bank_size or 2) < 2:
             raise ValueError("--objective crd: no negatives where --batch_size or --crd_bank_size is below 2")
         if "crd" in chosen and self.crd_level == "token" and self.crd_tokens < self.batch_size:
-            raise ValueError(f"--crd_tokens {self.crd_tokens}: at least one anchor a sequence, so "
-                             f"{self.batch_size} or more")
+            raise ValueError(f"--crd_tokens {self.crd_tokens}: at least --batch_size {self.batch_size}")
         model_config(self.model, 1, self.dropout)
         data.parse_split(self.mask_split)
 
@@ -158,9 +155,8 @@ class FrozenTeacher:
         if "voken" in cfg.objective:
             path = self.folder / "vokens.safetensors"
             if not path.exists():
-                raise SystemExit(f"--objective voken: {self.folder} has no video encoder; a teacher of "
-                                 "teacher.py has one")
-            vectors = F.normalize(load_file(path)["vectors"], dim=-1)  # (K, C_t)
+                raise SystemExit(f"--objective voken: {self.folder} has no video encoder; teacher.py's have")
+            vectors = F.normalize(read_tensors(path)["vectors"], dim=-1)  # (K, C_t)
             self.vokens = vectors.to(device, dtype if device.type == "cuda" else torch.float32)
         for part in (self.bert, self.head):
             if part is not None:
@@ -184,8 +180,9 @@ class Distiller(nn.Module):
         self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
         self.kd = [name for name in OBJECTIVES if name in cfg.objective.split("+")]
         width_t = teacher.width if teacher else 0
-        self.heads = nn.ModuleDict({name: DistillHead(config.hidden, width_t) for name in self.kd
-                                    if cfg.head == "mlp" and name not in HEADLESS})
+        self.heads = nn.ModuleDict({
+            name: DistillHead(config.hidden, width_t) if cfg.head == "mlp" else nn.Identity()
+            for name in self.kd if name not in HEADLESS})
         if "l2" in self.kd and cfg.head == "none" and width_t != config.hidden:
             raise SystemExit(f"--head none with l2: student and teacher are {config.hidden} and {width_t} "
                              "wide; use --head mlp")
@@ -199,10 +196,6 @@ class Distiller(nn.Module):
             self.f2 = nn.Linear(width_t, cfg.crd_dim)
             self.bank = bank  # not a buffer: DDP would overwrite the other ranks' rows with rank 0's
         self.fresh = []  # (z_s, z_t) of the step's micro-batches, a row a sequence: what the bank stores next
-
-    def through_head(self, name, h):
-        """The student's states as objective `name` compares them: through its head, if it has one."""
-        return self.heads[name](h) if name in self.heads else h
 
     def forward(self, batch, divisor):
         """One micro-batch -> {term: sum / divisor[term]}."""
@@ -220,12 +213,12 @@ class Distiller(nn.Module):
                                         transform(h_t.flatten(0, 1)), weight_t, bias_t, cfg.soft_tau,
                                         divisor["soft"])
         if "l2" in self.kd:
-            terms["l2"] = losses.l2(self.through_head("l2", h), h_t, batch["mask"], divisor["l2"])
+            terms["l2"] = losses.l2(self.heads["l2"](h), h_t, batch["mask"], divisor["l2"])
         if "voken" in self.kd:
             terms["voken"] = losses.voken(h_rows, self.voken.weight, self.voken.bias, h_t.flatten(0, 1),
                                           self.vokens, divisor["voken"])
         if "nst" in self.kd:
-            terms["nst"] = losses.nst(self.through_head("nst", h), h_t, batch["mask"], cfg.nst_kernel,
+            terms["nst"] = losses.nst(self.heads["nst"](h), h_t, batch["mask"], cfg.nst_kernel,
                                       normalize=cfg.nst_normalize, divisor=divisor["nst"])
         if "crd" in self.kd:
             z_s, z_t = self.project(h, batch)
@@ -239,9 +232,9 @@ class Distiller(nn.Module):
         h_t = batch.get("h_crd", batch["h_t"])
         if self.cfg.crd_level == "token":
             h, h_t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))  # (A, C)
-            s = self.through_head("crd", h)
+            s = self.heads["crd"](h)
         else:  # the mean over a block's tokens, which are all real
-            s, h_t = self.through_head("crd", h).mean(1), h_t.mean(1)  # (B, C)
+            s, h_t = self.heads["crd"](h).mean(1), h_t.mean(1)  # (B, C)
         z_s, z_t = self.f1(s).float(), self.f2(h_t.to(s.dtype)).float()
         return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
 
@@ -270,32 +263,18 @@ def make_batch(blocks, cfg, index, step, positions):
     return batch
 
 
-@torch.no_grad()
 def evaluate(bert, head, blocks, cfg, ranks):
     """Masked-word loss and accuracy of the first eval_blocks blocks, masks fixed by block; over all ranks."""
-    training = bert.training
-    bert.eval()
-    total = torch.zeros(3, dtype=torch.float64)  # summed loss, right words, masked words
     index = np.arange(min(len(blocks), cfg.eval_blocks))
-    for part in np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]:
-        batch = move(data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val",
-                                       part), ranks.device)
-        logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["target_index"]]).float()
-        loss = F.cross_entropy(logits, batch["targets"], reduction="sum")
-        right = logits.argmax(1) == batch["targets"]
-        total += torch.tensor([loss.item(), right.sum().item(), len(right)], dtype=torch.float64)
-    bert.train(training)
-    loss, right, n = ranks.sum(total).tolist()
-    return {"mlm_loss": loss / n, "mlm_accuracy": right / n}
+    parts = np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]
+    batches = (data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val", part)
+               for part in parts)
+    return masked_word_scores(bert, head, batches, ranks)
 
 
 def log_gradients(model, batch, divisor, weights, run, step):
-    """Logs the norm of the gradient that each weighted term of a micro-batch sends into the student's last
-    states; says where a term's is below 1 % of mlm's.
-
-    A pass of its own that leaves the run as it was: what a weight of 1 means differs by orders of magnitude
-    between the terms.
-    """
+    """Logs the norm of the gradient that each weighted term of a micro-batch sends into the last states."""
+    # a pass of its own that leaves the run as it was; a weight of 1 means very different gradients
     scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
     device = batch["inputs"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -324,20 +303,13 @@ def update_bank(model, index, ranks):
 @torch.no_grad()
 def first_rows(model, batches, index, cfg, ranks):
     """Before the first step: the first global batch fills the bank, and its similarities fix Eq. 8's Z."""
-    model.eval()
+    bank = model.eval().bank
     for batch in batches:
         z_s, z_t = model.project(model.bert(batch["inputs"]), batch)
         model.fresh.append((z_s[batch["first"]], z_t[batch["first"]]))
     z_s, z_t = update_bank(model, index, ranks)
-    bank = model.bank
     bank.set_z(z_s, z_t, index % bank.rows, bank.draw(keyed_integers, cfg.seed, 0))
     model.train()
-
-
-def flops_of(config, teacher, cfg):
-    """Floating-point operations of a token: forward and backward of the student, forward of the teacher."""
-    own = 3 * flops_per_token(config, cfg.block_size, cfg.mask_rate)
-    return own + (flops_per_token(teacher.bert.config, cfg.block_size) if teacher else 0)
 
 
 def make_bank(cfg, blocks, device):
@@ -348,7 +320,7 @@ def make_bank(cfg, blocks, device):
     print0(f"crd bank: {rows:,} rows x {cfg.crd_dim} x 2 models take "
            f"{losses.CRDBank.nbytes(rows, cfg.crd_dim, dtype) / 1e6:,.0f} MB on each rank and in a "
            "checkpoint; --crd_bank_size and --crd_bank_dtype bound it")
-    momentum = cfg.crd_momentum if cfg.crd_level == "sentence" else 0.0
+    momentum = cfg.crd_momentum * (cfg.crd_level == "sentence")
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 
 
@@ -363,7 +335,6 @@ def main(cfg):
     """Trains and saves the student of `cfg`; returns what its results.json holds."""
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
     folder = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
-    micro_size = micro_batch_size(cfg, ranks)
     names = ["mlm"] + [name for name in OBJECTIVES if name in cfg.objective.split("+")]
     weights = {name: getattr(cfg, f"w_{name}", 1.0) for name in names}
 
@@ -391,7 +362,7 @@ def main(cfg):
     if cfg.init_from:
         start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
-    print0(memory_report(model, config, micro_size, cfg.block_size))
+    print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size))
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -404,7 +375,9 @@ def main(cfg):
         scores = evaluate(model.bert, model.mlm, val, cfg, ranks)
         print0(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         return scores
-    tokens, flops = cfg.batch_size * cfg.block_size, flops_of(config, teacher, cfg)
+    tokens, T = cfg.batch_size * cfg.block_size, cfg.block_size
+    flops = 3 * flops_per_token(config, T, cfg.mask_rate)
+    flops += flops_per_token(teacher.bert.config, T) if teacher else 0
     print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
            f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
     run.begin(names, "tokens", tokens, tokens * flops)

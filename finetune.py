@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from common import Switch, check_fields, duration, print0, progress, table, write_json
 from data import open_vocab
-from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, memory_report, model_config, param_groups
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
 from parts.metrics import median_run
 from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files, find_file, measure,
@@ -46,8 +46,8 @@ from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files
 from parts.vocab import Vocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
                            model_type, save_task_model)
-from run import (FORMAT, Run, file_hash, init_ranks, lr_at, micro_batch_size, model_folder, move,
-                 return_freed_memory, run_script, set_seed, steps_of)
+from run import (FORMAT, Run, file_hash, init_ranks, lr_at, memory_report, micro_batch_size, model_folder,
+                 move, return_freed_memory, run_script, set_seed, steps_of)
 
 
 @dataclass(frozen=True)
@@ -305,7 +305,10 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
         return kept
     if kept and has_model:
         model = load_task_model(folder / "model")[0].to(ranks.device)
-        return run.finish(kept | assess(model, task, evals, dtype, ranks, folder) | {"hashes": hashes})
+        kept |= assess(model, task, evals, dtype, ranks, folder) | {"hashes": hashes}
+        if ranks.main:
+            write_json(folder / "results.json", kept)
+        return kept
     if cfg.eval_only:
         raise SystemExit(f"--eval_only: {folder} holds no finished run with its model, of these flags and "
                          "this training set; leave --eval_only out to make it")
@@ -604,7 +607,7 @@ def main(cfg):
         for seed in seeds:
             if cfg.limit and runs:
                 train = load(train_file, "train", limit=cfg.limit, seed=seed)
-            left = cfg.max_minutes and max(1e-3, cfg.max_minutes - (time.monotonic() - began) / 60)
+            left = cfg.max_minutes and max(1e-9, cfg.max_minutes - (time.monotonic() - began) / 60)
             one = replace(own, seed=seed, max_minutes=left)
             runs.append(fine_tune(one, task, start, train, evals, hashes, root / f"s{seed}", ranks))
             print0(run_line(task, runs[-1]))

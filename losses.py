@@ -98,9 +98,8 @@ def mlm(logits: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor
 def hinge_partners(text_mask: Tensor, draw: Callable, seed: int, step: int, positions: np.ndarray) -> tuple:
     """Draws for hinge: x' and v' of each item, independent, each uniform among the micro-batch's OTHER items.
 
-    text_mask (B, T) on the CPU, B >= 2, a real token in each row. draw(high, *keys): uniform integers in
-    [0, high), a function of the keys (common.keyed_integers); keys: seed, step and positions, int (B,), the
-    items' places in the global batch.
+    text_mask (B, T) on the CPU, B >= 2, a real token in each row. draw(high, *keys): uniform integers below
+    high, a function of the keys: seed, step, and positions, int (B,), the items' places in the global batch.
     -> int64 partner (B,), partner_v (B,), partner_token (B, T): i where token i of x' is real, else the place
     of a uniformly drawn real token of x'.
     """
@@ -424,8 +423,7 @@ class CRDBank:
     def load_state_dict(self, state: dict) -> None:
         """A state_dict of a bank of the same rows and dim, of any device and dtype; else ValueError."""
         if state["z_s"].shape != self.z_s.shape:
-            raise ValueError(f"a CRD bank of {tuple(state['z_s'].shape)} cannot go on as one of "
-                             f"{tuple(self.z_s.shape)}; give the rows and width that it was trained with")
+            raise ValueError(f"a CRD bank of {tuple(state['z_s'].shape)} is none of {tuple(self.z_s.shape)}")
         self.z_s.copy_(state["z_s"])
         self.z_t.copy_(state["z_t"])
         self.sample[:], self.filled[:] = state["sample"].numpy(), state["filled"].numpy()

@@ -71,11 +71,6 @@ class CLIPConfig:
 
 
 SHAPES = {"demo": dict(layers=2, hidden=128, heads=4, intermediate=512, init_std=0.05)}  # wider ones: 0.02
-LANGUAGE = {  # the pre-trained language encoders of XDBERT
-    "bert-base": BERTConfig(),
-    "electra-base": BERTConfig(model_type="electra"),
-    "electra-large": BERTConfig(layers=24, hidden=1024, heads=16, intermediate=4096, model_type="electra"),
-}
 
 
 def model_config(shape, vocab_size, dropout=0.1):
@@ -558,7 +553,7 @@ class VideoEncoder(nn.Module):
         return masked_mean(x, mask)
 
 
-# ---------------------------------------------------------------------------- optimiser groups and cost
+# ---------------------------------------------------------------------------- optimizer groups
 
 
 def param_groups(module, weight_decay, layer_decay=1.0):
@@ -578,31 +573,3 @@ def param_groups(module, weight_decay, layer_decay=1.0):
     return [{"params": [p for p in parameters if scales.get(p, 1.0) == scale and (p.ndim >= 2) == matrix],
              "weight_decay": weight_decay if matrix else 0.0, "scale": scale}
             for scale in sorted({1.0, *scales.values()}, reverse=True) for matrix in (True, False)]
-
-
-def flops_per_token(config, T, mlm=0.0):
-    """Floating-point operations (2 a multiply-add) of one token's forward pass in sequences of T tokens.
-
-    A layer: 2 (4 C^2 + 2 C I) for the linear maps, 4 T C for q k' and the weighted sum. mlm: share of the
-    tokens with an MLM head, 2 (C^2 + C V) each. Training takes 3 times as many. Only matrix products count,
-    as usual for MFU.
-    """
-    C = config.hidden
-    layer = 2 * (4 * C * C + 2 * C * config.intermediate) + 4 * T * C
-    return config.layers * layer + mlm * 2 * (C * C + C * config.vocab_size)
-
-
-def memory_report(model, config, batch, T, logits=0.15, beside=()):
-    """One line: parameters, memory of training on `batch` sequences of T tokens, size of a checkpoint.
-
-    Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
-    11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
-    tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step.
-    """
-    parameters = sum(p.numel() for p in model.parameters())
-    on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters
-    for shape, sequences, tokens in ((config, batch, T), *beside):
-        kept = 11 * shape.hidden + 2 * shape.intermediate + on_cpu * 3 * shape.heads * tokens
-        total += 4 * sequences * tokens * (shape.layers * kept + logits * 3 * shape.vocab_size)
-    return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
-            f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")

@@ -173,6 +173,34 @@ def lr_at(step, lr, warmup_steps, max_steps):
     return lr * max(0.0, (max_steps - step) / max(1, max_steps - warmup_steps))
 
 
+def flops_per_token(config, T, mlm=0.0):
+    """Floating-point operations (2 a multiply-add) of one token's forward pass in sequences of T tokens.
+
+    A layer: 2 (4 C^2 + 2 C I) for the linear maps, 4 T C for q k' and the weighted sum. mlm: share of the
+    tokens with an MLM head, 2 (C^2 + C V) each. Training takes 3 times as many. Only matrix products count,
+    as usual for MFU.
+    """
+    C = config.hidden
+    layer = 2 * (4 * C * C + 2 * C * config.intermediate) + 4 * T * C
+    return config.layers * layer + mlm * 2 * (C * C + C * config.vocab_size)
+
+
+def memory_report(model, config, batch, T, logits=0.15, beside=()):
+    """One line: parameters, memory of training on `batch` sequences of T tokens, size of a checkpoint.
+
+    Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
+    11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
+    tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters
+    for shape, sequences, tokens in ((config, batch, T), *beside):
+        kept = 11 * shape.hidden + 2 * shape.intermediate + on_cpu * 3 * shape.heads * tokens
+        total += 4 * sequences * tokens * (shape.layers * kept + logits * 3 * shape.vocab_size)
+    return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
+            f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
+
+
 # dense peak of one device in TFLOP/s: (name in torch.cuda.get_device_name, bf16 or fp16, fp32 through TF32)
 PEAK_TFLOPS = (("GH200", 989, 494), ("H200", 989, 494), ("H100 PCIe", 756, 378), ("H100", 989, 494),
                ("B200", 2250, 1100), ("A100", 312, 156), ("A800", 312, 156), ("L40S", 362, 183),
@@ -257,11 +285,13 @@ def same_run(before, cfg, hashes, free):
 
 
 def changed_flags(before, cfg, free=()):
-    """["--lr was 0.1", ...]: flags that differ from a run's and can change its result."""
+    """["--lr was 0.1", ...]: flags that differ from a run's and can change its result. A flag that
+    the run did not know had its default."""
     free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir",
             *free}
-    return [f"--{name} was {before.get(name)}" for name, value in dataclasses.asdict(cfg).items()
-            if name not in free and before.get(name) != value]
+    before = {field.name: field.default for field in dataclasses.fields(cfg)} | before
+    return [f"--{name} was {before[name]}" for name, value in dataclasses.asdict(cfg).items()
+            if name not in free and before[name] != value]
 
 
 def git_state():

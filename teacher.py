@@ -22,12 +22,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
-from model import (BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, flops_per_token, memory_report,
-                   model_config, param_groups)
+from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_video_encoder
-from run import (Run, init_ranks, load_checkpoint, lr_at, micro_batch_size, move, run_script, save_checkpoint,
-                 set_seed, steps_of)
+from run import (Run, flops_per_token, init_ranks, load_checkpoint, lr_at, memory_report, micro_batch_size,
+                 move, run_script, save_checkpoint, set_seed, steps_of)
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,26 @@ def probes(bert, blocks, latents, device):
 
 
 @torch.no_grad()
+def masked_word_scores(bert, head, batches, ranks):
+    """{"mlm_loss", "mlm_accuracy"} over all masked words of the batches of all ranks.
+
+    bert: a module, ids -> (B, T, C); head: (n, C) -> (n, V); batches: of data.masked_words, this rank's.
+    """
+    training = bert.training
+    bert.eval()
+    total = torch.zeros(3, dtype=torch.float64)  # summed loss, right words, masked words
+    for batch in batches:
+        batch = move(batch, ranks.device)
+        logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["target_index"]]).float()
+        loss = F.cross_entropy(logits, batch["targets"], reduction="sum")
+        right = logits.argmax(1) == batch["targets"]
+        total += torch.tensor([loss.item(), right.sum().item(), len(right)], dtype=torch.float64)
+    bert.train(training)
+    loss, right, n = ranks.sum(total).tolist()
+    return {"mlm_loss": loss / n, "mlm_accuracy": right / n}
+
+
+@torch.no_grad()
 def shared_neighbours(bert, other, blocks, device, k=10, n=1000):
     """Share of a block's k nearest, by centred cosine of mean states, on which two models of any width agree.
 

@@ -14,7 +14,6 @@ import finetune as finetune_script
 import teacher as teacher_script
 from common import print0, write_json
 from data import open_vocab
-from model import LANGUAGE
 from parts.tasks import DEMO_TASKS, TASKS
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from prepare.world import demo_world, demo_xtext
@@ -118,7 +117,7 @@ def check_readers(cfg, vocab):
     """One line where a model that was given cannot read the demo world, whose Vocab is `vocab`."""
     for flag, load in (("language", load_vocab), ("clip", load_clip_vocab)):
         path = getattr(cfg, flag)
-        if path and path not in (*LANGUAGE, "random"):
+        if path and path not in (*adapt_script.LANGUAGE, "random"):
             own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
             if own != vocab.hash:
                 raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "

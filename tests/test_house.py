@@ -8,8 +8,6 @@ Run: python -m pytest -q tests/test_house.py
 """
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,11 +56,6 @@ def test_no_function_is_longer_than_120_lines():
     assert not long
 
 
-def test_packing_needs_no_torch():
-    code = "import sys; import prepare.commands; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
 def step_block(name):
     lines = (ROOT / name).read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if "---- optimizer step: these lines are the same" in line)
@@ -79,8 +72,10 @@ def test_step_block_is_the_same_text_in_every_script(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_stage_says_where_to_hack(name):
     text = (ROOT / name).read_text()
-    assert [text.count(f"# HACK HERE: the {what}") for what in ("objective", "batch", "schedule")] == [1, 1, 1]
-    headings = ["# ---- models", "# ---- optimizer", "# ---- resume", "# ==== training loop ====", "# ---- finish"]
+    for what in ("objective", "batch", "schedule"):
+        assert text.count(f"# HACK HERE: the {what}") == 1
+    headings = ["# ---- models", "# ---- optimizer", "# ---- resume", "# ==== training loop ====",
+                "# ---- finish"]
     places = [text.find(f"    {heading}\n") for heading in headings]
     assert -1 not in places and places == sorted(places)
 

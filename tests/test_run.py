@@ -15,11 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, write_json
-from run import (PEAK_TFLOPS, Interrupt, Ranks, Run, keep_freed_memory, load_checkpoint, lr_at, model_folder,
-                 peak_flops, read_run, return_freed_memory, save_checkpoint, steps_of)
+from model import BERT, BERTConfig, MLMHead, model_config
+from run import (PEAK_TFLOPS, Interrupt, Ranks, Run, flops_per_token, keep_freed_memory, load_checkpoint,
+                 lr_at, memory_report, model_folder, peak_flops, read_run, return_freed_memory, save_checkpoint, steps_of)
 
+TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
@@ -58,6 +61,37 @@ def test_peak_table_finds_the_longer_name_first():
     for i, (name, *_) in enumerate(PEAK_TFLOPS):
         assert not any(earlier in name for earlier, *_ in PEAK_TFLOPS[:i]), name
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
+
+
+def test_flops_equal_torch_counter():
+    bert, ids = BERT(TINY), torch.arange(24).view(3, 8)
+    head = MLMHead(TINY.hidden, bert.embeddings.word.weight)
+    with FlopCounterMode(display=False) as counter:
+        h = bert(ids)
+    tokens, T = ids.numel(), ids.shape[1]
+    assert counter.get_total_flops() == tokens * flops_per_token(TINY, T)
+    with FlopCounterMode(display=False) as counter:
+        head(h[:, :2])
+    share = flops_per_token(TINY, T, mlm=0.25) - flops_per_token(TINY, T)
+    assert counter.get_total_flops() == tokens * share
+    c = model_config("6L-512H", 30522)
+    assert 39.2e6 < flops_per_token(c, 128) < 39.4e6
+
+
+def test_memory_report_counts_what_autograd_keeps():
+    config, kept = model_config("4L-128H-4A", 50), {}
+    bert = BERT(config)
+    weights = {p.data_ptr() for p in bert.parameters()}
+
+    def keep(x):
+        if x.untyped_storage().data_ptr() not in weights:
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        bert(torch.randint(50, (32, 64))).sum()
+    expected = sum(kept.values()) + 16 * sum(p.numel() for p in bert.parameters())
+    said = float(memory_report(bert, config, 32, 64).split("about ")[1].split(" GB")[0]) * 1e9
+    assert 0.8 < said / expected < 1.25
 
 
 # ---------------------------------------------------------------------------- checkpoints

@@ -365,8 +365,9 @@ def test_help_and_mistake_as_commands():
 
 
 def readme_commands():
-    """The README's commands that run a script: [script, flags]."""
-    text = re.sub(r"\\\n\s*", "", (ROOT / "README.md").read_text())
+    """The commands of README and docs that run a script: [script, flags]."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    text = re.sub(r"\\\n\s*", "", "\n".join(page.read_text() for page in pages))
     found = re.findall(r"^ +(?:python|torchrun)[^\n]*? (\w+\.py)((?: [^\n#<]*)?)", text, re.M)
     found += re.findall(r"^ +(?:python|torchrun) (\w+\.py)((?: [^\n#<]*)?)", text, re.M)
     return sorted({(script, flags.replace("...", "").strip()) for script, flags in found})
