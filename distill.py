@@ -106,7 +106,8 @@ class Config:
             raise ValueError("--objective crd: no negatives where --batch_size or --crd_bank_size is below 2")
         if "crd" in chosen and self.crd_level == "token" and self.crd_tokens < self.batch_size:
             raise ValueError(f"--crd_tokens {self.crd_tokens}: at least --batch_size {self.batch_size}")
-        model_config(self.model, 1, self.dropout)
+        if self.block_size > (most := model_config(self.model, 1, self.dropout).max_positions):
+            raise ValueError(f"--block_size {self.block_size}: at most the model's {most} positions")
         data.parse_split(self.mask_split)
 
 
@@ -147,8 +148,7 @@ class FrozenTeacher:
         self.head = load_mlm_head(self.folder, self.bert)
         self.width, self.hash = self.bert.config.hidden, file_hash(self.folder)
         if cfg.block_size > self.bert.config.max_positions:
-            raise SystemExit(f"--block_size {cfg.block_size}: the teacher has only "
-                             f"{self.bert.config.max_positions} positions; give that or less")
+            raise SystemExit(f"--block_size: the teacher has {self.bert.config.max_positions} positions")
         if "soft" in cfg.objective and self.head is None:
             raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word "
                              "distributions; leave soft out or choose another teacher")

@@ -88,7 +88,8 @@ class Config:
             raise ValueError("--max_steps 0 needs --epochs")
         if self.stop_on == "recall" and self.objective == "mlm":
             raise ValueError("--stop_on recall needs the contrastive term; use --stop_on loss")
-        model_config(self.model, 1, self.dropout)
+        if self.block_size > (most := model_config(self.model, 1, self.dropout).max_positions):
+            raise ValueError(f"--block_size {self.block_size}: at most the model's {most} positions")
         data.parse_split(self.mask_split)
 
 
