@@ -93,7 +93,7 @@ LENGTHS = {
     "rte": (13, 29, 33, 37, 40, 43, 45, 47, 50, 53, 56, 59, 62, 67, 72, 85, 103, 120, 128, 128, 128),
     "sst2": (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66),
     "cola": (4, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 12, 12, 13, 14, 15, 17, 20, 47)}
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some versions of torch.profiler print each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some versions of the profiler print each start and stop
 
 
 # ---------------------------------------------------------------------------- plain forms of the losses
@@ -330,17 +330,16 @@ def seconds(run, device, repeats=1):
 def first_run(run, device):
     """(seconds, MB) of a run: MB (1e6 bytes) is the most memory held at once, on top of what was held before.
 
-    CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release of PyTorch's allocator, recorded
-    by torch.profiler, added up: exact to the byte, but blind to what MKL or oneDNN take for themselves.
+    CUDA: torch.cuda.max_memory_allocated. CPU: every allocation and release of PyTorch's allocator, as its
+    profiler records them, added up: exact to the byte, but blind to what MKL or oneDNN take for themselves.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return seconds(run, device), (torch.cuda.max_memory_allocated() - before) / 1e6
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
         took = seconds(run, device)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [event for event in profile.kineto_results.events() if event.name() == "[memory]"]
     sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
     return took, max(itertools.accumulate(sizes, initial=0)) / 1e6
 
@@ -783,9 +782,9 @@ def bench_text(cfg, device, out, size=4_000_000):
 
 
 # beside each section its seconds on two cores of an AVX2-only EPYC, for the time left
-SECTIONS = {"nst": (bench_nst, 20), "crd": (bench_crd, 6), "mlm_head": (bench_mlm_head, 10),
-            "hinge": (bench_hinge, 8), "step": (bench_step, 75), "finetune": (bench_finetune, 35),
-            "xdbert": (bench_xdbert, 55), "text": (bench_text, 5)}
+SECTIONS = {"nst": (bench_nst, 15), "crd": (bench_crd, 7), "mlm_head": (bench_mlm_head, 10),
+            "hinge": (bench_hinge, 9), "step": (bench_step, 75), "finetune": (bench_finetune, 17),
+            "xdbert": (bench_xdbert, 60), "text": (bench_text, 7)}
 
 
 def main(cfg):

@@ -1,5 +1,6 @@
 """bench.py: the plain forms mean what the equations say, unlike things get no ratio, memory is counted to the
-byte, examples are as long as real ones, and the command runs through at small sizes. No test asserts a speed.
+byte, rows in bf16 follow the CPU, examples are as long as real ones, and the command runs through at small
+sizes. No test asserts a speed.
 
 Run: python -m pytest -q tests/test_bench.py
 """
@@ -17,52 +18,104 @@ import torch.nn.functional as F
 import adapt_xdbert
 import bench
 import losses
-from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
+from common import parse_cli
+from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder, model_config
 from parts.examples import load_examples
 from parts.tasks import TASKS, find_file
 from parts.vocab import load_vocab
 
 CPU = torch.device("cpu")
-SMALL = bench.Config(batch=4, tokens=8, layers=1, hidden=64, vocab=300, anchors=3, negatives=16, dim=8,
-                     rows=120, megabytes=1, rounds=1, step_rounds=1)
-NUMBERS = {"nst": ("nst.ratio_loop", "nst.ratio_bmm", "nst.peak_mb"),
-           "crd": ("crd.ratio_gather", "crd.update_ms.4", "crd.update_ms.120"),
-           "mlm_head": ("mlm_head.ratio_all",), "hinge": (), "soft": (), "voken": (),
-           "step": ("step.ratio_fp32", "step.ratio_bf16", "step.kd_share"),
-           "finetune": ("finetune.ratio_fp32.rte", "finetune.ratio_bf16.cola", "finetune.bf16.sst2"),
-           "xdbert": tuple(f"xdbert.{name}.{used}" for used in (7, 4)
-                           for name in ("ratio_fp32", "ratio_bf16", "ratio_bf16_equal", "empty"))}
+STEPS = "step,finetune,xdbert"
+SMALL = bench.Config(batch=4, tokens=8, model="1L-64H", vocab=300, anchors=3, negatives=16, dim=8, rows=120,
+                     rounds=1)
+BOTH = {"nst": ("nst.ratio_loop", "nst.ratio_bmm", "nst.peak_mb"),  # of every machine
+        "crd": ("crd.ratio_gather", "crd.update_ms.4", "crd.update_ms.120"),
+        "mlm_head": ("mlm_head.ratio_all",), "hinge": (),
+        "step": ("step.ratio_fp32", "step.kd_share_fp32", "step.kd_share"),
+        "finetune": tuple(f"finetune.ratio_fp32.{name}" for name in bench.LENGTHS),
+        "xdbert": tuple(f"xdbert.{name}.{used}" for used in (7, 4) for name in ("empty", "ratio_fp32")),
+        "text": ("text.mb_per_s", "text.encode_batch_mb_per_s")}
+BF16 = ("step.ratio_bf16", "step.kd_share_bf16",
+        *(f"finetune.{number}.{name}" for number in ("ratio_bf16", "bf16") for name in bench.LENGTHS),
+        *(f"xdbert.{number}.{used}" for number in ("ratio_bf16", "ratio_bf16_equal") for used in (7, 4)))
 LANGUAGE = BERTConfig(vocab_size=100, layers=2, hidden=48, heads=3, intermediate=64, max_positions=80)
-CLIP = CLIPConfig(vocab_size=90, layers=2, hidden=32, heads=2, intermediate=64, positions=6, projection=24)
+CLIP = CLIPConfig(vocab_size=90, layers=2, hidden=32, heads=2, intermediate=64, positions=18, projection=24)
+SHORT = replace(CLIP, positions=6)
 XDBERT = partial(bench.bench_xdbert, language=LANGUAGE, clip=CLIP, T=80)
 
 
+def run(monkeypatch, instructions, **changes):
+    """bench.main at small sizes on a CPU of these instruction sets."""
+    monkeypatch.setattr(bench, "cpu", lambda: ("a CPU", instructions))
+    monkeypatch.setattr(bench, "peak_flops", lambda device, dtype: 1e11)
+    monkeypatch.setitem(bench.SECTIONS, "xdbert", (XDBERT, 55))
+    monkeypatch.setitem(bench.SECTIONS, "text", (partial(bench.bench_text, size=50_000), 5))
+    return bench.main(replace(SMALL, **changes))
+
+
 def test_every_section_runs_and_writes_its_numbers(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(bench.SECTIONS, "xdbert", XDBERT)
+    kept, inside = {}, []
+    monkeypatch.setattr(bench, "keep_freed_memory", lambda keep=True: inside.append(keep))
+    show = bench.show
+    monkeypatch.setattr(bench, "show", lambda title, *args: (kept.update({title.split()[0]: inside[-1]}),
+                                                             show(title, *args)))
     path = tmp_path / "bench.json"
-    out = bench.main(replace(SMALL, only=",".join(NUMBERS), json=str(path)))
-    written = json.loads(path.read_text())
-    for name in sum(NUMBERS.values(), ()):
-        assert math.isfinite(out[name]) and out[name] > 0 and written[name] == out[name], name
+    out = run(monkeypatch, {"avx512_bf16"}, only=",".join(BOTH), json=str(path))
+    written, printed = json.loads(path.read_text()), capsys.readouterr().out
+    numbers = {*sum(BOTH.values(), ()), *BF16}
+    assert numbers == set(out) - {"machine", "table"}
+    assert all(math.isfinite(out[name]) and out[name] > 0 and written[name] == out[name] for name in numbers)
     rows = [row for section in out["table"].values() for row in section.values()]
     assert len(rows) >= 20 and all(0 < row["low"] <= row["ms"] <= row["high"] for row in rows)
-    printed = capsys.readouterr().out
-    assert torch.__version__ in printed and "AMX" in printed and "scaled to the batch" in printed
-    loop, *_, ours = out["table"]["nst, gaussian kernel: B 4, T 8, d 64"].values()
+    assert torch.__version__ in printed and "a CPU" in printed and "no AMX" in printed
+    assert "scaled to the batch" in printed and "no rows in bf16" not in printed
+    assert "nst: 0 % done, about 3m" in printed and "text: 9" in printed
+    # freed memory goes back to the system but in the steps as the scripts run them
+    assert kept == {"nst,": False, "crd:": False, "mlm_head:": False, "hinge,": False, "step:": True,
+                    "finetune:": True, "xdbert:": True}
+
+    def section(title):
+        return next(rows for name, rows in out["table"].items() if name.startswith(title))
+    loop, *_, ours = section("nst, gaussian").values()
     assert out["nst.ratio_loop"] == loop["ms"] / ours["ms"] and out["nst.peak_mb"] == ours["peak_mb"]
-    rows = next(section for title, section in out["table"].items() if title.startswith("finetune"))
-    plain, ours = rows["all padded to 8, fp32"], rows["ours, sst2, fp32"]
+    plain, ours = (section("finetune")[name] for name in ("all padded to 8, fp32", "ours, sst2, fp32"))
     assert out["finetune.ratio_fp32.sst2"] == ours["ratio"] == plain["ms"] / ours["ms"]
     assert ours["examples_per_s"] == 1e3 * SMALL.batch / ours["ms"] and "ratio" not in plain
+    plain, ours = (section("step")[name] for name in ("released structure, fp32", "ours, bf16"))
+    assert out["step.ratio_bf16"] == plain["ms"] / ours["ms"]
 
 
-def test_text_prints_both_rates(tmp_path, capsys):
+def test_rows_in_bf16_are_left_out_where_the_cpu_has_no_instructions(capsys, monkeypatch):
+    out = run(monkeypatch, {"avx2"}, only=STEPS)
+    assert capsys.readouterr().out.count("no rows in bf16: this CPU has no instructions for it") == 1
+    assert {*sum((BOTH[name] for name in STEPS.split(",")), ())} == set(out) - {"machine", "table"}
+    assert "bf16" not in json.dumps(out["table"])
+
+
+def test_bf16_is_asked_of_the_cpu(monkeypatch, tmp_path):
+    for names, wanted in (({"avx512f", "avx2"}, False), ({"avx512_bf16"}, True), ({"amx_bf16"}, True),
+                          ({"asimd", "bf16"}, True)):
+        monkeypatch.setattr(bench, "cpu", lambda: ("", names))
+        assert ("bf16" in bench.kinds_of(CPU)) == wanted
+        assert "bf16" in bench.kinds_of(torch.device("cuda"))
+    monkeypatch.undo()
+    for word in ("flags", "Features"):
+        path = tmp_path / word
+        path.write_text(f"processor\t: 0\nmodel name\t: A CPU\n{word}\t\t: fpu some_bf16\n\n")
+        monkeypatch.setattr(bench, "Path", lambda name: path)
+        name, instructions = bench.cpu()
+        assert name == "A CPU" and {"fpu", "some_bf16"} <= instructions
+    known = {"arm_bf16": True, "sve": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
+    assert "arm_bf16" in bench.cpu()[1] and "sve" not in bench.cpu()[1]
+
+
+def test_text_reads_a_file_and_writes_one_of_the_size_asked(tmp_path, capsys):
     source = tmp_path / "text.txt"
-    bench.write_text(source, 200_000)
-    assert 150_000 < source.stat().st_size < 250_000
-    out = bench.main(replace(SMALL, only="text", text=str(source)))
-    assert out["text.mb_per_s"] > 0 and out["text.encode_batch_mb_per_s"] > 0
-    assert "encode_batch" in capsys.readouterr().out
+    bench.write_text(source, 20_000)
+    assert 15_000 < source.stat().st_size < 25_000
+    bench.bench_text(replace(SMALL, text=str(source)), CPU, {}, size=10_000)
+    assert f"{source}: encode_batch" in capsys.readouterr().out
 
 
 def test_nst_forms_equal_the_equation():
@@ -74,8 +127,9 @@ def test_nst_forms_equal_the_equation():
         S, T = S.T, T.T
         wanted += sum(k(a, b) for a in S for b in S) / 9 + sum(k(a, b) for a in T for b in T) / 9
         wanted -= 2 * sum(k(a, b) for a in S for b in T) / 9
-    assert bench.nst_loop(s, t, bench.gaussian_broadcast).item() == pytest.approx(wanted / 2, rel=1e-12)
-    assert bench.nst_batched(s, t, bench.squared_distances).item() == pytest.approx(wanted / 2, rel=1e-12)
+    assert bench.nst_loop(s, t, bench.KERNELS["gaussian"]).item() == pytest.approx(wanted / 2, rel=1e-12)
+    for distances in bench.DISTANCES.values():
+        assert bench.nst_batched(s, t, distances).item() == pytest.approx(wanted / 2, rel=1e-12)
 
 
 def test_crd_gather_equals_a_literal_eq_8():
@@ -97,7 +151,7 @@ def test_crd_gather_equals_a_literal_eq_8():
 
 
 def test_eager_bert_equals_ours_and_trains_its_own_weights():
-    ours = BERT(bench.bert_config(SMALL)).eval()
+    ours = BERT(model_config(SMALL.model, SMALL.vocab)).eval()
     eager = bench.eager(copy.deepcopy(ours)).eval()
     ids = torch.randint(SMALL.vocab, (2, 8))
     assert torch.allclose(eager(ids), ours(ids), atol=1e-5)
@@ -110,20 +164,16 @@ def pair_models():
     """(ReleasedXDBERT, adapt_xdbert.Adapter), on the same weights, without dropout."""
     torch.manual_seed(0)
     ours = adapt_xdbert.Adapter(adapt_xdbert.Config(), BERT(replace(LANGUAGE, dropout=0.0), pooler=True),
-                                CLIPText(CLIP), None)
+                                CLIPText(SHORT), None)
     return bench.ReleasedXDBERT(ours), ours
-
-
-def loss_of(ours, batch):
-    return sum(ours(batch, {name: len(batch[f"{name}_targets"]) for name in ours.names}).values())
 
 
 @pytest.mark.parametrize("used", [4, 7, 9])
 def test_released_xdbert_has_our_loss_and_our_gradient(used):
     """Also the gradient of the maps that we join and it has apart."""
     released, ours = pair_models()
-    theirs, batch = bench.made_pairs(LANGUAGE, CLIP, 12, 9, used, CPU)
-    wanted = loss_of(ours, batch)
+    theirs, batch = bench.made_pairs(LANGUAGE, SHORT, 12, 9, used, CPU)
+    wanted = sum(ours(batch, {name: len(batch[f"{name}_targets"]) for name in ours.names}).values())
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.requires_grad}
     ours.zero_grad()
@@ -133,7 +183,7 @@ def test_released_xdbert_has_our_loss_and_our_gradient(used):
     found = {name: p.grad for name, p in ours.named_parameters() if p.grad is not None}
     for name, wanted in gradients.items():
         if name not in found:  # a joined map: its parts are in the released model's twin of its module
-            *path, kind = name.removeprefix("encoder.").split(".")
+            *path, kind = name.removeprefix("encoder.").replace("layer.attention", "attention").split(".")
             twin = released.get_submodule(".".join(path[:-1]))
             maps = twin.maps[1:] if path[-1] == "key_value" else twin.maps
             found[name] = torch.cat([getattr(part, kind).grad for part in maps])
@@ -144,8 +194,7 @@ def test_released_xdbert_has_our_loss_and_our_gradient(used):
 def test_released_xdbert_shares_our_memory_and_leaves_our_layers():
     released, ours = pair_models()
     before = {name: value.clone() for name, value in ours.state_dict().items()}
-    step = bench.training_step(released, lambda: released(bench.made_pairs(LANGUAGE, CLIP, 12, 9, 4, CPU)[0]))
-    step()
+    bench.training_step(released, lambda: released(bench.made_pairs(LANGUAGE, SHORT, 12, 9, 4, CPU)[0]))()
     still = [name for name, value in ours.state_dict().items() if torch.equal(value, before[name])]
     assert sorted(still) == ["encoder.clip.logit_scale", "encoder.language.pooler.bias",
                              "encoder.language.pooler.weight"]  # what no term reads
@@ -153,7 +202,7 @@ def test_released_xdbert_shares_our_memory_and_leaves_our_layers():
 
 
 def test_made_pairs_are_two_forms_of_the_same_texts():
-    theirs, ours = bench.made_pairs(LANGUAGE, CLIP, 12, 9, 7, CPU)
+    theirs, ours = bench.made_pairs(LANGUAGE, SHORT, 12, 9, 7, CPU)
     assert theirs["clip_ids"].shape == (18, 6) and ours["clip_ids"].shape == (14, 6)
     assert theirs["clip_mask"].sum(1).tolist() == [42, 42] == ours["clip_mask"].sum(1).tolist()
     assert torch.equal(theirs["clip_ids"].view(2, 54)[theirs["clip_mask"]], ours["clip_ids"].flatten())
@@ -168,41 +217,40 @@ def test_made_pairs_are_two_forms_of_the_same_texts():
     assert theirs["matched"].tolist() == [0, 1]
 
 
-def test_padding_that_the_released_structure_sees_gets_no_ratio(monkeypatch):
-    forward = CrossEncoder.forward
-    monkeypatch.setattr(CrossEncoder, "forward", lambda self, h, c, mask, clip_mask, *wanted:
-                        forward(self, h, c, mask, None, *wanted))
-    with pytest.raises(SystemExit, match="7 of 9: plain form and ours differ"):
-        XDBERT(SMALL, CPU, {"table": {}})
-
-
 def test_released_nst_has_the_polynomial_gradient():
     s, t = torch.randn(3, 6, 4, requires_grad=True), torch.randn(3, 6, 4)
-    released = bench.nst_loop(s, t, bench.poly_broadcast, teacher_term=False)
+    released = bench.nst_loop(s, t, bench.KERNELS["poly"], teacher_term=False)
     ours = losses.nst(s, t, torch.ones(3, 6, dtype=torch.bool), "poly")
     assert torch.allclose(*(torch.autograd.grad(x, s)[0] for x in (released, ours)), atol=1e-6)
 
 
-def test_unlike_things_get_no_ratio(monkeypatch):
-    nst = losses.nst
-    monkeypatch.setattr(losses, "nst", lambda *args, **kwargs: 1.01 * nst(*args, **kwargs))
-    with pytest.raises(SystemExit, match="loop: plain form and ours differ"):
-        bench.main(replace(SMALL, only="nst"))
+@pytest.mark.parametrize("only, wrong, message", [
+    ("nst", "nst", r"loop over samples \(\*\)"), ("crd", "crd", "gather for each anchor"),
+    ("mlm_head", "mlm", "logits at all positions"), ("hinge", "hinge_all", r"loop over samples \(\*\)")])
+def test_a_loss_unlike_its_plain_form_gets_no_ratio(only, wrong, message, monkeypatch):
+    loss = getattr(losses, wrong)
+    monkeypatch.setattr(losses, wrong, lambda *args, **kwargs: 1.01 * loss(*args, **kwargs))
+    with pytest.raises(SystemExit, match=f"{message}.*: plain form and ours differ"):
+        run(monkeypatch, set(), only=only)
 
 
-def test_padding_that_changes_the_loss_gets_no_ratio(monkeypatch):
-    forward = BERT.forward
-    monkeypatch.setattr(BERT, "forward", lambda self, ids, mask, segments: forward(self, ids, None, segments))
-    with pytest.raises(SystemExit, match="sst2: plain form and ours differ"):
-        bench.main(replace(SMALL, only="finetune", tokens=32))
+def test_a_step_unlike_its_plain_form_gets_no_ratio(monkeypatch):
+    """Other states; and padding that only one of the two forms sees."""
+    eager, bert, cross = bench.EagerLayer.forward, BERT.forward, CrossEncoder.forward
+    for only, model, forward, what in (
+            ("step", bench.EagerLayer, lambda self, *args: 1.01 * eager(self, *args), "states"),
+            ("finetune", BERT, lambda self, ids, mask, segments: bert(self, ids, None, segments), "sst2"),
+            ("xdbert", CrossEncoder, lambda self, h, c, mask, clip_mask, *wanted:
+             cross(self, h, c, mask, None, *wanted), "7 of 9")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=f"{what}: plain form and ours"):
+            patch.setattr(model, "forward", forward)
+            run(patch, set(), only=only, tokens=32)
 
 
 def test_made_examples_are_as_long_as_told():
     lengths = np.array([5, 7, 12, 40])
-    for name in ("rte", "sst2"):
-        examples = bench.made_examples(TASKS[name], lengths, replace(SMALL, tokens=20))
-        assert examples.lengths.tolist() == [5, 7, 12, 20] and examples.unknown < 0.1
-        assert examples.batch([2])["segments"].sum() == (3 if name == "rte" else 0)  # 9 words: 7 + 2, [SEP]
+    examples = bench.made_examples(lengths, replace(SMALL, tokens=20))
+    assert examples.lengths.tolist() == [5, 7, 12, 20] and examples.unknown == 0
 
 
 def test_lengths_are_those_of_the_real_training_sets(real_data):
@@ -210,21 +258,22 @@ def test_lengths_are_those_of_the_real_training_sets(real_data):
     for name in ("rte", "cola"):  # SST-2 was measured alike; its 67,349 would take seconds
         path = find_file(TASKS[name], real_data, "train.tsv")
         lengths = load_examples(TASKS[name], path, vocab, 128, "", "train").lengths
-        assert np.quantile(lengths, np.linspace(0, 1, 21)).round().tolist() == list(bench.LENGTHS[name][1])
+        assert np.quantile(lengths, np.linspace(0, 1, 21)).round().tolist() == list(bench.LENGTHS[name])
 
 
-def test_slow_runs_have_two_rounds_and_a_number_of_repeats_is_kept(monkeypatch):
-    calls, taken = [], {"slow": 0.6, "often": 0.6, "short": 0.02, "endless": 10}
-    monkeypatch.setattr(bench, "seconds", lambda run, device, repeats=1: calls.append((run(), repeats))
-                        or taken[run()])
-    variants = {"slow": (lambda: "slow", 1), "often": (lambda: "often", 1, 5), "short": (lambda: "short", 1),
-                "endless": (lambda: "endless", 1)}
-    wanted = (("slow", 1), ("often", 5), ("short", 2), ("endless", 1))
-    bench.measure("x", variants, CPU, 3)
-    assert [calls.count(call) for call in wanted] == [4, 2, 3, 2]  # the warm-up's runs among them
-    calls.clear()
-    bench.measure("x", variants, CPU, 3, warm=["slow", "short", "endless"])
-    assert [calls.count(call) for call in wanted] == [2, 2, 2, 1]
+def test_warm_up_is_thrown_away_and_slow_runs_have_fewer_rounds(monkeypatch):
+    """And a scaled loop is reported for the batch."""
+    clock, calls = {"short": [0.4, 0.02, 0.01, 0.03, 0.02], "half": [0.6, 0.7, 0.8], "slow": [2.0]}, []
+
+    def seconds(run, device, repeats=1):
+        calls.append((run(), repeats))
+        return clock[run()].pop(0)
+    monkeypatch.setattr(bench, "seconds", seconds)
+    rows = bench.measure({name: lambda name=name: name for name in clock}, CPU, 3, {"slow": 16})
+    assert calls == [("short", 1), ("short", 1), ("half", 1), ("slow", 1), ("short", 2), ("half", 1),
+                     ("short", 2), ("half", 1), ("short", 2)]
+    assert [[row[key] for key in ("low", "ms", "high")] for row in rows.values()] == [
+        [10, 20, 30], [700, 750, 800], [32_000] * 3]
 
 
 def test_peak_memory_is_exact():
@@ -233,18 +282,12 @@ def test_peak_memory_is_exact():
         del a
         c = torch.ones(1_000_000)
         del b, c
-    assert bench.peak_mb(run, CPU) == 8.0
+    assert bench.first_run(run, CPU)[1] == 8.0
 
 
-def test_a_scaled_loop_is_reported_for_the_batch(monkeypatch):
-    monkeypatch.setattr(bench, "seconds", lambda run, device, repeats=1: 0.25)
-    row = bench.measure("x", {"loop": (lambda: None, 16)}, CPU, 3)["loop"]
-    assert row["ms"] == row["low"] == row["high"] == 4000.0
-
-
-@pytest.mark.parametrize("wrong, message", [(dict(only="nst,foo"), "--only"), (dict(rounds=0), "--rounds"),
-                                            (dict(batch=1), "--batch"), (dict(rows=2), "--rows"),
-                                            (dict(only="finetune", tokens=4), "--tokens 4")])
-def test_bad_flags_are_named(wrong, message):
-    with pytest.raises(SystemExit, match=message):
-        bench.main(replace(SMALL, **wrong))
+@pytest.mark.parametrize("wrong", ["--only nst,foo", "--rounds 0", "--batch 1", "--rows 2", "--tokens 4",
+                                   "--vocab 9", "--model 6L"])
+def test_bad_flags_are_named(wrong):
+    flag = wrong.split()[0]
+    with pytest.raises(SystemExit, match=flag.removeprefix("--")):
+        parse_cli(bench.Config, bench.PRESETS, wrong.split())
