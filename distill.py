@@ -58,7 +58,7 @@ class Config:
     nst_kernel: str = "gaussian"  # k of Eq. 7: gaussian (sigma 1), poly or linear
     nst_normalize: bool = True  # L2-normalise a neuron's pattern; false = Eq. 7 as printed: gradient vanishes
     crd_level: str = "token"  # an anchor is a token, or a sentence = the mean over its real tokens
-    crd_tokens: int = 192  # anchors of the global batch, token level
+    crd_tokens: int = 384  # anchors of the global batch, token level
     crd_negatives: int = 512  # N of Eq. 8, shared by the batch
     crd_dim: int = 128  # E: width of f_1 and f_2
     crd_tau: float = 0.07  # temperature
@@ -78,7 +78,7 @@ class Config:
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: float = 60  # linear warm-up; below 1 = a share of the steps
-    max_steps: int = 600  # then linearly to 0; 0 = as many as --epochs takes
+    max_steps: int = 540  # then linearly to 0; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the corpus, where max_steps is 0
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
@@ -91,9 +91,9 @@ class Config:
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     # logging
     log_every: int = 25  # steps a log line
-    grad_every: int = 200  # steps between measurements of each term's gradient; a multiple of log_every
-    eval_every: int = 200  # steps between evaluations
-    save_every: int = 200  # steps between checkpoints
+    grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
+    eval_every: int = 100  # steps between evaluations
+    save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
         chosen = self.objective.split("+")
