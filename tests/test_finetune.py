@@ -8,11 +8,13 @@ import functools
 import io
 import json
 import math
+import os
 import re
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from test_scripts import refused, stop_at
 import common
 import distill
 import finetune
+import run as run_room
 import teacher
 from model import BERT, XDBERT, BERTConfig, CLIPText, VideoEncoder
 from parts.examples import decide, load_examples
@@ -32,33 +35,49 @@ from parts.tasks import DEMO_TASKS, DIAGNOSTIC, TASKS, find_file, measure, write
 from parts.vocab import CLIPVocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_task_model, load_xdbert, save_bert,
                            save_clip, save_video_encoder)
-from run import Ranks, save_checkpoint
+from prepare import chain
+from run import Ranks
 
-WORLD = Ranks(0, 1, torch.device("cpu"))
-LEARNED = "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1"  # in no order of the papers
-
-
-# what the others learn: each kind of task once, beside those that have two sets or an odd form
-OTHERS = {"electra": "stsb,piqa,squad2", "clip": "mnli,read,piqa", "cross": "stsb,swag,sst2"}
-
-
-def learn(request, encoder, tasks):
-    """({task: its summary}, what was printed) of one command that learns tasks of tiny_tasks."""
-    folder = request.getfixturevalue("tmp_path_factory").mktemp(f"trained_{encoder}")
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
-        patch.chdir(folder)
-        summaries = finetune.main(tuning_config(request, tasks, encoder, out_dir=str(folder / "runs")))
-    return {summary["task"]: summary for summary in summaries}, printed.getvalue()
+ONE = Ranks(0, 1, torch.device("cpu"))
+SHORT = dict(max_steps=8, log_every=2, save_every=2)
+# with BERT every kind of task, in no order of the papers; with the others each kind once, beside those that
+# have two sets or an odd form
+LEARNED = {"bert": "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1", "electra": "stsb,piqa,squad2",
+           "clip": "mnli,read,piqa", "cross": "stsb,swag,sst2"}
 
 
-@pytest.fixture(scope="module")
-def trained(request):
-    return learn(request, "bert", LEARNED)
+@pytest.fixture(scope="module", autouse=True)
+def files_need_not_outlive_a_power_cut():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 @pytest.fixture(scope="module")
-def trained_others(request):
-    return {encoder: learn(request, encoder, tasks) for encoder, tasks in OTHERS.items()}
+def learn(request):
+    """Function encoder -> ({task: its summary}, what was printed) of one command that learns its tasks."""
+    @functools.cache
+    def learn(encoder):
+        folder = request.getfixturevalue("tmp_path_factory").mktemp(f"trained_{encoder}")
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+            patch.chdir(folder)
+            flags = dict(max_steps=60) if encoder == "cross" else {}
+            summaries = finetune.main(tuning_config(request, LEARNED[encoder], encoder, **flags,
+                                                    out_dir=str(folder / "runs")))
+        return {summary["task"]: summary for summary in summaries}, printed.getvalue()
+    return learn
+
+
+@pytest.fixture(scope="module")
+def trained(learn):
+    """Function (task, encoder) -> the results of its run."""
+    return lambda task, encoder="bert": only([learn(encoder)[0][task]])
+
+
+@pytest.fixture
+def tune(finetune_config):
+    """Function (task, encoder, flags) -> the results of its only run."""
+    return lambda *args, **flags: only(finetune.main(finetune_config(*args, **flags)))
 
 
 def only(summaries):
@@ -79,8 +98,19 @@ def spy(monkeypatch, name, what):
     return seen
 
 
+@contextlib.contextmanager
+def nothing_is_trained():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune.Objective, "forward", None)
+        yield
+
+
 def weights(run):
-    return (Path(run["folder"]) / "model" / "model.safetensors").read_bytes()
+    return Path(run["folder"], "model", "model.safetensors").read_bytes()
+
+
+def tensors(run):
+    return load_file(Path(run["folder"], "model", "model.safetensors"))
 
 
 def outcome(run):
@@ -89,7 +119,9 @@ def outcome(run):
 
 
 def curve(run):
-    return [{k: v for k, v in line.items() if k != "memory_mb"} for line in log_lines(Path(run["folder"]))]
+    """The lines of a run's log, without speed and memory."""
+    return [{k: v for k, v in line.items() if k not in ("memory_mb", "examples_per_s", "mfu")}
+            for line in log_lines(Path(run["folder"]))]
 
 
 def column(path, name):
@@ -98,132 +130,118 @@ def column(path, name):
     return [row[header.index(name)] for row in rows]
 
 
-def learned(scores):
+def learned(run):
     """Every metric of every set is perfect, as far as it can be."""
-    for found in scores.values():
+    for found in run["scores"].values():
         for metric, value in found.items():
             if metric == "rmse":
-                assert value < 0.3, scores
+                assert value < 0.3, found
             elif metric in ("pearson", "spearman"):  # the ranks of equal labels are ties, those of scores not
-                assert value > (99 if metric == "pearson" else 95), scores
+                assert value > (99 if metric == "pearson" else 95), found
             elif "thresh" not in metric and "total" not in metric:
-                assert value == pytest.approx(100), (metric, scores)
+                assert value == pytest.approx(100), (metric, found)
+    assert run["collapsed"] == ""
+
+
+def evaluated(run, tiny_tasks):
+    """(model, the task's dev set) of a run's own folder."""
+    folder, task = Path(run["folder"], "model"), TASKS[run["task"]]
+    model, settings = load_task_model(folder)
+    beside = finetune.config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
+    return model, load_examples(task, find_file(task, tiny_tasks, task.evals[""]),
+                                finetune.config_and_vocab(folder)[1], settings["max_length"], "", "dev",
+                                beside=beside)
 
 
 # ---------------------------------------------------------------------------- learning
 
 
-@pytest.mark.parametrize("task", sorted(LEARNED.split(",")))
-def test_head_learns_its_task(trained, task):
-    run = only([trained[0][task]])
-    learned(run["scores"])
-    assert run["score"] == run["scores"][""][TASKS[task].metrics[0]] and run["collapsed"] == ""
+@pytest.mark.parametrize("encoder, task", [(encoder, task) for encoder, tasks in LEARNED.items()
+                                           for task in sorted(tasks.split(","))])
+def test_head_learns_its_task(learn, trained, tiny_tasks, encoder, task):
+    """On BERT, ELECTRA, CLIP's text tower, and X-BERT, in which the sentences fill segments of both kinds."""
+    run = trained(task, encoder)
+    learned(run)
+    assert run["score"] == run["scores"][""][TASKS[task].metrics[0]]
     first, *_, last = curve(run)
     assert last["loss"] < first["loss"] / 4
-
-
-@pytest.mark.parametrize("encoder, task", [(encoder, task) for encoder, tasks in OTHERS.items()
-                                           for task in tasks.split(",")])
-def test_other_encoders_learn(trained_others, tiny_tasks, encoder, task):
-    """ELECTRA, CLIP's text tower, and X-BERT, in which the sentences fill segments of both kinds."""
-    run = only([trained_others[encoder][0][task]])
-    learned(run["scores"])
-    model, examples = evaluated(run, task, tiny_tasks)
-    assert run["collapsed"] == ""
-    assert run["model"] == ("tiny-cross" if encoder == "cross" else f"tiny_{encoder}")
-    assert type(model.encoder) is {"electra": BERT, "clip": CLIPText, "cross": XDBERT}[encoder]
-    if task == "sst2":  # sentences of one segment, of two, and some that are cut
+    model, examples = evaluated(run, tiny_tasks)
+    assert run["model"] == {"bert": "tiny", "cross": "tiny-cross"}.get(encoder, f"tiny_{encoder}")
+    assert type(model.encoder) is {"clip": CLIPText, "cross": XDBERT}.get(encoder, BERT)
+    if (encoder, task) == ("cross", "sst2"):  # sentences of one segment, of two, and some that are cut
         second = examples.clip[2][:, 1] >= 0
         assert second.any() and not second.all() and examples.clip_truncated == 5
-        assert re.search(r"SST-2: .*, \d+ cut to twice 9 of CLIP's tokens a sentence\n",
-                         trained_others["cross"][1])
+        assert re.search(r"SST-2: .*, \d+ cut to twice 9 of CLIP's tokens a sentence\n", learn("cross")[1])
 
 
-@pytest.mark.parametrize("encoder, task", [("bert", "sst2"), ("bert", "swag"), ("clip", "rte"),
-                                           ("cross", "rte")])
-def test_mean_pooling_learns(finetune_config, encoder, task):
-    run = only(finetune.main(finetune_config(task, encoder, pool="mean")))
-    learned(run["scores"])
+@pytest.mark.parametrize("encoder, task", [("bert", "sst2"), ("bert", "swag"), ("clip", "read"),
+                                           ("cross", "piqa")])
+def test_mean_pooling_learns(tune, encoder, task):
+    run = tune(task, encoder, pool="mean", max_steps=40)
+    learned(run)
     model, _ = load_task_model(Path(run["folder"], "model"))
     assert model.pool == "mean" and not any("pooler" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("task", ["rte", "stsb", "squad2"])
-def test_bfloat16_learns(finetune_config, trained, task):
-    run = only(finetune.main(finetune_config(task, dtype="bfloat16")))
-    learned(run["scores"])
-    mine, exact = (curve(run)[0]["loss"] for run in (run, only([trained[0][task]])))
+def test_bfloat16_learns(tune, trained, task):
+    run = tune(task, dtype="bfloat16")
+    learned(run)
+    mine, exact = (curve(run)[0]["loss"] for run in (run, trained(task)))
     assert mine != exact and mine == pytest.approx(exact, rel=0.1)
 
 
-@pytest.mark.parametrize("pool", ["cls", "mean"])
-def test_frozen_encoder_is_bit_equal_to_the_start(finetune_config, tiny_bert, pool):
-    run = only(finetune.main(finetune_config("sst2", freeze=True, pool=pool, max_steps=5)))
-    before, after = (load_file(Path(folder, "model.safetensors")) for folder in
-                     (tiny_bert, Path(run["folder"], "model")))
-    encoder = {name for name in before if "pooler" not in name}
-    assert encoder <= {name.removeprefix("bert.") for name in after} and len(encoder) == 21
-    for name in encoder:
-        assert torch.equal(before[name], after["bert." + name]), name
-    assert after["classifier.bias"].abs().min() > 0  # it starts at 0
-    assert ("bert.pooler.dense.bias" in after) == (pool == "cls")
-    if pool == "cls":
-        assert after["bert.pooler.dense.bias"].abs().sum() > 0
+@pytest.fixture
+def changes(request, tune):
+    """Function (task, encoder, flags) -> (tensors of the encoder that five steps began with and ended with,
+    tensors of the head)."""
+    def changes(task, encoder, **flags):
+        start = Path(flags.get("model") or request.getfixturevalue(f"tiny_{encoder}"))
+        load = {"bert": load_bert, "clip": load_clip, "cross": load_xdbert}[encoder]
+        before = load(start / "model" if encoder == "cross" else start)
+        model, _ = load_task_model(Path(tune(task, encoder, **flags, max_steps=5)["folder"], "model"))
+        return before.state_dict(), model.encoder.state_dict(), model.classifier.state_dict()
+    return changes
 
 
-def states(folder, run):
-    """Tensors of the X-BERT or CLIP of `folder`, and of what a run made of it, head included."""
-    before = (load_xdbert if Path(folder, "cross.json").exists() else load_clip)(folder)
-    model, _ = load_task_model(Path(run["folder"], "model"))
-    return before.state_dict(), model.encoder.state_dict(), model.classifier.state_dict()
-
-
-@pytest.mark.parametrize("encoder", ["clip", "cross"])
-def test_frozen_encoder_of_another_kind_leaves_pooler_and_head(finetune_config, tiny_clip, tiny_cross,
-                                                               encoder):
-    run = only(finetune.main(finetune_config("rte", encoder, freeze=True, max_steps=5)))
-    before, after, head = states(tiny_clip if encoder == "clip" else tiny_cross / "model", run)
-    assert {name for name in after if name not in before} == {
-        "clip": set(), "cross": {"pooler.weight", "pooler.bias"}}[encoder]
+@pytest.mark.parametrize("encoder, pool, trains", [
+    ("bert", "cls", {"pooler.weight", "pooler.bias"}), ("bert", "mean", set()), ("clip", "cls", set()),
+    ("cross", "cls", {"pooler.weight", "pooler.bias"})])
+def test_frozen_encoder_is_bit_equal_to_the_start(changes, encoder, pool, trains):
+    before, after, head = changes("rte", encoder, freeze=True, pool=pool)
+    assert len(before) > 15 and after.keys() - before.keys() == trains
     assert all(torch.equal(before[name], after[name]) for name in before)
+    for bias in (head["bias"], *(after[name] for name in trains if name.endswith("bias"))):
+        assert bias.abs().max() > 0  # they start at 0
     assert head["bias"].abs().min() > 0
-    if encoder == "cross":
-        assert after["pooler.bias"].abs().max() > 0  # it starts at 0
 
 
-def test_layer_decay_spares_the_cross_modal_layers(finetune_config, tiny_cross):
-    run = only(finetune.main(finetune_config("rte", "cross", layer_decay=0.01, max_steps=5)))
-    before, after, _ = states(tiny_cross / "model", run)
-
-    def moved(name):
-        return (after[name] - before[name]).abs().max().item()
-    for side, norm in (("language", "embeddings.norm.bias"), ("clip", "embeddings.position.weight")):
-        embeddings, layer = moved(f"{side}.{norm}"), moved(f"{side}.layers.0.output_norm.bias")
-        assert 0 < embeddings < layer / 10 and layer < moved("cross.text.0.layer.output_norm.bias") / 10
-    for name in ("cross.text.0.cross_norm.bias", "cross.text.1.layer.output_norm.bias",
-                 "cross.clip.0.layer.output_norm.bias"):
-        assert moved(name) > 0.1 * QUICK_TUNING["lr"]
-    # what the text stream never reads stays
-    assert moved("clip.logit_scale") == moved("cross.clip.1.layer.output_norm.bias") == 0
-
-
-def test_layer_decay_moves_the_lower_layers_less(finetune_config, tiny_bert):
+def test_layer_decay_moves_the_lower_layers_less(changes, tiny_bert):
     vocab = load_vocab(tiny_bert)
     save_bert(BERT(BERTConfig(vocab.size, layers=2, hidden=32, heads=2, intermediate=64)), "two", vocab)
-    run = only(finetune.main(finetune_config("sst2", model="two", layer_decay=0.01, max_steps=5)))
-    before, after = (load_file(Path(folder, "model.safetensors")) for folder in
-                     ("two", Path(run["folder"], "model")))
-
-    def moved(name):
-        return (after["bert." + name] - before[name]).abs().max().item()
-    embeddings, lower, upper = map(moved, (  # these start at 0, where small steps are not rounded away
-        "embeddings.LayerNorm.bias", *(f"encoder.layer.{i}.output.LayerNorm.bias" for i in (0, 1))))
+    before, after, head = changes("sst2", "bert", model="two", layer_decay=0.01)
+    embeddings, lower, upper = ((after[name] - before[name]).abs().max() for name in (
+        # these start at 0, where small steps are not rounded away
+        "embeddings.norm.bias", "layers.0.output_norm.bias", "layers.1.output_norm.bias"))
     assert 0 < embeddings < lower / 10 and lower < upper / 10
-    assert upper < 0.1 * QUICK_TUNING["lr"] < after["classifier.bias"].abs().max()
+    assert upper < 0.1 * QUICK_TUNING["lr"] < head["bias"].abs().max()
+
+
+def test_layer_decay_spares_the_cross_modal_layers(changes):
+    before, after, _ = changes("rte", "cross", layer_decay=0.01)
+    moved = {name: (after[name] - x).abs().max() for name, x in before.items()}
+    for side, norm in (("language", "embeddings.norm.bias"), ("clip", "embeddings.position.weight")):
+        embeddings, layer = moved[f"{side}.{norm}"], moved[f"{side}.layers.0.output_norm.bias"]
+        assert 0 < embeddings < layer / 10 and layer < moved["cross.text.0.layer.output_norm.bias"] / 10
+    for name in ("cross.text.0.cross_norm.bias", "cross.text.1.layer.output_norm.bias",
+                 "cross.clip.0.layer.output_norm.bias"):
+        assert moved[name] > 0.1 * QUICK_TUNING["lr"]
+    # what the text stream never reads stays
+    assert moved["clip.logit_scale"] == moved["cross.clip.1.layer.output_norm.bias"] == 0
 
 
 def test_limit_draws_so_many_examples_anew_for_each_seed(finetune_config, monkeypatch):
-    seen = spy(monkeypatch, "finetune", lambda cfg, task, start, train, *_: train.ids)
+    seen = spy(monkeypatch, "fine_tune", lambda cfg, task, start, train, *_: train.ids)
     first, second = finetune.main(finetune_config("rte", limit=7, seeds=2, max_steps=2))[0]["runs"]
     assert first["examples"] == second["examples"] == 7
     assert [len(set(ids)) for ids in seen] == [7, 7] and set(seen[0]) != set(seen[1])
@@ -231,9 +249,8 @@ def test_limit_draws_so_many_examples_anew_for_each_seed(finetune_config, monkey
     assert seen[2] == seen[1]
 
 
-def test_steps_are_epochs_and_the_rate_rises_and_falls(finetune_config):
-    run = only(finetune.main(finetune_config("rte", max_steps=0, epochs=2.5, warmup_steps=0.25, log_every=1,
-                                             lr=1e-3)))
+def test_steps_are_epochs_and_the_rate_rises_and_falls(tune):
+    run = tune("rte", max_steps=0, epochs=2.5, warmup_steps=0.25, log_every=1, lr=1e-3)
     assert run["steps"] == 10 == math.ceil(2.5 * 64 / 16)
     rates = [line["lr"] for line in curve(run)]
     assert rates == pytest.approx([5e-4, 1e-3, *(1e-3 * (10 - step) / 8 for step in range(2, 10))])
@@ -241,61 +258,46 @@ def test_steps_are_epochs_and_the_rate_rises_and_falls(finetune_config):
 
 @pytest.mark.parametrize("encoder, task", [("bert", "mnli"), ("bert", "stsb"), ("bert", "swag"),
                                            ("bert", "squad2"), ("clip", "swag"), ("cross", "swag")])
-def test_accumulation_takes_the_same_steps(finetune_config, encoder, task, tmp_path):
-    flags = dict(encoder=encoder, dropout=0.0, max_steps=3, log_every=1, save_every=1, lr=1e-3,
-                 save_models=False)
-    one, four = (only(finetune.main(finetune_config(task, **flags, grad_accum=parts,
-                                                    out_dir=str(tmp_path / str(parts))))) for parts in (1, 4))
-    for a, b in zip(curve(one), curve(four)):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    assert len(curve(one)) == len(curve(four)) == 3
+def test_accumulation_takes_the_same_steps(tune, encoder, task):
+    flags = dict(dropout=0.0, max_steps=3, log_every=1, save_every=1, lr=1e-3, save_models=False)
+    one, four = (curve(tune(task, encoder, **flags, grad_accum=parts, out_dir=str(parts)))
+                 for parts in (1, 4))
+    assert len(one) == len(four) == 3
+    for a, b in zip(one, four):
+        assert [a[k] for k in ("loss", "grad_norm")] == pytest.approx([b[k] for k in ("loss", "grad_norm")],
+                                                                      rel=1e-4)
 
 
 # ---------------------------------------------------------------------------- evaluation
 
 
-def evaluated(run, task, tiny_tasks):
-    """(model, the task's dev set) of a run's own folder."""
-    folder = Path(run["folder"], "model")
-    model, settings = load_task_model(folder)
-    path = find_file(TASKS[task], tiny_tasks, TASKS[task].evals[""])
-    _, vocab = finetune.config_and_vocab(folder)
-    beside = finetune.config_and_vocab(folder / "clip") if isinstance(model.encoder, XDBERT) else ()
-    return model, load_examples(TASKS[task], path, vocab, settings["max_length"], "", "dev",
-                                         beside=beside)
-
-
 @pytest.mark.parametrize("encoder, task", [
     ("bert", "mnli"), ("bert", "stsb"), ("bert", "swag"), ("bert", "squad2"), ("clip", "mnli"),
     ("clip", "piqa"), ("cross", "sst2"), ("cross", "swag")])
-def test_evaluation_equals_one_example_at_a_time(trained, trained_others, tiny_tasks, encoder, task,
-                                                 monkeypatch):
+def test_evaluation_equals_one_example_at_a_time(trained, tiny_tasks, encoder, task, monkeypatch):
     """In batches, in the file's order; what is loaded from the run's folder predicts what its results say."""
-    run = only([({"bert": trained} | trained_others)[encoder][0][task]])
-    model, examples = evaluated(run, task, tiny_tasks)
+    run, close = trained(task, encoder), functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    model, examples = evaluated(run, tiny_tasks)
     model.train()
-    whole = finetune.evaluate(model, examples, torch.float32, WORLD)
+    whole = finetune.evaluate(model, examples, torch.float32, ONE)
     assert model.training
     model.eval()
-    for i in range(len(examples)):
+    for i, row in enumerate(whole):
         alone = model(**finetune.inputs(examples.batch([i]))).detach()[0]
         if task == "squad2":
-            assert torch.equal(whole[i, len(alone):], torch.full_like(whole[i, len(alone):], -math.inf))
-            torch.testing.assert_close(whole[i, :len(alone)], alone, rtol=1e-4, atol=1e-4)
-        else:
-            torch.testing.assert_close(whole[i], alone, rtol=1e-4, atol=1e-4)
+            assert (row[len(alone):] == -math.inf).all()
+            row = row[:len(alone)]
+        close(row, alone)
     monkeypatch.setattr("parts.examples.EVAL_TOKENS", 100)  # other batches
-    torch.testing.assert_close(finetune.evaluate(model, examples, torch.float32, WORLD), whole, rtol=1e-4,
-                               atol=1e-4)
+    close(finetune.evaluate(model, examples, torch.float32, ONE), whole)
     scores, _ = measure(TASKS[task], examples, decide(TASKS[task], examples, whole))
     assert scores == pytest.approx(run["scores"][""])
 
 
 def test_span_loss_is_the_mean_of_start_and_end_over_real_tokens(trained, tiny_tasks):
-    model, examples = evaluated(only([trained[0]["squad2"]]), "squad2", tiny_tasks)
+    model, examples = evaluated(trained("squad2"), tiny_tasks)
     batch = examples.batch(np.arange(6))
-    loss = finetune.Objective(model)(batch, 6)["task"]
+    loss = finetune.Objective(model)(batch, {"loss": 6})["loss"]
     expected = 0.0
     for i in range(6):
         n = batch["mask"][i].sum()
@@ -306,31 +308,29 @@ def test_span_loss_is_the_mean_of_start_and_end_over_real_tokens(trained, tiny_t
 
 
 @pytest.mark.parametrize("encoder, task", [("bert", "squad2"), ("clip", "stsb"), ("cross", "piqa")])
-def test_eval_only_measures_again_and_changes_nothing_else(finetune_config, monkeypatch, encoder, task):
+def test_eval_only_measures_again_and_changes_nothing_else(finetune_config, encoder, task):
     cfg = finetune_config(task, encoder, max_steps=5)
     run = only(finetune.main(cfg))
-    monkeypatch.setattr(finetune.Objective, "forward", None)  # nothing is trained
     before = {p: p.read_bytes() for p in Path(run["folder"]).rglob("*") if p.is_file()}
     shutil.rmtree(Path(run["folder"], "predictions"))
-    assert outcome(only(finetune.main(replace(cfg, eval_only=True)))) == outcome(run)
+    with nothing_is_trained():
+        assert only(finetune.main(replace(cfg, eval_only=True))) == run
     assert {p: p.read_bytes() for p in Path(run["folder"]).rglob("*") if p.is_file()} == before
 
 
 @pytest.mark.parametrize("labels", [("entailment", "neutral", "contradiction"),
                                     ("entailment", "not_entailment", "not_entailment")])
-def test_diagnostics_are_scored_by_category(trained, finetune_config, tiny_tasks, tmp_path, labels):
+def test_diagnostics_are_scored_by_category(trained, tune, tiny_tasks, labels):
     """With three-way labels, and with two-way ones, where neutral and contradiction are one."""
     three = ["entailment", "neutral", "contradiction"]
-    shutil.copytree(tiny_tasks / "glue" / "MNLI", tmp_path / "data" / "MNLI")
+    shutil.copytree(tiny_tasks / "glue" / "MNLI", "data/MNLI")
     source = tiny_tasks / "glue" / "diagnostic" / "diagnostic-full.tsv"
     header, *rows = [line.split("\t") for line in source.read_text().splitlines()]
     rows = [[*row[:-1], labels[three.index(row[-1])]] for row in rows]
     rows[0][-2] = "the cat not ran"  # the model will be wrong here
-    write_table(tmp_path / "data" / "diagnostic" / "diagnostic-full.tsv", header, *rows)
-    folder = tmp_path / "runs" / "mnli" / "s0"
-    shutil.copytree(only([trained[0]["mnli"]])["folder"], folder)
-    found = only(finetune.main(finetune_config("mnli", data_dir=str(tmp_path / "data"), eval_only=True,
-                                               out_dir=str(tmp_path / "runs"))))["scores"]["diagnostic"]
+    write_table(Path("data/diagnostic/diagnostic-full.tsv"), header, *rows)
+    shutil.copytree(trained("mnli")["folder"], "runs/mnli/s0")
+    found = tune("mnli", data_dir="data", eval_only=True, out_dir="runs")["scores"]["diagnostic"]
     assert len(found) == 8
     for i, name in enumerate(DIAGNOSTIC):
         tagged = [row for row in rows if row[i]]
@@ -340,20 +340,17 @@ def test_diagnostics_are_scored_by_category(trained, finetune_config, tiny_tasks
 
 
 def test_tracie_is_scored_by_comparator(trained, tiny_tasks):
-    model, examples = evaluated(only([trained[0]["tracie"]]), "tracie", tiny_tasks)
+    _, examples = evaluated(trained("tracie"), tiny_tasks)
     predictions = examples.labels.copy()
     ends = np.array(["ends" in row for row in examples.extra["comparator"]])
     predictions[np.flatnonzero(ends)[:2]] ^= 1
     scores, _ = measure(TASKS["tracie"], examples, predictions)
     assert scores == pytest.approx({"accuracy": 100 * 19 / 21, "accuracy of starts": 100,
                                     "accuracy of ends": 100 * (1 - 2 / ends.sum())})
-    assert set(only([trained[0]["tracie"]])["scores"][""]) == set(scores)
+    assert trained("tracie")["scores"][""].keys() == scores.keys()
 
 
 # ---------------------------------------------------------------------------- resume and reuse
-
-
-SHORT = dict(max_steps=8, log_every=2, save_every=2)
 
 
 @pytest.mark.parametrize("flags", [
@@ -361,24 +358,21 @@ SHORT = dict(max_steps=8, log_every=2, save_every=2)
     dict(tasks="squad2", dtype="bfloat16", limit=20), dict(tasks="swag", pool="mean"),
     dict(tasks="mnli", freeze=True, layer_decay=0.5), dict(tasks="rte", encoder="cross", dtype="bfloat16"),
     dict(tasks="piqa", encoder="clip", layer_decay=0.5)], ids=lambda flags: flags["tasks"])
-def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finetune_config, monkeypatch, tmp_path, flags,
-                                                          capsys):
-    whole, parts = (finetune_config(**flags, **SHORT, out_dir=str(tmp_path / name))
-                    for name in ("whole", "parts"))
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finetune_config, monkeypatch, flags, capsys):
+    whole, parts = (finetune_config(**flags, **SHORT, out_dir=name) for name in ("whole", "parts"))
     (expected,) = finetune.main(whole)
-    at = 5 + 8 * (len(expected["runs"]) - 1)  # in the last run, in the middle of a window of the log
+    finished = len(expected["runs"]) - 1
     with monkeypatch.context() as patch:
-        stop_at(patch, at)
+        stop_at(patch, 9 * finished + 5)  # in the last run, in the middle of a window of the log
         with pytest.raises(SystemExit) as stop:
             finetune.main(parts)
-    assert stop.value.code == 0
-    folder = tmp_path / "parts" / flags["tasks"] / f"s{len(expected['runs']) - 1}"
+    folder = Path("parts", flags["tasks"], f"s{finished}")
+    assert stop.value.code == 0 and not (folder / "results.json").exists()
     assert f"saved step 5 in {folder}; go on with the same command" in capsys.readouterr().out
-    assert not (folder / "results.json").exists()
     (found,) = finetune.main(parts)
-    assert len(found["runs"]) == len(expected["runs"])
     assert f"{folder}: goes on from step 5" in capsys.readouterr().out
     assert not list(folder.parent.glob("s*.1")) and not list(folder.parent.rglob("checkpoint*"))
+    assert len(found["runs"]) == len(expected["runs"])
     for a, b in zip(expected["runs"], found["runs"]):
         assert outcome(a) == outcome(b) and weights(a) == weights(b)
         for path in Path(a["folder"], "predictions").iterdir():
@@ -390,18 +384,17 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(finetune_config, monke
         assert len(curve(a)) == len(curve(b)) == 4
 
 
-def test_killed_run_goes_on_also_where_the_newest_checkpoint_is_damaged(finetune_config, monkeypatch, capsys,
-                                                                        tmp_path):
+def test_killed_run_goes_on_also_where_the_newest_checkpoint_is_damaged(finetune_config, monkeypatch, capsys):
     cfg = finetune_config("sst2", **SHORT)
-    whole = only(finetune.main(replace(cfg, out_dir=str(tmp_path / "whole"))))
-    save = save_checkpoint
+    whole = only(finetune.main(replace(cfg, out_dir="whole")))
+    save = run_room.save_checkpoint
 
-    def killed(folder, state, world):
-        save(folder, state, world)
+    def killed(folder, state, ranks):
+        save(folder, state, ranks)
         if state["step"] == 4:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "save_checkpoint", killed)
+        patch.setattr(run_room, "save_checkpoint", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune.main(cfg)
     folder = Path("out/finetune/tiny/sst2/s0")
@@ -424,27 +417,27 @@ def test_damaged_checkpoints_alone_are_one_line_that_says_what_to_do(finetune_co
     refused("no readable checkpoint in .*--resume false", lambda: finetune.main(cfg))
 
 
-def test_max_minutes_saves_and_the_same_command_goes_on(finetune_config, capsys):
+def test_max_minutes_saves_and_the_same_command_goes_on(finetune_config, capsys, monkeypatch):
+    """The runs of a command share them."""
     cfg = finetune_config("sst2", **SHORT)
     with pytest.raises(SystemExit) as stop:
         finetune.main(replace(cfg, max_minutes=1e-9))
     assert stop.value.code == 0 and "--max_minutes: saved step 0 in out" in capsys.readouterr().out
-    finetune.main(cfg)
-    assert "goes on from step 0" in capsys.readouterr().out
+    minutes = spy(monkeypatch, "fine_tune", lambda cfg, *_: cfg.max_minutes)
+    finetune.main(replace(cfg, max_minutes=9.0, seeds=2))
+    assert "goes on from step 0" in capsys.readouterr().out and 8 < minutes[1] < minutes[0] < 9
 
 
-def test_finished_run_is_reused_and_run_anew_when_asked(finetune_config, tiny_bert, monkeypatch, capsys):
+def test_finished_run_is_reused_and_run_anew_when_asked(finetune_config, tiny_bert, capsys):
     cfg = finetune_config("sst2", **SHORT)
     run = only(finetune.main(cfg))
     bert = shutil.copytree(tiny_bert, "copy")  # the same weights by another path, and settings that are free
-    same = [cfg, replace(cfg, log_every=4, save_every=4), replace(cfg, max_minutes=9.0),
-            replace(cfg, model=f"{tiny_bert}/"), replace(cfg, model=str(bert), out_dir="out/finetune/tiny")]
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune.Objective, "forward", None)  # nothing is trained
-        for again in same:
+    with nothing_is_trained():
+        for again in (cfg, replace(cfg, log_every=4, save_every=4), replace(cfg, max_minutes=9.0),
+                      replace(cfg, model=f"{tiny_bert}/"),
+                      replace(cfg, model=str(bert), out_dir="out/finetune/tiny")):
             capsys.readouterr()
-            found = only(finetune.main(again))
-            assert found == run and f"reused {run['folder']}" in capsys.readouterr().out
+            assert only(finetune.main(again)) == run and f"reused {run['folder']}" in capsys.readouterr().out
     old = weights(run)
     anew = only(finetune.main(replace(cfg, resume="false")))
     assert weights(anew) == old == Path(run["folder"] + ".1", "model", "model.safetensors").read_bytes()
@@ -455,21 +448,21 @@ def test_finished_run_is_reused_and_run_anew_when_asked(finetune_config, tiny_be
 
 def test_changed_dev_set_is_evaluated_and_changed_data_or_model_trained_anew(finetune_config, tiny_tasks,
                                                                              tiny_bert):
-    shutil.copytree(tiny_tasks / "glue" / "RTE", "glue_data/RTE")
+    def append(split):
+        with open(f"glue_data/RTE/{split}.tsv", "a") as f:
+            f.write("99\tthe cat ran\tyes the cat ran\tentailment\n")
     bert = shutil.copytree(tiny_bert, "copy")
     cfg = finetune_config("rte", data_dir=".", model=str(bert), out_dir="runs", **SHORT)
+    shutil.copytree(tiny_tasks / "glue" / "RTE", "glue_data/RTE")
     first = only(finetune.main(cfg))
-    with open("glue_data/RTE/dev.tsv", "a") as f:
-        f.write("99\tthe cat ran\tyes the cat ran\tentailment\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune.Objective, "forward", None)  # nothing is trained
+    append("dev")
+    with nothing_is_trained():
         second = only(finetune.main(cfg))
     assert second["finished"] == first["finished"]
     assert len(Path("runs/rte/s0/predictions/RTE.tsv").read_text().splitlines()) == 1 + 22
     assert round(22 * second["score"], 6) % 100 == 0 and second["score"] != first["score"]
     assert only(finetune.main(cfg)) == second == json.loads(Path("runs/rte/s0/results.json").read_text())
-    with open("glue_data/RTE/train.tsv", "a") as f:
-        f.write("99\tthe cat ran\tyes the cat ran\tentailment\n")
+    append("train")
     third = only(finetune.main(cfg))
     assert third["finished"] > second["finished"] and third["examples"] == 65
     torch.manual_seed(9)
@@ -481,7 +474,7 @@ def test_changed_dev_set_is_evaluated_and_changed_data_or_model_trained_anew(fin
 def test_more_seeds_later_run_only_those_that_are_missing(finetune_config, monkeypatch):
     cfg = finetune_config("sst2", **SHORT)
     first = only(finetune.main(cfg))
-    seeds = spy(monkeypatch, "open_run", lambda folder, cfg, *_: cfg.seed)
+    seeds = spy(monkeypatch, "Order", lambda lengths, batch_size, max_steps, seed: seed)
     (summary,) = finetune.main(replace(cfg, seeds=3))
     assert seeds == [1, 2] and summary["runs"][0] == first
     assert len({weights(run) for run in summary["runs"]}) == 3
@@ -491,8 +484,8 @@ def test_more_seeds_later_run_only_those_that_are_missing(finetune_config, monke
     assert seeds == [1, 2, 3] and [run["seed"] for run in later["runs"]] == [2, 3]
 
 
-def test_run_leaves_what_it_was_and_no_checkpoint(trained):
-    for task, summary in trained[0].items():
+def test_run_leaves_what_it_was_and_no_checkpoint(learn):
+    for task, summary in learn("bert")[0].items():
         run = only([summary])
         folder = Path(run["folder"])
         assert folder.name == "s0" and folder.parent.name == task
@@ -514,7 +507,7 @@ def test_run_without_a_saved_model_has_results_all_the_same(finetune_config, cap
     refused("--model .*no model there", lambda: predict("out/finetune/tiny/sst2", ["x"]))
 
 
-# ---------------------------------------------------------------------------- seeds and tables
+# ---------------------------------------------------------------------------- seeds, tables and settings
 
 
 def test_seeds_make_runs_of_their_own_and_a_median(finetune_config, capsys):
@@ -535,15 +528,15 @@ def test_median_of_two_runs_is_the_worse_one_also_where_less_is_better(finetune_
     assert summary["median"] == f"s{worse['seed']}"
 
 
-def test_table_has_the_papers_order_and_an_average_without_rmse(trained):
-    text = trained[1]
+def test_table_has_the_papers_order_and_an_average_without_rmse(learn):
+    summaries, text = learn("bert")
     table = text[text.index("median"):].splitlines()
     names = [re.match(r"(.+?)  ", line).group(1) for line in table[2:] if "  " in line]
     titles = list(dict.fromkeys(next(task.title for task in TASKS.values() if name.startswith(task.title))
                                 for name in names if not name.startswith("average")))
     assert titles == ["SST-2", "MNLI", "SQuAD 1.1", "SQuAD 2.0", "SWAG", "RTE", "STS-B", "PIQA", "TRACIE",
                       "READ"]
-    main = [summary["runs"][0]["score"] for task, summary in trained[0].items() if task != "read"]
+    main = [summary["runs"][0]["score"] for task, summary in summaries.items() if task != "read"]
     assert re.search(rf"average of 9 tasks +{np.mean(main):.1f}", text)
     assert re.search(r"READ rmse +0\.\d\d\d +0\.\d\d\d\n", text)
 
@@ -582,48 +575,54 @@ def test_collapsed_run_is_marked(finetune_config, capsys):
     assert starred >= 3
 
 
-@pytest.mark.parametrize("preset", ["vidlankd", "xdbert-base", "xdbert-large"])
-def test_preset_has_the_papers_values_and_flags_beat_it(preset):
+def own_settings(cfg, task):
+    """(Config, number of seeds) of a task's runs, from a model of 512 positions."""
+    own, seeds = finetune.own_settings(cfg, TASKS[task], SimpleNamespace(config=BERTConfig(), name="m"))
+    assert (own.tasks, own.seeds, seeds[0]) == (task, 1, cfg.seed)
+    return own, len(seeds)
+
+
+@pytest.mark.parametrize("preset, small, others, rte, runs", [
+    ("vidlankd", 1e-4, 1e-4, 1, 1), ("xdbert-base", 1e-4, 2e-5, 9, 5), ("xdbert-large", 5e-5, 1e-5, 9, 5)])
+def test_preset_has_the_papers_values_and_flags_beat_it(preset, small, others, rte, runs):
     cfg = common.parse_cli(finetune.Config, finetune.PRESETS, ["--preset", preset])
-    small, others = {"vidlankd": (1e-4, 1e-4), "xdbert-base": (1e-4, 2e-5),
-                     "xdbert-large": (5e-5, 1e-5)}[preset]
-    for name, task in TASKS.items():
-        own, seeds = finetune.own_settings(cfg, task)
+    for name in TASKS:
+        own, seeds = own_settings(cfg, name)
         if name in DEMO_TASKS:
             assert own.lr == 1e-3  # from a model of two layers
             continue
         assert own.lr == (small if name in ("rte", "mrpc", "stsb") else others), name
-        assert seeds == (1 if preset == "vidlankd" else 9 if name == "rte" else 5), name
+        assert seeds == (rte if name == "rte" else runs), name
         assert (own.epochs, own.max_steps, own.batch_size, own.max_length) == (3.0, 0, 32, 128)
-        assert own.warmup == 0.1 and own.layer_decay == (1.0 if preset == "vidlankd" else 0.9)
+        assert own.warmup_steps == 0.1 and own.layer_decay == (1.0 if preset == "vidlankd" else 0.9)
         assert own.weight_decay == (0.0 if preset == "vidlankd" else 0.01)
-    flags = dict(lr=3e-5, seeds=2, max_length=256, layer_decay=0.8, epochs=2.0, batch_size=16, warmup_steps=0.2,
-                 weight_decay=0.1)
+    flags = dict(lr=3e-5, seeds=2, max_length=256, layer_decay=0.8, epochs=2.0, batch_size=16,
+                 warmup_steps=0.2, weight_decay=0.1)
     cfg = common.parse_cli(finetune.Config, finetune.PRESETS,
                            ["--preset", preset, *(f"--{k}={v}" for k, v in flags.items())])
     for name in ("rte", "sst2"):
-        own, seeds = finetune.own_settings(cfg, TASKS[name])
+        own, seeds = own_settings(cfg, name)
         assert seeds == 2 and {k: getattr(own, k) for k in flags} == flags | {"seeds": 1}
 
 
-def test_demo_tasks_keep_their_own_settings_and_flags_beat_them():
-    for name in DEMO_TASKS:
-        own, seeds = finetune.own_settings(finetune.Config(), TASKS[name])
-        assert (own.lr, own.max_steps, own.max_length, seeds) == (1e-3, TASKS[name].steps, 48, 3)
-        assert 200 <= own.max_steps <= 500
-        cfg = finetune.Config(lr=1e-4, epochs=2.0, max_length=40, seeds=1)
-        own, seeds = finetune.own_settings(cfg, TASKS[name])
-        assert (own.lr, own.max_steps, own.epochs, own.max_length, seeds) == (1e-4, 0, 2.0, 40, 1)
-        assert finetune.own_settings(finetune.Config(max_steps=7), TASKS[name])[0].max_steps == 7
-    own, seeds = finetune.own_settings(finetune.Config(), TASKS["rte"])
-    assert (own.lr, own.max_steps, own.epochs, own.max_length, seeds) == (1e-4, 0, 3.0, 128, 3)
+@pytest.mark.parametrize("name", [*DEMO_TASKS, "rte"])
+def test_demo_tasks_keep_their_own_settings_and_flags_beat_them(name):
+    def values(**flags):
+        own, seeds = own_settings(finetune.Config(**flags), name)
+        return own.lr, own.max_steps, own.epochs, own.max_length, seeds
+    if name in DEMO_TASKS:
+        assert values() == (1e-3, TASKS[name].steps, 3.0, 48, 3) and 200 <= TASKS[name].steps <= 500
+    else:
+        assert values() == (1e-4, 0, 3.0, 128, 3)
+    assert values(lr=1e-4, epochs=2.0, max_length=40, seeds=1) == (1e-4, 0, 2.0, 40, 1)
+    assert values(max_steps=7)[1] == 7
 
 
 # ---------------------------------------------------------------------------- predictions and submissions
 
 
-def lines_of(trained, task, folder, name):
-    return Path(only([trained[0][task]])["folder"], folder, name).read_text().splitlines()
+def lines_of(run, folder, name):
+    return Path(run["folder"], folder, name).read_text().splitlines()
 
 
 def gold_of(task, tiny_tasks, which=""):
@@ -633,29 +632,28 @@ def gold_of(task, tiny_tasks, which=""):
 
 def test_predictions_have_each_benchmarks_form(trained, tiny_tasks):
     """All are right, so that the files are known to the letter."""
+    def written(task, file):
+        return lines_of(trained(task), "predictions", file)
     for task, file in (("sst2", "SST-2.tsv"), ("rte", "RTE.tsv")):
-        header, *lines = lines_of(trained, task, "predictions", file)
         label = column(tiny_tasks / "glue" / TASKS[task].folder / "dev.tsv", "label")
-        assert header == "index\tprediction" and lines == [f"{i}\t{word}" for i, word in enumerate(label)]
+        assert written(task, file) == ["index\tprediction", *(f"{i}\t{word}" for i, word in enumerate(label))]
     for which, file in (("", "MNLI-m.tsv"), ("mm", "MNLI-mm.tsv"), ("diagnostic", "AX.tsv")):
-        header, *lines = lines_of(trained, "mnli", "predictions", file)
-        gold = gold_of("mnli", tiny_tasks, which)
-        assert header == "index\tprediction"
-        assert lines == [f"{i}\t{TASKS['mnli'].labels[label]}" for i, label in zip(gold.ids, gold.labels)]
-    header, *lines = lines_of(trained, "stsb", "predictions", "STS-B.tsv")
+        gold, words = gold_of("mnli", tiny_tasks, which), TASKS["mnli"].labels
+        assert written("mnli", file) == [
+            "index\tprediction", *(f"{i}\t{words[label]}" for i, label in zip(gold.ids, gold.labels))]
+    header, *lines = written("stsb", "STS-B.tsv")
     assert header == "index\tprediction" and all(re.fullmatch(r"\d+\t[0-5]\.\d{3}", line) for line in lines)
     scores = [float(line.split("\t")[1]) for line in lines]
     assert scores == pytest.approx(gold_of("stsb", tiny_tasks).labels, abs=0.9)
-    assert lines_of(trained, "piqa", "predictions", "predictions.lst") == \
+    assert written("piqa", "predictions.lst") == \
         (tiny_tasks / "piqa" / "valid-labels.lst").read_text().splitlines()
-    header, *lines = lines_of(trained, "swag", "predictions", "predictions.csv")
-    assert header == "pred" and lines == [str(label) for label in gold_of("swag", tiny_tasks).labels]
-    assert lines_of(trained, "tracie", "predictions", "predictions.txt") == \
+    assert written("swag", "predictions.csv") == ["pred", *map(str, gold_of("swag", tiny_tasks).labels)]
+    assert written("tracie", "predictions.txt") == \
         [f"answer: {['negative', 'positive'][label]}" for label in gold_of("tracie", tiny_tasks).labels]
-    header, *lines = lines_of(trained, "read", "predictions", "submission.csv")
+    header, *lines = written("read", "submission.csv")
     assert header == "id,target" and all(re.fullmatch(r"r\d+,-?\d\.\d{6}", line) for line in lines)
     for task in ("squad1", "squad2"):
-        folder = Path(only([trained[0][task]])["folder"], "predictions")
+        folder = Path(trained(task)["folder"], "predictions")
         gold = json.loads((tiny_tasks / "squad" / TASKS[task].evals[""]).read_text())["data"][0]["paragraphs"]
         answers = {q["id"]: (q["answers"] or [{"text": ""}])[0]["text"] for p in gold for q in p["qas"]}
         assert json.loads((folder / "predictions.json").read_text()) == answers
@@ -665,52 +663,49 @@ def test_predictions_have_each_benchmarks_form(trained, tiny_tasks):
     assert all((odds[i] > 0) == (not text) for i, text in answers.items())
 
 
-def test_scores_are_clipped_in_the_file_and_whole_in_the_metric(trained, finetune_config):
-    folder = Path("runs/stsb/s0")
-    run = only([trained[0]["stsb"]])
-    shutil.copytree(run["folder"], folder)
-    path = folder / "model" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["classifier.bias"] += 2.5
-    save_file(tensors, path)
-    found = only(finetune.main(finetune_config("stsb", out_dir="runs", eval_only=True)))
+def test_scores_are_clipped_in_the_file_and_whole_in_the_metric(trained, tune):
+    run = trained("stsb")
+    shutil.copytree(run["folder"], "runs/stsb/s0")
+    raised = tensors(run)
+    raised["classifier.bias"] += 2.5
+    save_file(raised, "runs/stsb/s0/model/model.safetensors")
+    found = tune("stsb", out_dir="runs", eval_only=True)
     assert found["scores"][""] == pytest.approx(run["scores"][""], abs=1e-3)
-    lines = (folder / "predictions" / "STS-B.tsv").read_text().splitlines()[1:]
-    scores = [float(line.split("\t")[1]) for line in lines]
-    assert max(scores) == 5 and 5 < len([x for x in scores if x == 5]) < len(scores)
+    scores = [float(score) for score in column(Path("runs/stsb/s0/predictions/STS-B.tsv"), "prediction")]
+    assert max(scores) == 5 and 5 < scores.count(5) < len(scores)
 
 
-def test_test_sets_are_labelled_for_submission(trained, tiny_tasks):
+@pytest.mark.parametrize("encoder", ["bert", "cross"])
+def test_test_sets_are_labelled_for_submission(trained, tiny_tasks, encoder):
     """The texts of the test sets are as easily told as those of the dev sets, and in the same order."""
+    def written(task, file):
+        return lines_of(trained(task, encoder), "submission", file)
     words = column(tiny_tasks / "glue" / "SST-2" / "test.tsv", "sentence")
-    assert lines_of(trained, "sst2", "submission", "SST-2.tsv") == [
+    assert written("sst2", "SST-2.tsv") == [
         "index\tprediction", *(f"{i}\t{int('good' in text)}" for i, text in enumerate(words))]
-    assert len(lines_of(trained, "rte", "submission", "RTE.tsv")) == 6
-    assert {line.split("\t")[1] for line in lines_of(trained, "rte", "submission", "RTE.tsv")[1:]} == \
-        {"entailment", "not_entailment"}
+    assert len(written("stsb", "STS-B.tsv")) == len(written("swag", "predictions.csv")) == 6
+    if encoder == "cross":
+        return
+    header, *lines = written("rte", "RTE.tsv")
+    assert len(lines) == 5 and {line.split("\t")[1] for line in lines} == {"entailment", "not_entailment"}
     for name in ("MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"):
-        header, *lines = lines_of(trained, "mnli", "submission", name)
+        header, *lines = written("mnli", name)
         assert header == "index\tprediction"
         assert [line.split("\t")[1] for line in lines] == \
             ["entailment", "neutral", "contradiction", "entailment", "neutral"]
     tests = [json.loads(line) for line in (tiny_tasks / "piqa" / "tests.jsonl").read_text().splitlines()]
-    assert lines_of(trained, "piqa", "submission", "predictions.lst") == \
-        [str(int("good" in row["sol2"])) for row in tests]
-    assert len(lines_of(trained, "stsb", "submission", "STS-B.tsv")) == 6
-    assert len(lines_of(trained, "swag", "submission", "predictions.csv")) == 6
-    assert [line.split(",")[0] for line in lines_of(trained, "read", "submission", "submission.csv")] == \
-        ["id", "r0", "r1", "r2"]
-    assert not Path(only([trained[0]["squad1"]])["folder"], "submission").exists()
+    assert written("piqa", "predictions.lst") == [str(int("good" in row["sol2"])) for row in tests]
+    assert [line.split(",")[0] for line in written("read", "submission.csv")] == ["id", "r0", "r1", "r2"]
+    assert not Path(trained("squad1")["folder"], "submission").exists()
 
 
 def test_interrupted_submission_is_completed(finetune_config, monkeypatch):
     cfg = finetune_config("mnli", **SHORT)
-    write = write_predictions
 
     def killed(task, examples, predictions, path):
         if path.parent.name == "submission" and path.name == "MNLI-mm.tsv":
             raise KeyboardInterrupt
-        write(task, examples, predictions, path)
+        write_predictions(task, examples, predictions, path)
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "write_predictions", killed)
         with pytest.raises(KeyboardInterrupt):
@@ -720,10 +715,10 @@ def test_interrupted_submission_is_completed(finetune_config, monkeypatch):
     assert names == {"MNLI-m.tsv", "MNLI-mm.tsv", "AX.tsv"}
 
 
-def test_score_of_the_predictions_equals_the_results(finetune_config, tiny_tasks, capsys):
+def test_score_of_the_predictions_equals_the_results(tune, tiny_tasks, capsys):
     """Also where they are half wrong; for 2.0 with the null scores."""
     for task, steps in (("squad1", 8), ("squad2", 30)):
-        run = only(finetune.main(finetune_config(task, max_steps=steps, save_models=False)))
+        run = tune(task, max_steps=steps, save_models=False)
         scores, folder = run["scores"][""], Path(run["folder"], "predictions")
         assert 5 < scores["exact"] < 100
         gold = str(tiny_tasks / "squad" / TASKS[task].evals[""])
@@ -770,10 +765,12 @@ def lines_and_answers(task, tiny_tasks):
     return lines, [TASKS[task].labels[i] if TASKS[task].labels else str(i) for i in gold.labels]
 
 
-@pytest.mark.parametrize("task", sorted(set(LEARNED.split(",")) - {"read"}))
-def test_predict_labels_lines_in_order(trained, tiny_tasks, tmp_path, task):
+@pytest.mark.parametrize("encoder, task", [
+    *(("bert", task) for task in sorted(LEARNED["bert"].split(",")) if task != "read"), ("electra", "squad2"),
+    ("clip", "mnli"), ("clip", "piqa"), ("cross", "stsb"), ("cross", "swag")])
+def test_predict_labels_lines_in_order(trained, tiny_tasks, tmp_path, encoder, task):
     """With the task's folder, the run's, the model's, and a folder that does not know of us: all alike."""
-    run = only([trained[0][task]])
+    run = trained(task, encoder)
     lines, answers = lines_and_answers(task, tiny_tasks)
     found = predict(Path(run["folder"]).parent, lines)
     assert len(found) == len(lines)
@@ -786,34 +783,17 @@ def test_predict_labels_lines_in_order(trained, tiny_tasks, tmp_path, task):
                 assert label == answer and 0.5 < float(p) <= 1
             else:  # squad2's best guess where there is no answer
                 assert float(p) < 0.5
-    assert predict(run["folder"], lines) == predict(Path(run["folder"], "model"), lines) == found
-    assert predict(foreign(run, tmp_path / "hf"), lines) == found
+    assert predict(Path(run["folder"], "model"), lines) == found
+    if encoder == "bert":
+        assert predict(run["folder"], lines) == predict(foreign(run, tmp_path / "hf"), lines) == found
 
 
-@pytest.mark.parametrize("encoder, task", [("electra", "squad2"), ("clip", "mnli"), ("clip", "piqa"),
-                                           ("cross", "stsb"), ("cross", "swag")])
-def test_predict_labels_lines_with_other_encoders(trained_others, tiny_tasks, encoder, task):
-    run = only([trained_others[encoder][0][task]])
-    lines, answers = lines_and_answers(task, tiny_tasks)
-    found = predict(Path(run["folder"]).parent, lines)
-    assert predict(Path(run["folder"], "model"), lines) == found and len(found) == len(lines)
-    if task == "stsb":
-        assert [float(value) for (value,) in found] == pytest.approx(answers, abs=0.9)
-    else:
-        assert [label for (label, _), answer in zip(found, answers) if answer] == list(filter(None, answers))
-
-
-def test_predict_with_x_bert_takes_any_number_of_candidates_of_any_length(trained_others):
-    found = predict(only([trained_others["cross"][0]["swag"]])["folder"], [
-        "the cat ran\the then bad\the good\the bad at noon", "the cat ran\tbad\tbad\tgood",
-        "the cat ran\tbad" + " noon" * 99 + "\tgood\tbad"])
-    assert [label for label, _ in found] == ["1", "2", "1"]
-
-
-def test_test_sets_are_labelled_for_submission_with_x_bert(trained_others, tiny_tasks):
-    words = column(tiny_tasks / "glue" / "SST-2" / "test.tsv", "sentence")
-    assert lines_of(trained_others["cross"], "sst2", "submission", "SST-2.tsv") == [
-        "index\tprediction", *(f"{i}\t{int('good' in text)}" for i, text in enumerate(words))]
+@pytest.mark.parametrize("encoder", ["bert", "cross"])
+def test_predict_takes_any_number_of_candidates_of_any_length(trained, encoder):
+    long = ["the cat ran\tbad" + " noon" * 99 + "\tgood\tbad"] * (encoder == "cross")
+    found = predict(trained("swag", encoder)["folder"], [
+        "the cat ran\the then bad\the good\the bad at noon", "the cat ran\tbad\tbad\tgood", *long])
+    assert [label for label, _ in found] == ["1", "2", *["1"] * len(long)]
 
 
 def test_predict_finds_the_median_run_from_any_folder(finetune_config, tmp_path, monkeypatch):
@@ -829,7 +809,7 @@ def test_predict_finds_the_median_run_from_any_folder(finetune_config, tmp_path,
 
 
 def test_predict_takes_many_lines_and_names_the_bad_one(trained, capsys):
-    folder = only([trained[0]["sst2"]])["folder"]
+    folder = trained("sst2")["folder"]
     lines = [["a good night", "bad he"][i * i % 7 % 2] for i in range(2100)]
     found = predict(folder, lines)
     assert [label for label, _ in found] == [["negative", "positive"]["good" in line] for line in lines]
@@ -839,28 +819,16 @@ def test_predict_takes_many_lines_and_names_the_bad_one(trained, capsys):
     refused("standard input, line 3: .*empty", lambda: predict(folder, ["good", "bad", " ", "good"]))
 
 
-def test_predict_takes_any_number_of_candidates(trained):
-    found = predict(only([trained[0]["swag"]])["folder"], [
-        "the cat ran\the then bad\the good\the bad at noon", "the cat ran\tbad\tbad\tgood"])
-    assert [label for label, _ in found] == ["1", "2"]
-
-
-def test_predict_on_a_foreign_span_model_needs_two_fields(trained, tmp_path):
-    """The form of the lines follows from the kind of model, not from the first line alone."""
-    folder = foreign(only([trained[0]["squad1"]]), tmp_path / "hf")
-    refused("standard input, line 1: 1 fields where 2", lambda: predict(folder, ["which number ?"]))
-
-
 def test_predict_on_a_context_without_tokens_has_no_answer(trained):
     for task in ("squad1", "squad2"):
-        found = predict(only([trained[0][task]])["folder"],
-                        ["which number ?\tat noon five", "which number ?\t\x7f"])
-        assert found[0][0] == "five" and found[1][0] == "" and len(found) == 2
+        found = predict(trained(task)["folder"], ["which number ?\tat noon five", "which number ?\t\x7f"])
+        assert [answer for answer, _ in found] == ["five", ""]
 
 
-def test_predict_cuts_to_the_positions_of_a_foreign_model(trained, tmp_path):
-    folder = foreign(only([trained[0]["sst2"]]), tmp_path / "hf")  # of 64 positions
-    ((label, _),) = predict(folder, ["good" + " noon" * 90])
+def test_predict_on_a_foreign_model_follows_its_kind_and_its_positions(trained, tmp_path):
+    span, text = (foreign(trained(task), tmp_path / task) for task in ("squad1", "sst2"))
+    refused("standard input, line 1: 1 fields where 2", lambda: predict(span, ["which number ?"]))
+    ((label, _),) = predict(text, ["good" + " noon" * 90])  # of 64 positions
     assert label == "positive"
 
 
@@ -871,35 +839,28 @@ def test_start_without_pre_training_draws_its_weights_by_seed(finetune_config, t
     cfg = finetune_config("sst2", model="none", like=str(tiny_bert), seeds=2, max_steps=1, lr=1e-9)
     (summary,) = finetune.main(cfg)
     assert summary["model"] == "none-tiny" and Path("out/finetune/none-tiny/sst2/s1/model").exists()
-    one, two = (load_file(Path(run["folder"], "model", "model.safetensors")) for run in summary["runs"])
-    given = load_file(tiny_bert / "model.safetensors")
     name = "embeddings.word_embeddings.weight"
-    assert one["bert." + name].shape == given[name].shape
-    assert not torch.equal(one["bert." + name], two["bert." + name])
-    assert (one["bert." + name] - given[name]).abs().max() > 0.1
-    assert one["bert." + name].std() == pytest.approx(0.1, rel=0.1)  # init_std of the folder
+    one, two = (tensors(run)["bert." + name] for run in summary["runs"])
+    given = load_file(tiny_bert / "model.safetensors")[name]
+    assert one.shape == given.shape and not torch.equal(one, two) and (one - given).abs().max() > 0.1
+    assert one.std() == pytest.approx(0.1, rel=0.1)  # init_std of the folder
 
 
-def test_untrained_pooler_is_drawn_anew_and_a_trained_one_is_kept(finetune_config, trained, tmp_path):
-    flags = dict(max_steps=1, lr=1e-9)
-    again = only(finetune.main(finetune_config("rte", model=only([trained[0]["sst2"]])["folder"], **flags)))
-    name = "bert.pooler.dense.weight"
-    before, after = (load_file(Path(run["folder"], "model", "model.safetensors"))[name]
-                     for run in (only([trained[0]["sst2"]]), again))
-    torch.testing.assert_close(before, after, rtol=0, atol=1e-6)
+def test_untrained_pooler_is_drawn_anew_and_a_trained_one_is_kept(finetune_config, trained, tune):
+    flags, name = dict(max_steps=1, lr=1e-9), "bert.pooler.dense.weight"
+    again = tune("rte", model=trained("sst2")["folder"], **flags)
     assert again["model"] == "runs-sst2-s0"
+    torch.testing.assert_close(tensors(trained("sst2"))[name], tensors(again)[name], rtol=0, atol=1e-6)
     one, two = finetune.main(finetune_config("rte", seeds=2, **flags))[0]["runs"]
-    a, b = (load_file(Path(run["folder"], "model", "model.safetensors"))[name] for run in (one, two))
-    assert not torch.equal(a, b)
+    assert not torch.equal(tensors(one)[name], tensors(two)[name])
 
 
-def test_teacher_and_student_runs_are_models_to_start_from(finetune_config, teacher_config, demo,
-                                                           teacher_run):
+def test_teacher_and_student_runs_are_models_to_start_from(tune, teacher_config, demo, teacher_run):
     """A language model, and the text tower like CLIP's, whose vocabulary is of word pieces."""
     teacher.main(teacher_config(objective="clip", out_dir="tower"))
     for task, model in (("two_choices", teacher_run), ("before_after", teacher_run), ("mishap", "tower")):
-        run = only(finetune.main(finetune_config(task, model=str(model), data_dir=str(demo), max_length=0,
-                                                 max_steps=2, log_every=2, save_every=2)))
+        run = tune(task, model=str(model), data_dir=str(demo), max_length=0, max_steps=2, log_every=2,
+                   save_every=2)
         assert set(run["scores"]) == {"", "seen"} and run["model"] == Path(model).name
         names = {path.name for path in Path(run["folder"], "predictions").iterdir()}
         assert names == {"predictions.txt", "seen.txt"}
@@ -908,115 +869,54 @@ def test_teacher_and_student_runs_are_models_to_start_from(finetune_config, teac
     assert settings["model_type"] == "clip_text_model"
 
 
-def test_x_bert_has_folders_of_its_own_beside_the_adapted_encoder(finetune_config, tiny_cross, capsys):
+def test_x_bert_has_folders_of_its_own_beside_the_adapted_encoder(tune, tiny_cross, capsys):
     """One run of adapt_xdbert.py serves both: --cross takes all of it, --model the language encoder."""
-    both = only(finetune.main(finetune_config("rte", "cross", **SHORT)))
-    alone = only(finetune.main(finetune_config("rte", model=str(tiny_cross), **SHORT)))
+    both = tune("rte", "cross", **SHORT)
+    alone = tune("rte", model=str(tiny_cross), **SHORT)
     assert [run["folder"] for run in (both, alone)] == [
         f"out/finetune/{name}/rte/s0" for name in ("tiny-cross", "tiny")]
     one, two = (load_task_model(Path(run["folder"], "model"))[0] for run in (both, alone))
     assert type(one.encoder) is XDBERT and type(two.encoder) is BERT
     assert both["hashes"]["weights"] != alone["hashes"]["weights"]
     assert curve(both)[0]["loss"] != curve(alone)[0]["loss"]
-    again = only(finetune.main(finetune_config("rte", cross=str(tiny_cross / "model"), model="", **SHORT)))
+    again = tune("rte", cross=str(tiny_cross / "model"), model="", **SHORT)
     assert again == both and "reused out/finetune/tiny-cross/rte/s0" in capsys.readouterr().out
 
 
-def test_fine_tuned_x_bert_is_a_start_with_its_pooler(finetune_config, trained_others):
-    before = only([trained_others["cross"][0]["stsb"]])
+def test_fine_tuned_x_bert_is_a_start_with_its_pooler(tune, trained):
+    before = trained("stsb", "cross")
     flags = dict(max_steps=1, lr=1e-9, log_every=1, save_every=1)
-    after = only(finetune.main(finetune_config("rte", "cross", cross=before["folder"], **flags)))
+    after = tune("rte", "cross", cross=before["folder"], **flags)
     assert after["model"] == "runs-stsb-s0-cross"
     one, two = (load_task_model(Path(run["folder"], "model"))[0].encoder.pooler.weight
                 for run in (before, after))
     torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
-    assert only(finetune.main(finetune_config("rte", model=before["folder"], **flags)))["model"] == \
-        "runs-stsb-s0"
+    assert tune("rte", model=before["folder"], **flags)["model"] == "runs-stsb-s0"
 
 
 def test_hash_of_x_bert_is_that_of_all_it_reads(tiny_cross, tmp_path):
     def hashed(change=lambda folder: None):
         shutil.rmtree(tmp_path / "x", ignore_errors=True)
-        shutil.copytree(tiny_cross / "model", tmp_path / "x")
-        change(tmp_path / "x")
+        change(shutil.copytree(tiny_cross / "model", tmp_path / "x"))
         return finetune.open_start(str(tmp_path / "x"), flag="--cross").hash
 
-    def weights(name):
+    def one_weight(name):
         def change(folder):
-            tensors = load_file(folder / name)
-            save_file(tensors | {key: tensors[key] + 1 for key in list(tensors)[:1]}, folder / name)
+            content = load_file(folder / name)
+            save_file(content | {key: content[key] + 1 for key in list(content)[:1]}, folder / name)
         return change
 
-    def settings(name, **values):
-        return lambda folder: (folder / name).write_bytes(settings_with(**values)(
-            (folder / name).read_bytes()))
-
     def vocabulary(folder):
-        _, vocab = tiny_tower(9)
-        CLIPVocab([*vocab.merges[:-1], "z z"]).save(folder / "clip")
+        CLIPVocab([*tiny_tower(9)[1].merges[:-1], "z z"]).save(folder / "clip")
     assert hashed() == hashed() == finetune.open_start(str(tiny_cross), flag="--cross").hash
     changed = [hashed(change) for change in (
-        weights("model.safetensors"), weights("cross.safetensors"), weights("clip/model.safetensors"),
-        settings("config.json", num_attention_heads=1),
-        settings("clip/config.json", num_attention_heads=1), vocabulary)]
+        vocabulary, *map(one_weight, ("model.safetensors", "cross.safetensors", "clip/model.safetensors")),
+        *(rewritten(name, settings_with(num_attention_heads=1)) for name in (
+            "config.json", "clip/config.json")))]
     assert len({hashed(), *changed}) == 7
 
 
 # ---------------------------------------------------------------------------- mistakes
-
-
-def broken(tmp_path, tiny_tasks, tiny_bert, file, change):
-    """Flags for copies in which one file was changed: change(bytes) -> bytes, or None to remove it."""
-    shutil.copytree(tiny_tasks, tmp_path / "data")
-    shutil.copytree(tiny_bert, tmp_path / "data" / "bert")
-    path = tmp_path / "data" / file
-    content = change(path.read_bytes())
-    path.unlink()
-    if content is not None:
-        path.write_bytes(content)
-    return dict(data_dir=str(tmp_path / "data"), model=str(tmp_path / "data" / "bert"))
-
-
-def settings_with(**values):
-    return lambda content: json.dumps(json.loads(content) | values).encode()
-
-
-GREEK = "index\tsentence\tlabel\n" + "".join(f"{i}\tκαλή μέρα κόσμε\t{i % 2}\n" for i in range(9))
-CHINESE = GREEK.replace("καλή μέρα κόσμε", "今天天气很好")
-BROKEN = [
-    ("sst2", "glue/SST-2/dev.tsv", lambda text: text.replace(b"\t1\n", b"\tgood\n", 1),
-     r"dev\.tsv, line 3: label 'good'; those of SST-2 are negative, positive"),
-    ("stsb", "glue/STS-B/train.tsv", lambda text: text.replace(b"\t5\n", b"\t7.5\n", 1),
-     r"train\.tsv, line 7: label '7\.5'; .*numbers from 0 to 5"),
-    ("rte", "glue/RTE/dev.tsv", lambda text: b"index\tsentence1\tsentence2\n0\ta\tb\n",
-     r"dev\.tsv: has no column label, so it is an unlabelled test split"),
-    ("piqa", "piqa/valid-labels.lst", lambda text: None, r"valid\.jsonl: .*unlabelled test split"),
-    ("sst2", "glue/SST-2/train.tsv", lambda text: b"\n", r"train\.tsv: is empty"),
-    ("sst2", "glue/SST-2/train.tsv", lambda text: b"index\tsentence\tlabel\n", "train.tsv: holds no row"),
-    ("sst2", "glue/SST-2/train.tsv", lambda text: GREEK.encode(),
-     "--model bert: its vocabulary does not know 100 % of SST-2's tokens"),
-    ("sst2", "glue/SST-2/train.tsv", lambda text: CHINESE.encode(), "--model bert: its vocabulary"),
-    ("sst2", "glue/SST-2/dev.tsv", lambda text: None, r"dev\.tsv: no such file; get SST-2 from https://"),
-    ("swag", "swag/train.csv", lambda text: text.replace(b"he,", b'"he,', 1), r"train\.csv, line 2"),
-    ("squad1", "squad/dev-v1.1.json", lambda text: text[:-9], r"dev-v1\.1\.json, line 1: broken JSON"),
-    ("sst2", "bert/vocab.txt", lambda text: text + b"more\n", r"bert: \d+ tokens in its vocabulary, \d+ in"),
-    ("sst2", "bert/vocab.txt", lambda text: None, r"bert.*: holds neither vocab\.txt nor tokenizer\.json"),
-    ("sst2", "bert/model.safetensors", lambda text: None, r"no model\.safetensors"),
-    ("sst2", "bert/model.safetensors", lambda text: text[:5000], r"model\.safetensors: not readable"),
-    ("sst2", "bert/config.json", lambda text: None, "--model .*bert: no model there"),
-    ("sst2", "bert/config.json", lambda text: text[:50], r"config\.json: not readable"),
-    ("sst2", "bert/config.json", settings_with(model_type="roberta"), "config.json: model_type is 'roberta'"),
-    ("sst2", "bert/config.json", settings_with(num_hidden_layers=2), "model.safetensors: .* is missing"),
-    ("sst2", "bert/config.json", settings_with(vocab_size=99), r"bert: \d+ tokens in its vocabulary, 99 in"),
-    ("sst2", "bert/config.json", settings_with(max_position_embeddings=9), "--max_length 32: .* 9 positions")]
-
-
-@pytest.mark.parametrize("task, file, change, says", BROKEN, ids=[case[1] for case in BROKEN])
-def test_broken_file_is_one_line_before_anything_is_trained(finetune_config, tiny_tasks, tiny_bert, tmp_path,
-                                                            task, file, change, says):
-    paths = broken(tmp_path, tiny_tasks, tiny_bert, file, change)
-    refused(says, lambda: finetune.main(finetune_config(task, **paths, max_steps=1)))
-    assert not list(tmp_path.glob("out/finetune/*/*/s*"))
 
 
 def without(name):
@@ -1027,7 +927,74 @@ def without(name):
 
 
 def rewritten(name, change):
+    """change: bytes of the file -> what they become."""
     return lambda folder: (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def replaced(name, old, new):
+    return rewritten(name, lambda content: content.replace(old, new, 1))
+
+
+def settings_with(**values):
+    return lambda content: json.dumps(json.loads(content) | values).encode()
+
+
+def bert_with(**values):
+    return rewritten("bert/config.json", settings_with(**values))
+
+
+def sst2_with(text):
+    rows = "".join(f"{i}\t{text}\t{i % 2}\n" for i in range(9)) if text else ""
+    return rewritten("glue/SST-2/train.tsv", lambda content: f"index\tsentence\tlabel\n{rows}".encode())
+
+
+def bert(change):
+    return rewritten("bert/config.json", change)
+
+
+def sst2(text):
+    """Nine rows of a text as SST-2's training set."""
+    rows = "".join(f"{i}\t{text}\t{i % 2}\n" for i in range(9))
+    return rewritten("glue/SST-2/train.tsv", lambda content: f"index\tsentence\tlabel\n{rows}".encode())
+
+
+BROKEN = [
+    ("sst2", replaced("glue/SST-2/dev.tsv", b"\t1\n", b"\tgood\n"),
+     r"dev\.tsv, line 3: label 'good'; those of SST-2 are negative, positive"),
+    ("stsb", replaced("glue/STS-B/train.tsv", b"\t5\n", b"\t7.5\n"),
+     r"train\.tsv, line 7: label '7\.5'; .*numbers from 0 to 5"),
+    ("rte", rewritten("glue/RTE/dev.tsv", lambda content: b"index\tsentence1\tsentence2\n0\ta\tb\n"),
+     r"dev\.tsv.*: has no label, so it is an unlabelled test split"),
+    ("piqa", without("piqa/valid-labels.lst"), r"valid.*: .*unlabelled test split"),
+    ("sst2", rewritten("glue/SST-2/train.tsv", lambda content: b"\n"), r"train\.tsv: is empty"),
+    ("sst2", rewritten("glue/SST-2/train.tsv", lambda content: content[:21]), "train.tsv: holds no row"),
+    ("sst2", sst2("καλή μέρα κόσμε"), "--model bert: its vocabulary does not know 100 % of SST-2's tokens"),
+    ("sst2", sst2("今天天气很好"), "--model bert: its vocabulary"),
+    ("sst2", without("glue/SST-2/dev.tsv"), r"dev\.tsv: no such file; get SST-2 from https://"),
+    ("swag", replaced("swag/train.csv", b"he,", b'"he,'), r"train\.csv, line 2"),
+    ("squad1", rewritten("squad/dev-v1.1.json", lambda content: content[:-9]),
+     r"dev-v1\.1\.json, line 1: broken JSON"),
+    ("sst2", rewritten("bert/vocab.txt", lambda content: content + b"more\n"),
+     r"bert: \d+ tokens in its vocabulary, \d+ in"),
+    ("sst2", without("bert/vocab.txt"), r"bert.*: holds neither vocab\.txt nor tokenizer\.json"),
+    ("sst2", without("bert/model.safetensors"), r"no model\.safetensors"),
+    ("sst2", rewritten("bert/model.safetensors", lambda content: content[:5000]),
+     r"model\.safetensors: not readable"),
+    ("sst2", without("bert/config.json"), "--model .*bert: no model there"),
+    ("sst2", bert(lambda content: content[:50]), r"config\.json, line \d+: broken JSON"),
+    ("sst2", bert(settings_with(model_type="roberta")), "config.json: model_type is 'roberta'"),
+    ("sst2", bert(settings_with(num_hidden_layers=2)), "model.safetensors: .* is missing"),
+    ("sst2", bert(settings_with(vocab_size=99)), r"bert: \d+ tokens in its vocabulary, 99 in"),
+    ("sst2", bert(settings_with(max_position_embeddings=9)), "--max_length 32: .* 9 positions")]
+
+
+@pytest.mark.parametrize("task, change, says", BROKEN)
+def test_broken_file_is_one_line_before_anything_is_trained(tune, tiny_tasks, tiny_bert, task, change, says):
+    shutil.copytree(tiny_tasks, "data")
+    shutil.copytree(tiny_bert, "data/bert")
+    change(Path("data"))
+    refused(says, lambda: tune(task, data_dir="data", model="data/bert", max_steps=1))
+    assert not list(Path("out").glob("finetune/*/*/s*"))
 
 
 def other_vocabulary(folder):
@@ -1058,89 +1025,76 @@ BROKEN_CROSS = [
     (other_tower, "cross.safetensors: the shape of")]
 
 
-@pytest.mark.parametrize("change, says", BROKEN_CROSS, ids=range(len(BROKEN_CROSS)))
-def test_broken_cross_folder_is_one_line_before_training(finetune_config, tiny_cross, change, says):
+@pytest.mark.parametrize("change, says", BROKEN_CROSS)
+def test_broken_cross_folder_is_one_line_before_anything_is_trained(tune, tiny_cross, change, says):
     shutil.copytree(tiny_cross, "run")
     change(Path("run/model"))
-    refused(says, lambda: finetune.main(finetune_config("rte", "cross", cross="run")))
+    refused(says, lambda: tune("rte", "cross", cross="run"))
     assert not list(Path("out").glob("finetune/*/*/s*"))
 
 
 @pytest.mark.parametrize("encoder, flags, says", [
-    ("cross", dict(tasks="rte,squad2"), "--tasks squad2: .* not by tiny-cross; leave SQuAD out"),
-    ("clip", dict(tasks="squad1,rte"), "--tasks squad1: .* not by tiny_clip; leave SQuAD out"),
+    ("bert", dict(tasks="rtee"), "--tasks rtee: choose from sst2, qnli"),
+    ("bert", dict(tasks="rte,x"), "--tasks x: choose"),
+    ("bert", dict(data_dir="nowhere"),
+     r"nowhere/RTE/train\.tsv: no such file; get RTE from https://gluebenchmark"),
+    ("bert", dict(model="nowhere"), "--model nowhere: no model there"),
+    ("bert", dict(model=""), "--model is missing"),
+    ("bert", dict(model="none"), "--model none needs --like"),
+    ("bert", dict(model="none", like="nowhere"), "--like nowhere: no model there"),
+    ("bert", dict(model="none", like="{tiny_clip}"), "config.json: model_type is 'clip_text_model', only"),
+    ("bert", dict(model="", cross="{tiny_bert}"), NO_CROSS.format("cross.json")),
+    ("cross", dict(cross="nowhere"), "--cross nowhere: no model there"),
+    ("bert", dict(max_length=65), "--max_length 65: tiny has 64 positions"),
     ("clip", dict(max_length=41), "--max_length 41: tiny_clip has 40 positions; give 40 or less"),
     ("cross", dict(max_length=65), "--max_length 65: tiny-cross has 64 positions"),
-    ("cross", dict(cross="nowhere"), "--cross nowhere: no model there"),
-    ("bert", dict(model="", cross="{tiny_bert}"), NO_CROSS.format("cross.json")),
-    ("clip", dict(tasks="mishap"), "--model .*its vocabulary is not that of .*demo-s0"),
-    ("cross", dict(tasks="mishap"), "--cross .*its vocabulary is not that of .*demo-s0"),
-    ("bert", dict(model="none", like="{tiny_clip}"), "config.json: model_type is 'clip_text_model', only")])
-def test_wrong_flag_for_another_encoder_is_one_line(finetune_config, demo, tiny_bert, tiny_clip, encoder,
-                                                    flags, says):
-    flags = {k: v.format(tiny_bert=tiny_bert, tiny_clip=tiny_clip) if isinstance(v, str) else v
-             for k, v in flags.items()}
-    flags = (dict(data_dir=str(demo)) if flags.get("tasks") == "mishap" else {}) | {"tasks": "rte"} | flags
-    cfg = finetune_config(encoder=encoder, **flags)
-    refused(says, lambda: finetune.main(cfg))
-    assert not Path("out/finetune").exists()
-
-
-@pytest.mark.parametrize("flags, says", [
-    (dict(tasks="rtee"), "--tasks rtee: choose from sst2, qnli"), (dict(tasks="rte,x"), "--tasks x: choose"),
-    (dict(data_dir="nowhere"), r"nowhere/RTE/train\.tsv: no such file; get RTE from https://gluebenchmark"),
-    (dict(model="nowhere"), "--model nowhere: no model there"), (dict(model=""), "--model is missing"),
-    (dict(model="none"), "--model none needs --like"),
-    (dict(model="none", like="nowhere"), "--like nowhere: no model there"),
-    (dict(max_length=65), "--max_length 65: tiny has 64 positions"),
-    (dict(max_length=4), "--max_length 4: must be at least 5"),
-    (dict(tasks="squad1", max_length=6), "--max_length 6: .*room"),
-    (dict(batch_size=15, grad_accum=2), "--batch_size 15 is not a multiple"),
-    (dict(device="tpu"), "--device tpu"), (dict(eval_only=True), "no such file|no finished run"),
-    (dict(tasks="mishap"), "--model .*its vocabulary is not that of .*demo-s0")],
+    ("bert", dict(max_length=4), "--max_length 4: must be at least 5"),
+    ("bert", dict(tasks="squad1", max_length=6), "--max_length 6: .*room"),
+    ("bert", dict(batch_size=15, grad_accum=2), "--batch_size 15 is not a multiple"),
+    ("bert", dict(max_steps=0, epochs=1.0, warmup_steps=9.0), "--warmup_steps 9 is more than the 4 steps"),
+    ("bert", dict(device="tpu"), "--device tpu"), ("bert", dict(eval_only=True), "no finished run"),
+    ("cross", dict(tasks="rte,squad2"), "--tasks squad2: .* not by tiny-cross; leave SQuAD out"),
+    ("clip", dict(tasks="squad1,rte"), "--tasks squad1: .* not by tiny_clip; leave SQuAD out"),
+    *((encoder, dict(tasks="mishap", data_dir="{demo}"), f"{flag} .*its vocabulary is not that of .*demo-s0")
+      for encoder, flag in (("bert", "--model"), ("clip", "--model"), ("cross", "--cross")))],
     ids=lambda value: ",".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "")
-def test_wrong_flag_is_one_line(finetune_config, demo, flags, says):
-    flags = (dict(data_dir=str(demo)) if flags.get("tasks") == "mishap" else {}) | flags
-    cfg = finetune_config(**({"tasks": "rte"} | flags))
-    refused(says, lambda: finetune.main(cfg))
+def test_wrong_flag_is_one_line(request, tune, encoder, flags, says):
+    flags = {name: str(request.getfixturevalue(value[1:-1])) if str(value).startswith("{") else value
+             for name, value in ({"tasks": "rte"} | flags).items()}
+    refused(says, lambda: tune(encoder=encoder, **flags))
     assert not Path("out/finetune").exists()
 
 
 @pytest.mark.parametrize("flags, says", [
     ("--epoch 3", "unknown flag --epoch; did you mean --epochs"),
     ("--preset bert", "--preset bert: choose one of"),
-    ("--pool max", "--pool max"), ("--dtype half", "--dtype half"), ("--lr nan", "--lr nan"),
-    ("--lr=-1", "--lr -1"), ("--limit=-1", "--limit -1"), ("--seeds=-1", "--seeds -1"),
-    ("--max_length=-1", "--max_length -1"), ("--warmup 1", "--warmup 1"),
-    ("--layer_decay 0", "--layer_decay 0"), ("--layer_decay 1.1", "--layer_decay 1.1"),
-    ("--dropout 1", "--dropout 1"), ("--batch_size 0", "--batch_size 0"),
-    ("--grad_accum 0", "--grad_accum 0"), ("--log_every 0", "--log_every 0"), ("--beta2 1", "--beta2 1"),
-    ("--grad_clip=-1", "--grad_clip -1"), ("--weight_decay=-1", "--weight_decay -1"),
+    *((flag, flag.replace("=", " ")) for flag in (
+        "--pool max", "--dtype half", "--lr nan", "--lr=-1", "--limit=-1", "--seeds=-1", "--max_length=-1",
+        "--warmup_steps 1.5", "--warmup_steps=-1", "--layer_decay 0", "--layer_decay 1.1", "--dropout 1",
+        "--batch_size 0", "--grad_accum 0", "--log_every 0", "--beta2 1", "--grad_clip=-1",
+        "--weight_decay=-1", "--resume maybe")),
+    ("--max_steps 5 --warmup_steps 6", "--warmup_steps 6"),
     ("--save_every 7", "--save_every 7: must be a multiple of --log_every"),
     ("--score p.json", "--score .* and --gold .* go together"), ("--gold d.json", "go together"),
     ("--cross a --model b", "--cross is given in place of --model"),
-    ("--predict", "--predict needs --model"), ("--predict --cross x", "--predict needs --model"),
-    ("--predict --model none", "--predict needs --model")])
+    *((flags, "--predict needs --model") for flags in (
+        "--predict", "--predict --cross x", "--predict --model none"))])
 def test_wrong_value_is_one_line_that_names_the_flag(flags, says):
     refused(says, lambda: common.parse_cli(finetune.Config, finetune.PRESETS, flags.split()))
 
 
-def test_model_of_another_kind_is_refused(finetune_config, tiny_bert, tmp_path):
+def test_model_of_another_kind_is_refused(tune, tiny_bert, tmp_path):
     save_video_encoder(tmp_path / "video", VideoEncoder(BERTConfig(vocab_size=10, layers=1, hidden=8, heads=1,
                                                                    intermediate=8), 4))
-    refused("--model .*video: no model there", lambda: finetune.main(finetune_config("rte", model="video")))
+    refused("--model .*video: no model there", lambda: tune("rte", model="video"))
     refused("no fine-tuned model .*make one: python finetune.py --model", lambda: predict(tiny_bert, ["x"]))
     refused("--model nowhere: no model there", lambda: predict("nowhere", ["x"]))
 
 
-def test_loss_that_is_not_finite_leaves_no_results(finetune_config):
-    refused(r"(the task loss|the weight \S+) is (nan|inf|not finite).*--lr",
-            lambda: finetune.main(finetune_config("sst2", lr=1e30, grad_clip=0.0)))
-    assert Path("out/finetune/tiny/sst2/s0/config.json").exists()
-    assert not list(Path("out").rglob("results.json")) and not list(Path("out").rglob("model"))
-
-
-def test_nan_in_the_last_update_is_not_saved_as_a_model(finetune_config, monkeypatch):
+@pytest.mark.parametrize("poison, says", [
+    (False, r"(the .*loss|the weight \S+) is (nan|inf|not finite).*--lr"),
+    (True, "weight .* is not finite after step 8")])
+def test_nan_in_the_loss_or_in_the_last_update_leaves_no_model(tune, monkeypatch, poison, says):
     clip, calls = torch.nn.utils.clip_grad_norm_, []
 
     def poisoned(parameters, *args):
@@ -1149,36 +1103,34 @@ def test_nan_in_the_last_update_is_not_saved_as_a_model(finetune_config, monkeyp
         if len(calls) == SHORT["max_steps"]:
             parameters[0].grad[0] = float("nan")
         return clip(parameters, *args)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
-    refused("weight .* is not finite after step 8", lambda: finetune.main(finetune_config("sst2", **SHORT)))
+    if poison:
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", poisoned)
+    flags = SHORT if poison else dict(lr=1e30, grad_clip=0.0)
+    refused(says, lambda: tune("sst2", **flags))
+    assert Path("out/finetune/tiny/sst2/s0/config.json").exists()
     assert not list(Path("out").rglob("results.json")) and not list(Path("out").rglob("model"))
 
 
 # ---------------------------------------------------------------------------- the demo's table
 
 
-def stored_student(name, finished, **changes):
-    """A folder out/<name> as distill.py leaves it, without its model."""
-    config = distill.Config(objective=changes.pop("objective", "nst"), teacher=changes.pop("teacher", ""))
-    results = {"objective": config.objective, "vocabulary": "v", "finished": finished} | changes
-    common.write_json(Path("out", name, "config.json"), {"config": vars(config)})
-    common.write_json(Path("out", name, "results.json"), results)
-
-
 def test_newest_student_is_the_last_one_finished_of_this_world(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    vocab = type("Vocab", (), {"hash": "v"})
-    default = finetune.newest_student(finetune.Config(seed=3), vocab)
+    vocab = SimpleNamespace(hash="v")
+    default = chain.newest_student(finetune.Config(seed=3), vocab)
     assert default == distill.Config(seed=3) and "no distilled student" in capsys.readouterr().out
     for name, finished, changes in (("a", 5, {}), ("b", 7, {}), ("c", 9, dict(vocabulary="other")),
                                     ("d", 8, dict(objective="none")), ("e", 10, dict(teacher="out/t"))):
+        config = distill.Config(objective=changes.get("objective", "nst"), seed=1,
+                                teacher=changes.pop("teacher", "out/teacher-mlm+ct-s1"))
         Path("out", name).mkdir(parents=True)
-        stored_student(name, finished, **changes)
-    Path("out/f").mkdir()
-    Path("out/f/results.json").write_text("{}")
-    Path("out/g").mkdir()
-    Path("out/g/results.json").write_text("broken")
-    found = finetune.newest_student(finetune.Config(), vocab)
+        common.write_json(Path("out", name, "config.json"), {"config": vars(config)})
+        common.write_json(Path("out", name, "results.json"), {
+            "objective": "nst", "vocabulary": "v", "finished": finished} | changes)
+    for name, text in (("f", "{}"), ("g", "broken")):
+        Path("out", name).mkdir()
+        Path("out", name, "results.json").write_text(text)
+    found = chain.newest_student(finetune.Config(), vocab)
     assert found.out_dir == "out/b" and found.objective == "nst"
     printed = capsys.readouterr().out
     assert "newest student: out/b" in printed and "passed over out/e" in printed
@@ -1190,10 +1142,10 @@ def test_demo_table_makes_what_it_lacks_and_reuses_what_it_has(demo, tmp_path, m
     monkeypatch.chdir(tmp_path)
     few_steps = {k: v for k, v in QUICK_TEACHER.items() if k not in ("device", "block_size")}
     monkeypatch.setattr(teacher, "Config", functools.partial(teacher.Config, **few_steps))
-    distill.main(distill.Config(**QUICK_STUDENT, objective="nst", data_dir=str(demo)))
+    chain.distill(distill.Config(**QUICK_STUDENT, objective="nst", data_dir=str(demo)))
     capsys.readouterr()
     cfg = finetune.Config(data_dir=str(demo), seeds=1, max_steps=4, log_every=2, save_every=2, device="cpu")
-    rows = finetune.main(cfg)
+    rows = chain.finetune(cfg)
     out = capsys.readouterr().out
     assert "newest student: out/distill-nst-s0" in out
     assert list(rows) == ["no pre-training", "text-only", "distilled", "distilled from images"]
@@ -1202,8 +1154,8 @@ def test_demo_table_makes_what_it_lacks_and_reuses_what_it_has(demo, tmp_path, m
         "distill-nst-s0", "distill-none-s0", "teacher-mlm+ct-s0", "teacher-image-s0", "distill-nst-image-s0",
         "finetune", "tokens"}
     assert {p.name for p in Path("out/finetune").iterdir()} == {
-        "none-demo-s0", "distill-none-s0", "distill-nst-s0", "distill-nst-image-s0", "demo.json"}
-    shape = json.loads(Path("out/finetune/none-demo-s0/mishap/s0/model/config.json").read_text())
+        "none-distill-none-s0", "distill-none-s0", "distill-nst-s0", "distill-nst-image-s0", "demo.json"}
+    shape = json.loads(Path("out/finetune/none-distill-none-s0/mishap/s0/model/config.json").read_text())
     assert (shape["num_hidden_layers"], shape["hidden_size"]) == (1, 32)  # as the students
     assert json.loads(Path("out/finetune/demo.json").read_text()) == rows
     table = out[out.rindex("median of 1"):].splitlines()
@@ -1214,8 +1166,7 @@ def test_demo_table_makes_what_it_lacks_and_reuses_what_it_has(demo, tmp_path, m
         average = " / ".join(f"{np.mean([s[name]['accuracy'] for s in scores]):.1f}" for name in ("", "seen"))
         assert line.startswith(row) and re.split("  +", line)[1:] == [*cells, average]
     assert re.split("  +", table[6]) == ["chance", "50.0", "50.0", "50.0", "25.0", "50.0", "45.0"]
-    monkeypatch.setattr(finetune.Objective, "forward", None)
-    monkeypatch.setattr(distill.Distiller, "forward", None)
-    monkeypatch.setattr(teacher.Teacher, "forward", None)
-    assert finetune.main(cfg) == rows
+    for module, name in ((finetune, "Objective"), (distill, "Distiller"), (teacher, "Teacher")):
+        monkeypatch.setattr(getattr(module, name), "forward", None)
+    assert chain.finetune(cfg) == rows
     assert not list(Path("out").rglob("*.1"))
