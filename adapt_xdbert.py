@@ -428,7 +428,7 @@ def main(cfg):
         if last:
             break
 
-        # the step's micro-batches, and what each term is divided by: its items in the global batch
+        # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
         index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):

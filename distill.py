@@ -6,7 +6,7 @@
 
 L^S = L_MLM + sum of w_k L_k over the chosen objectives (Eq. 4): soft (Eq. 5), l2 (Eq. 6), nst (Eq. 7), crd
 (Eq. 8), voken (Eq. 9), or none = text only. The run leaves out/distill-<objective>-s<seed>/ with model/, a
-Hugging Face folder; heads.safetensors in it holds the distillation heads.
+Hugging Face folder; heads.safetensors in it holds the heads of the objectives.
 """
 import math
 from dataclasses import dataclass
@@ -48,12 +48,12 @@ class Config:
     # objective
     objective: str = "nst+crd"  # none, or any of soft, l2, voken, nst, crd joined by +
     head: str = "mlp"  # distillation head of l2, nst and crd: mlp (section 4.3) or none (Table 8)
-    w_mlm: float = 1.0  # weight of each term; the demo's were measured to work, the paper preset's are 1
-    w_soft: float = 1.0
-    w_l2: float = 1.0
-    w_voken: float = 1.0
-    w_nst: float = 100.0
-    w_crd: float = 1.0
+    w_mlm: float = 1.0  # weight of masked words; the demo's weights were measured, the paper preset's are 1
+    w_soft: float = 1.0  # of Eq. 5
+    w_l2: float = 1.0  # of Eq. 6
+    w_voken: float = 1.0  # of Eq. 9
+    w_nst: float = 100.0  # of Eq. 7
+    w_crd: float = 1.0  # of Eq. 8
     soft_tau: float = 2.0  # temperature of Eq. 5
     nst_kernel: str = "gaussian"  # k of Eq. 7: gaussian (sigma 1), poly or linear
     nst_normalize: bool = True  # L2-normalise a neuron's pattern; false = Eq. 7 as printed: gradient vanishes
@@ -78,7 +78,7 @@ class Config:
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: float = 60  # linear warm-up; below 1 = a share of the steps
-    max_steps: int = 540  # then linearly to 0; 0 = as many as --epochs takes
+    max_steps: int = 540  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the corpus, where max_steps is 0
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
@@ -274,7 +274,7 @@ def evaluate(bert, head, blocks, cfg, ranks):
 
 def log_gradients(model, batch, divisor, weights, run, step):
     """Logs the norm of the gradient that each weighted term of a micro-batch sends into the last states."""
-    # a pass of its own that leaves the run as it was; a weight of 1 means very different gradients
+    # a pass of its own that leaves the run as it was
     scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
     device = batch["inputs"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -325,7 +325,7 @@ def make_bank(cfg, blocks, device):
 
 
 def save(model, folder, vocab):
-    """The student as a Hugging Face folder, and the distillation heads, f_1 and f_2 beside it."""
+    """The student as a Hugging Face folder, and beside it the objectives' heads, f_1 and f_2."""
     save_bert(model.bert, folder, vocab, model.mlm)
     heads = {name: x for name, x in model.state_dict().items() if not name.startswith(("bert.", "mlm."))}
     save_file(heads, folder / "heads.safetensors")
@@ -381,7 +381,7 @@ def main(cfg):
     print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
            f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
     run.begin(names, "tokens", tokens, tokens * flops)
-    for part in filter(None, (model, teacher) if cfg.compile_model else ()):
+    for part in [part for part in (model, teacher) if part and cfg.compile_model]:
         part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
@@ -396,7 +396,7 @@ def main(cfg):
         if last:
             break
 
-        # the step's micro-batches, and what each term is divided by: its items in the global batch
+        # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
         index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):

@@ -345,7 +345,7 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
         if last:
             break
 
-        # the step's micro-batches, and what the loss is divided by: the global batch
+        # the step's micro-batches; the divisor: the global batch / ranks, as DDP averages gradients
         index, batches, divisor = order(step), [], {"loss": cfg.batch_size / ranks.size}
         for micro in range(cfg.grad_accum):
             positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)

@@ -4,8 +4,8 @@ teacher (VidLanKD, Tang et al. 2021; c(x, y): cosine, a: margin, x': another tex
   mlm             - log softmax(logits)[target]                                          per masked position
   hinge           [a - c(h_i, v) + c(h'_i, v)]_+ + [a - c(h_i, v) + c(h_i, v')]_+        Eq. 3, per token
   hinge_all       the same, mean over every other item of the batch
-  infonce_tokens  half the cross-entropies of c(h_i, v) / temperature over videos and over texts, per token
-  clip            half the cross-entropies of r c(text, video) over videos and over texts, per pair
+  infonce_tokens  mean of two cross-entropies of c(h_i, v) / temperature, over videos and over texts
+  clip            mean of two cross-entropies of r c(text, video), over videos and over texts
 student (s, t: states of student and teacher, d_s and d_t wide; the teacher is frozen)
   soft            - sum_z P_t(z) log P_s(z), P = softmax(logits / tau)                   Eq. 5, per token
   l2              |s - t|^2                                                              Eq. 6, per token
@@ -192,7 +192,7 @@ def clip(z_text: Tensor, z_video: Tensor, log_scale: Tensor, divisor: float | No
 
 @float32
 def chunked_cross_entropy(h, W, b, target, chunk):
-    """Summed cross-entropy of softmax(h W' + b); of the (n, V) logits `chunk` rows exist at a time.
+    """Summed cross-entropy of softmax(h W' + b); at most `chunk` rows of the (n, V) logits exist at once.
 
     h (n, C), W (V, C), b (V,) get gradients, by d loss / d logits = softmax(logits) - target.
     target(rows): (c, V) probabilities or (c,) labels of a slice of rows.

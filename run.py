@@ -1,4 +1,4 @@
-"""Books of a training run: processes, seeds, schedule, folder, log, checkpoints, interruption, resume.
+"""Bookkeeping of a training run: processes, seeds, schedule, folder, log, checkpoints, interruption, resume.
 
 Nothing here calls a model: each script writes out its own loop.
 """
@@ -218,7 +218,8 @@ def peak_flops(device, dtype):
                 return 1e12 * (single if dtype == torch.float32 else half)
         return 0.0
     a, best = torch.randn(768, 768, dtype=dtype, generator=torch.Generator().manual_seed(0)), math.inf
-    for _ in range(20):
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.2:  # a second product may take that long without bf16 instructions
         start = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - start)
@@ -314,10 +315,11 @@ class Run:
         step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
         run.begin(terms)
         while True:
-            if run.evaluates(step, last): run.note(step, scores)
+            if run.evaluates(step, last): run.note(step, "val", scores)
             run.saves(step, last)                       # may end the program: interrupted
             if last: break
             run.add(step, terms); step += 1; run.tick(step, lr, norm)
+        seconds = run.leave_loop()
         run.finish(results)
 
     cfg: a Config; hashes: {what: hash} of the data and models that the run reads; fixed: flags that a resumed
@@ -428,7 +430,7 @@ class Run:
     # ------------------------------------------------------------------------ inside of the loop
 
     def evaluates(self, step, last):
-        """Is an evaluation due before this step? Its time counts in no speed."""
+        """Is an evaluation due before this step? The clock stops until `saves`."""
         self.paused = time.monotonic()
         return (step % self.cfg.eval_every == 0 or last) and not (step == self.start and self.resumes)
 

@@ -1,6 +1,7 @@
 """The scripts as commands: makes what the demo lacks, runs the stage, and closes with a table.
 
-Each function is what a script runs under its main guard. With real data nothing is made.
+The first four functions are what the scripts run under their main guards; the others make what these need.
+With real data nothing is made.
 """
 import json
 from contextlib import suppress
@@ -33,7 +34,7 @@ def distill(cfg):
     ranks = init_ranks(cfg.device)
     folder, beside = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}"), []
     if not cfg.train:
-        cfg = demo_student(cfg, folder, demo_world(cfg.data_dir, cfg.seed, ranks))
+        cfg = on_demo(cfg, folder.parent, demo_world(cfg.data_dir, cfg.seed, ranks))
         if cfg.objective != "none":
             beside = [folder.parent / f"distill-none-s{cfg.seed}"]
             distill_script.main(text_only_run(cfg, beside[0]))
@@ -62,7 +63,7 @@ def adapt_xdbert(cfg):
         student = distill_script.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
                                         block_size=cfg.block_size)
         cfg = replace(cfg, language=str(folder.parent / f"distill-none-s{cfg.seed}"))
-        distill_script.main(text_only_run(demo_student(replace(student, objective="none"), folder, world),
+        distill_script.main(text_only_run(on_demo(replace(student, objective="none"), folder.parent, world),
                                           cfg.language))
     if not cfg.clip and not cfg.no_clip:
         cfg = replace(cfg, clip=make_teacher(cfg, folder.parent / f"teacher-clip-s{cfg.seed}",
@@ -105,11 +106,11 @@ def make_teacher(cfg, folder, **flags):
     return str(folder)
 
 
-def demo_student(cfg, folder, world):
-    """distill.Config with the demo world's files and, where it distils, a teacher beside `folder`."""
+def on_demo(cfg, out, world):
+    """distill.Config with the demo world's files and, where it distils, a teacher in the folder `out`."""
     files = {"train": str(world / "corpus.h5"), "videos": cfg.videos or str(world / "videos.h5")}
     if cfg.objective != "none" and not cfg.teacher:
-        files["teacher"] = make_teacher(cfg, folder.parent / f"teacher-mlm+ct-s{cfg.seed}")
+        files["teacher"] = make_teacher(cfg, out / f"teacher-mlm+ct-s{cfg.seed}")
     return replace(cfg, **files)
 
 
@@ -198,12 +199,12 @@ def model_of(row, newest, cfg, world):
     run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=str(own),
                   resume="auto", eval_only=False, max_minutes=0.0)
     if row in ("text-only", "no pre-training"):
-        run = text_only_run(demo_student(replace(run, objective="none"), out, world),
+        run = text_only_run(on_demo(replace(run, objective="none"), out, world),
                             out / f"distill-none-s{seed}")
     elif row == "distilled from images":
         seeing = make_teacher(run, out / f"teacher-image-s{seed}", vision="image")
         run = replace(run, teacher=seeing, out_dir=str(out / f"distill-{run.objective}-image-s{seed}"))
-    run = demo_student(run, out / "run", world)
+    run = on_demo(run, out, world)
     folder = distill_script.main(run)["folder"]
     return {"model": "none", "like": folder} if row == "no pre-training" else {"model": folder}
 
