@@ -10,7 +10,18 @@
 
 Packed files are HDF5 with contiguous datasets, read through memory maps. A batch is a dict of CPU tensors, a
 pure function of (seed, step, position in the global batch): no order of data has to be stored, and ranks only
-take their slices.
+take their slices. What it holds:
+
+  ids, mask (B, T), index (B,)                 blocks and clips: words, True = real, sample
+  frames (B, F, D), frame_mask (B, F)          VideoClips
+  clip_ids, clip_place, clip_mask              PairBlocks: CLIP's side of the text, see segment_batch
+  inputs (B, T), target_index, targets (M,)    masked_words: what the model reads and is to predict
+  anchors, slots (A,), first (B,), inputs_t    distill.make_batch: CRD's anchors (rows of the flattened B T),
+                                               their rows of the bank, each sequence's first anchor (which the
+                                               bank stores), the teacher's own view of the words
+  h_t, h_crd (B, T, C_t), negatives (N,)       distill's loop: the teacher's states, drawn rows of the bank
+  text_mask, partner, partner_video, ..        teacher.make_batch: the hinge's words, Eq. 3's negatives
+  mlm_.., match_.., cliptc_..                  adapt_xdbert.make_batch: places of the targets, and their ids
 """
 import functools
 import glob

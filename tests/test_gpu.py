@@ -20,6 +20,7 @@ import distill
 import finetune
 import losses
 import teacher
+from common import keyed_integers
 from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -28,7 +29,7 @@ DTYPES = ["float32", "bfloat16", "float16"]
 
 def assert_close_runs(one, two):
     """Weights, optimizer, bank and scaler of two checkpoints, up to the order of the GPU's sums."""
-    for part in ("student", "model", "optimizer", "bank", "scaler"):
+    for part in ("model", "optimizer", "bank", "scaler"):
         a, b = flat(one.get(part, {})), flat(two.get(part, {}))
         assert a.keys() == b.keys()
         for key in a:
@@ -217,7 +218,7 @@ def unit(*shape, seed=0):
 def crd_on(kind, device, z_s, z_t):
     bank = losses.CRDBank(60, 16, 32, device=device)
     bank.update(np.arange(50), unit(50, 16, seed=3).to(device), unit(50, 16, seed=4).to(device))
-    slots, negatives = np.arange(12), bank.draw(0)
+    slots, negatives = np.arange(12), bank.draw(keyed_integers, 0, 0)
     bank.set_z(z_s.detach(), z_t.detach(), slots, negatives)
     return losses.crd(z_s, z_t, slots, bank, negatives, loss=kind)
 
@@ -313,10 +314,10 @@ def strict_steps(monkeypatch, objective):
     forward, update = objective.forward, torch.amp.GradScaler.update
     steps = []
 
-    def strict_forward(self, batch, count):
+    def strict_forward(self, batch, divisor):
         if self.training and len(steps) >= 2:  # the first steps set up cuBLAS and the optimizer's state
             torch.cuda.set_sync_debug_mode("error")
-        return forward(self, batch, count)
+        return forward(self, batch, divisor)
 
     def relaxed_update(self, *args):
         update(self, *args)
