@@ -40,12 +40,17 @@ def assert_close_runs(one, two):
                 assert a[key] == pytest.approx(b[key]), part + key
 
 
+def steps_of(cfg):
+    """The log's lines on training steps."""
+    return [line for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_student_learns_on_the_gpu(distill_config, dtype):
     cfg = distill_config(objective=EVERY, device="cuda", dtype=dtype, max_steps=40, eval_every=40,
                          save_every=40, grad_every=40, grad_accum=2)
     results = distill.main(cfg)
-    lines = [line for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    lines = steps_of(cfg)
     for term in ("mlm", *distill.OBJECTIVES):
         values = [line[term] for line in lines]
         assert all(map(math.isfinite, values))
@@ -57,40 +62,13 @@ def test_student_learns_on_the_gpu(distill_config, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_teacher_learns_on_the_gpu(teacher_config, dtype):
-    cfg = teacher_config(device="cuda", dtype=dtype, max_steps=40, eval_every=40, save_every=40)
+@pytest.mark.parametrize("objective, term", [("mlm+ct", "mlm"), ("clip", "clip")])
+def test_teacher_learns_on_the_gpu(teacher_config, objective, term, dtype):
+    cfg = teacher_config(objective=objective, device="cuda", dtype=dtype, max_steps=40, eval_every=40,
+                         save_every=40)
     teacher.main(cfg)
-    values = [line["mlm"] for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    values = [line[term] for line in steps_of(cfg)]
     assert all(map(math.isfinite, values)) and np.mean(values[-5:]) < np.mean(values[:5])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_resumed_run_equals_uninterrupted_run_on_the_gpu(distill_config, tmp_path, monkeypatch, dtype):
-    flags = dict(objective="nst+crd", device="cuda", dtype=dtype, max_steps=6, save_every=2, eval_every=2,
-                 grad_every=2, log_every=2, dropout=0.1)
-    whole, parts = (distill_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
-    distill.main(whole)
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(SystemExit):
-            distill.main(parts)
-    distill.main(replace(parts, resume="true"))
-    assert_close_runs(saved(whole.out_dir), saved(parts.out_dir))
-    assert bool(saved(parts.out_dir)["scaler"]) == (dtype == "float16")
-
-
-def test_gpu_run_equals_cpu_run_without_dropout(distill_config, tmp_path):
-    flags = dict(objective="nst+crd", dropout=0.0, max_steps=3, eval_every=3, save_every=3, grad_every=3)
-    for device in ("cpu", "cuda"):
-        distill.main(distill_config(**flags, device=device, out_dir=str(tmp_path / device)))
-    one, two = ([line for line in log_lines(tmp_path / device) if "grad_norm" in line]
-                for device in ("cpu", "cuda"))
-    for a, b in zip(one, two):
-        assert [a[k] for k in ("mlm", "nst", "crd", "grad_norm")] == \
-            pytest.approx([b[k] for k in ("mlm", "nst", "crd", "grad_norm")], rel=2e-2)
-
-
-# ---------------------------------------------------------------------------- XDBERT
 
 
 @pytest.fixture
@@ -98,17 +76,14 @@ def adapt_config(demo, teacher_run, tmp_path):
     """adapt_xdbert.Config for a run of a second on the GPU; flags as keywords."""
     train, clip = pairs_and_tower(demo / "demo-s0", tmp_path)
     paths = dict(train=train, clip=clip, language=str(teacher_run), out_dir=str(tmp_path / "run"))
-
-    def config(**flags):
-        return adapt_xdbert.Config(**(QUICK_ADAPTATION | dict(device="cuda") | paths | flags))
-    return config
+    return lambda **flags: adapt_xdbert.Config(**(QUICK_ADAPTATION | dict(device="cuda") | paths | flags))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adaptation_learns_on_the_gpu(adapt_config, dtype):
     cfg = adapt_config(dtype=dtype, max_steps=60, eval_every=60, save_every=60, grad_accum=2)
     results = adapt_xdbert.main(cfg)
-    lines = [line for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
+    lines = steps_of(cfg)
     for term in adapt_xdbert.OBJECTIVES:
         values = [line[term] for line in lines]
         assert len(values) == 60 and all(map(math.isfinite, values))
@@ -117,39 +92,39 @@ def test_adaptation_learns_on_the_gpu(adapt_config, dtype):
     assert results["mlm_accuracy_matched"] > 0
 
 
-def test_adaptation_on_the_gpu_equals_the_cpus_without_dropout(adapt_config, tmp_path):
-    for device in ("cpu", "cuda"):
-        adapt_xdbert.main(adapt_config(dropout=0.0, device=device, out_dir=str(tmp_path / device)))
-    one, two = ([line for line in log_lines(tmp_path / device) if "grad_norm" in line]
-                for device in ("cpu", "cuda"))
-    assert len(one) == len(two) == 3
-    for a, b in zip(one, two):
-        for key in (*adapt_xdbert.OBJECTIVES, "grad_norm"):
-            assert a[key] == pytest.approx(b[key], rel=2e-2), (a["step"], key)
+STAGES = pytest.mark.parametrize("stage, config, flags", [
+    (distill, "distill_config", dict(objective="nst+crd", grad_every=2)), (adapt_xdbert, "adapt_config", {})],
+    ids=["distill", "adapt"])
 
 
+@STAGES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_resumed_adaptation_equals_an_uninterrupted_one_on_the_gpu(adapt_config, tmp_path, monkeypatch,
-                                                                  dtype):
-    flags = dict(dtype=dtype, max_steps=6, save_every=2, eval_every=2, log_every=2)
-    whole, parts = (adapt_config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
-    adapt_xdbert.main(whole)
+def test_resumed_run_equals_an_uninterrupted_one_on_the_gpu(request, tmp_path, monkeypatch, stage, config,
+                                                            flags, dtype):
+    config = request.getfixturevalue(config)
+    flags = flags | dict(device="cuda", dtype=dtype, max_steps=6, save_every=2, eval_every=2, log_every=2)
+    whole, parts = (config(**flags, out_dir=str(tmp_path / name)) for name in ("whole", "parts"))
+    stage.main(whole)
     with monkeypatch.context() as patch:
         stop_at(patch, 3)
         with pytest.raises(SystemExit):
-            adapt_xdbert.main(parts)
-    adapt_xdbert.main(replace(parts, resume="true"))
+            stage.main(parts)
+    stage.main(replace(parts, resume="true"))
     assert_close_runs(saved(whole.out_dir), saved(parts.out_dir))
     assert bool(saved(parts.out_dir)["scaler"]) == (dtype == "float16")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_clip_tower_learns_on_the_gpu(teacher_config, dtype):
-    cfg = teacher_config(objective="clip", device="cuda", dtype=dtype, max_steps=40, eval_every=40,
-                         save_every=40)
-    teacher.main(cfg)
-    values = [line["clip"] for line in log_lines(Path(cfg.out_dir)) if "grad_norm" in line]
-    assert all(map(math.isfinite, values)) and np.mean(values[-5:]) < np.mean(values[:5])
+@STAGES
+def test_gpu_run_equals_cpu_run_without_dropout(request, tmp_path, stage, config, flags):
+    flags, runs = flags | dict(dropout=0.0, max_steps=3, eval_every=3, save_every=3), []
+    for device in ("cpu", "cuda"):
+        cfg = request.getfixturevalue(config)(**flags, device=device, out_dir=str(tmp_path / device))
+        stage.main(cfg)
+        runs.append(steps_of(cfg))
+    assert len(runs[0]) == len(runs[1]) == 3
+    for a, b in zip(*runs):
+        for key in (*cfg.objective.split("+"), "mlm", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-2), (a["step"], key)
 
 
 # ---------------------------------------------------------------------------- fine-tuning
@@ -309,52 +284,38 @@ def test_cross_modal_encoder_on_the_gpu_equals_the_cpus():
 # ---------------------------------------------------------------------------- speed
 
 
-def strict_steps(monkeypatch, objective):
+@pytest.fixture
+def strict_steps(monkeypatch):
     """From the first forward to the scaler's update any host synchronisation is an error; a list of steps."""
-    forward, update = objective.forward, torch.amp.GradScaler.update
-    steps = []
-
-    def strict_forward(self, batch, divisor):
-        if self.training and len(steps) >= 2:  # the first steps set up cuBLAS and the optimizer's state
-            torch.cuda.set_sync_debug_mode("error")
-        return forward(self, batch, divisor)
+    update, steps = torch.amp.GradScaler.update, []
+    for objective in (distill.Distiller, adapt_xdbert.Adapter, finetune.Objective):
+        def strict_forward(self, batch, divisor, forward=objective.forward):
+            if self.training and len(steps) >= 2:  # the first steps set up cuBLAS and the optimizer's state
+                torch.cuda.set_sync_debug_mode("error")
+            return forward(self, batch, divisor)
+        monkeypatch.setattr(objective, "forward", strict_forward)
 
     def relaxed_update(self, *args):
         update(self, *args)
         torch.cuda.set_sync_debug_mode("default")
         steps.append(1)
-    monkeypatch.setattr(objective, "forward", strict_forward)
     monkeypatch.setattr(torch.amp.GradScaler, "update", relaxed_update)
-    return steps
+    yield steps
+    torch.cuda.set_sync_debug_mode("default")
 
 
+FIVE = dict(device="cuda", max_steps=5, log_every=5, save_every=5)
+
+
+@STAGES
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_optimizer_step_never_waits_for_the_device(distill_config, monkeypatch, dtype):
-    steps = strict_steps(monkeypatch, distill.Distiller)
-    try:
-        distill.main(distill_config(objective=EVERY, device="cuda", dtype=dtype, max_steps=5, eval_every=5,
-                                    save_every=5, grad_every=5, log_every=5))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(steps) == 5
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_adaptation_step_never_waits_for_the_device(adapt_config, monkeypatch, dtype):
-    steps = strict_steps(monkeypatch, adapt_xdbert.Adapter)
-    try:
-        adapt_xdbert.main(adapt_config(dtype=dtype, max_steps=5, eval_every=5, save_every=5, log_every=5))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(steps) == 5
+def test_optimizer_step_never_waits_for_the_device(request, strict_steps, stage, config, flags, dtype):
+    more = dict(objective=EVERY, grad_every=5) if stage is distill else {}
+    stage.main(request.getfixturevalue(config)(**(flags | FIVE | more), eval_every=5, dtype=dtype))
+    assert len(strict_steps) == 5
 
 
 @pytest.mark.parametrize("task", ["rte", "stsb", "swag", "squad2"])
-def test_fine_tuning_step_never_waits_for_the_device(finetune_config, monkeypatch, task):
-    steps = strict_steps(monkeypatch, finetune.Objective)
-    try:
-        finetune.main(finetune_config(task, device="cuda", dtype="float16", max_steps=5, log_every=5,
-                                      save_every=5))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(steps) == 5
+def test_fine_tuning_step_never_waits_for_the_device(finetune_config, strict_steps, task):
+    finetune.main(finetune_config(task, **FIVE, dtype="float16"))
+    assert len(strict_steps) == 5

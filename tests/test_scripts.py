@@ -38,6 +38,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERY = "+".join(distill.OBJECTIVES)
 COMBINATIONS = ["none"] + ["+".join(chosen) for n in range(1, 6)
                            for chosen in itertools.combinations(distill.OBJECTIVES, n)]
+COMBINATIONS = [name if name.count("+") in (0, 4) or name == "nst+crd" else
+                pytest.param(name, marks=pytest.mark.slow) for name in COMBINATIONS]
 
 
 def saved(folder):
@@ -333,6 +335,7 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_torchrun_goes_on_with_resume(distill_config, tmp_path):
     """As commands: python distill.py, SIGTERM, torchrun distill.py --resume; it ends as a whole run does."""
     cfg = distill_config(objective="crd", max_steps=60, save_every=60, eval_every=60, grad_every=60,
