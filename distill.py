@@ -149,10 +149,10 @@ class FrozenTeacher:
         self.width, self.hash = self.bert.config.hidden, file_hash(self.folder)
         if cfg.block_size > self.bert.config.max_positions:
             raise SystemExit(f"--block_size: the teacher has {self.bert.config.max_positions} positions")
-        if "soft" in cfg.objective and self.head is None:
+        if "soft" in cfg.objective.split("+") and self.head is None:
             raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word "
                              "distributions; leave soft out or choose another teacher")
-        if "voken" in cfg.objective:
+        if "voken" in cfg.objective.split("+"):
             path = self.folder / "vokens.safetensors"
             if not path.exists():
                 raise SystemExit(f"--objective voken: {self.folder} has no video encoder; teacher.py's have")
@@ -250,7 +250,7 @@ def make_batch(blocks, cfg, index, step, positions):
     batch, keys = blocks.batch(index), (cfg.seed, step, positions)
     ids, mask, how = batch["ids"], batch["mask"], (blocks.vocab, cfg.mask_rate, cfg.mask_split)
     batch |= data.masked_words(batch, *how, *keys)
-    if "crd" in cfg.objective:
+    if "crd" in cfg.objective.split("+"):
         if cfg.crd_views == "different":
             batch["inputs_t"], _ = data.mask_tokens(ids, mask, *how, "teacher", *keys)
         sequence = torch.arange(len(ids))
@@ -314,7 +314,7 @@ def first_rows(model, batches, index, cfg, ranks):
 
 def make_bank(cfg, blocks, device):
     """CRD's memory bank, or None; says what it takes."""
-    if "crd" not in cfg.objective:
+    if "crd" not in cfg.objective.split("+"):
         return None
     rows, dtype = cfg.crd_bank_size or blocks, getattr(torch, cfg.crd_bank_dtype)
     print0(f"crd bank: {rows:,} rows x {cfg.crd_dim} x 2 models take "
@@ -362,7 +362,7 @@ def main(cfg):
     if cfg.init_from:
         start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
-    print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size))
+    print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size, cfg.mask_rate))
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
