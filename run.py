@@ -473,7 +473,8 @@ class Run:
         if bad:
             row, column = bad[0]
             step = self.first + (row - self.first) % len(values)
-            raise SystemExit(f"the {self.terms[column]} loss is {values[row, column].item()} at step {step}; "
+            term = self.terms[column].removesuffix("loss")
+            raise SystemExit(f"the {f'{term} loss'.strip()} is {values[row, column].item()} at step {step}; "
                              f"{last_good(self.folder)}")
 
     @contextlib.contextmanager
@@ -506,8 +507,9 @@ class Run:
         means = dict(zip(self.terms, values[self.first % len(self.window):].mean(0).tolist()))
         now = time.monotonic()
         speed = (step - self.first) / (now - self.clock) if self.clock else 0.0  # steps a second
-        mfu = speed * self.flops / self.peak if self.peak else 0.0
-        rate = {f"{self.unit}_per_s": speed * self.units, "mfu": mfu} if speed else {}
+        rate = {f"{self.unit}_per_s": speed * self.units} if speed else {}
+        if speed and self.peak:
+            rate["mfu"] = speed * self.flops / self.peak
         self.log(step=step, **means, lr=lr, grad_norm=norm.item(), **rate,
                  memory_mb=peak_memory_mb(self.ranks.device))
         if self.bar is None:
@@ -515,8 +517,8 @@ class Run:
             parts = [f"step {step:6d}", *(f"{name} {value:.4f}" for name, value in means.items()),
                      f"lr {lr:.1e}"]
             if speed:
-                parts += [f"{1e3 / speed:.0f} ms", f"{speed * self.units / 1e3:.1f}k {self.unit}/s",
-                          f"mfu {100 * mfu:.0f}%"]
+                parts += [f"{1e3 / speed:.0f} ms", f"{speed * self.units / 1e3:.1f}k {self.unit}/s"]
+                parts += [f"mfu {100 * rate['mfu']:.0f}%"] if "mfu" in rate else []
             print0("  ".join([*parts, f"eta {duration(left)}"]))
         self.first, self.clock = step, now
 

@@ -8,7 +8,6 @@ import functools
 import io
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -44,13 +43,6 @@ SHORT = dict(max_steps=8, log_every=2, save_every=2)
 # have two sets or an odd form
 LEARNED = {"bert": "read,tracie,piqa,squad2,swag,sst2,mnli,stsb,rte,squad1", "electra": "stsb,piqa,squad2",
            "clip": "mnli,read,piqa", "cross": "stsb,swag,sst2"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def files_need_not_outlive_a_power_cut():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda file: None)
-        yield
 
 
 @pytest.fixture(scope="module")
