@@ -2,9 +2,11 @@
 import csv
 import functools
 import json
+import multiprocessing
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,66 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="slow: set CI=1 or give -m slow"))
+
+
+def pytest_runtestloop(session):
+    """Runs the files in two processes where there are two cores: the second is a fork that reports to the first."""
+    config, hook, files = session.config, session.config.hook, {}
+    for item in session.items:
+        files.setdefault(item.path, []).append(item)
+    if (len(files) < 3 or session.testsfailed or config.option.collectonly or config.option.usepdb
+            or config.option.maxfail or hasattr(config, "workerinput")  # of pytest-xdist
+            or not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2):
+        return None
+    fork = multiprocessing.get_context("fork")
+    files, taken = sorted(files.values(), key=len), fork.Value("i", 0)
+
+    def take():
+        """The tests of the longest file that nobody has taken; [] where none is left."""
+        with taken.get_lock():
+            taken.value += 1
+            return files[-taken.value] if taken.value <= len(files) else []
+
+    def run(after_each=lambda: None):
+        tests, following = take(), take()
+        while tests:
+            # pytest must know the next test to tear down what that does not need
+            for test, behind in zip(tests, [*tests[1:], following[0] if following else None]):
+                hook.pytest_runtest_protocol(item=test, nextitem=behind)
+                after_each()
+            tests, following = following, take()
+
+    class Sender:
+        def pytest_runtest_logreport(self, report):
+            print(json.dumps(hook.pytest_report_to_serializable(config=config, report=report)), file=sent,
+                  flush=True)
+
+    def second():
+        config.pluginmanager.unregister(name="terminalreporter")
+        capture = config.pluginmanager.getplugin("capturemanager")
+        capture.stop_global_capturing()  # the file behind it is the first process's
+        capture.start_global_capturing()
+        config.pluginmanager.register(Sender())
+        run()
+
+    def receive():
+        """Shows what the second process has reported since; half a line waits for its rest."""
+        at = received.tell()
+        while (line := received.readline()).endswith("\n"):
+            report = hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            hook.pytest_runtest_logreport(report=report)
+            at = received.tell()
+        received.seek(at)
+
+    with tempfile.NamedTemporaryFile("w") as sent, open(sent.name) as received:
+        helper = fork.Process(target=second)
+        helper.start()
+        run(receive)
+        helper.join()
+        receive()
+    if helper.exitcode:
+        raise session.Interrupted(f"the second process ended with exit status {helper.exitcode}")
+    return True
 
 
 @pytest.fixture(scope="session")
