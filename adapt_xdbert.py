@@ -84,9 +84,8 @@ class Config:
 
     def __post_init__(self):
         chosen = self.objective.split("+")
-        if not set(chosen) <= set(OBJECTIVES) or len(set(chosen)) < len(chosen):
-            raise ValueError(f"--objective {self.objective}: write some of {', '.join(OBJECTIVES)} "
-                             "joined by +")
+        if not set(chosen) <= set(ITEMS) or len(set(chosen)) < len(chosen):
+            raise ValueError(f"--objective {self.objective}: some of {'+'.join(ITEMS)}")
         check_fields(self, CHOICES, POSITIVE)
         if self.no_clip and (self.objective != "mlm" or self.freeze):
             raise ValueError("--no_clip trains the language encoder alone: it needs --objective mlm, and no "
@@ -107,7 +106,9 @@ LANGUAGE = {  # shapes of the papers' language encoders, for random weights
     "electra-base": BERTConfig(model_type="electra"),
     "electra-large": BERTConfig(layers=24, hidden=1024, heads=16, intermediate=4096, model_type="electra"),
 }
-OBJECTIVES = ("mlm", "match", "cliptc")
+# every term of the loss, and how many items of it a micro-batch has
+ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "match": lambda batch: len(batch["match_targets"]),
+         "cliptc": lambda batch: len(batch["cliptc_targets"])}
 CHOICES = {"reduction": ("mean", "sum")}
 POSITIVE = ("segments", "cross_layers", "eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")
 # what a resumed run cannot change
@@ -134,26 +135,26 @@ class Adapter(nn.Module):
     def __init__(self, cfg, language, tower, mlm):
         super().__init__()
         config, chosen = language.config, cfg.objective.split("+")
-        self.names = [name for name in OBJECTIVES if name in chosen]
+        self.weights = {name: 1.0 for name in ITEMS if name in chosen}
         self.encoder = XDBERT(language, tower, cfg.cross_layers) if tower else language
         self.frozen = [part for name, part in (("language", language), ("clip", tower))
                        if part and name in cfg.freeze.split(",")]
-        self.reads = {"text": not {"mlm", "match"}.isdisjoint(self.names), "clip": "cliptc" in self.names}
+        self.reads = {"text": not {"mlm", "match"}.isdisjoint(self.weights), "clip": "cliptc" in self.weights}
         if language.pooler:
             language.pooler.requires_grad_(False)  # MATCH has a pooler of its own
         if tower:  # DDP would wait for the gradient of what no term reads
             tower.logit_scale.requires_grad_(False)
             for name, halves in (("text", self.encoder.cross.text), ("clip", self.encoder.cross.clip)):
                 halves[-1].requires_grad_(self.reads[name])
-        if "mlm" in self.names:
+        if "mlm" in self.weights:
             self.mlm = mlm or MLMHead(config.hidden, language.embeddings.word.weight, config.layer_norm_eps,
                                       config.init_std)
-        if "match" in self.names:
+        if "match" in self.weights:
             self.encoder.pooler = nn.Linear(config.hidden, config.hidden)
             self.match = nn.Linear(config.hidden, 2)
             for part in (self.encoder.pooler, self.match):
                 init_weights(part, config.init_std)
-        if "cliptc" in self.names:
+        if "cliptc" in self.weights:
             self.cliptc = MLMHead(tower.width, tower.embeddings.word.weight, config.layer_norm_eps,
                                   config.init_std)
         for part in self.frozen:
@@ -173,11 +174,11 @@ class Adapter(nn.Module):
         else:
             h = self.encoder(batch["inputs"])  # (B, T, C)
         found = {}
-        if "mlm" in self.names:
+        if "mlm" in self.weights:
             found["mlm"] = self.mlm(h.flatten(0, 1)[batch["mlm_index"]])
-        if "match" in self.names:
+        if "match" in self.weights:
             found["match"] = self.match(self.encoder.pool(h))
-        if "cliptc" in self.names:
+        if "cliptc" in self.weights:
             found["cliptc"] = self.cliptc(c.flatten(0, 1)[batch["cliptc_index"]])
         return found
 
@@ -198,8 +199,7 @@ def make_batch(blocks, cfg, index, *keys, text=None):
     text: the blocks whose text CLIP's side holds; None: with MATCH half of them are others, drawn.
     """
     batch = blocks.batch(index)
-    words = data.masked_words(batch, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys)
-    found = {"inputs": words["inputs"], "mlm_index": words["target_index"], "mlm_targets": words["targets"]}
+    found = data.masked_words(batch, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys)
     if cfg.no_clip:
         return found
     if text is None:
@@ -219,10 +219,10 @@ def evaluate(model, blocks, cfg, ranks):
     model.eval()
     index = np.arange(min(len(blocks), cfg.eval_blocks))
     sides = {"matched": index}
-    if "match" in model.names and len(blocks) > 1:
+    if "match" in model.weights and len(blocks) > 1:
         sides["mismatched"] = (index + 1 + keyed_integers(len(blocks) - 1, "val other", index)) % len(blocks)
     # (sides, terms) x (summed loss, right, items)
-    total = torch.zeros(len(sides), len(model.names), 3, dtype=torch.float64)
+    total = torch.zeros(len(sides), len(model.weights), 3, dtype=torch.float64)
     parts = np.array_split(index, max(1, len(index) * ranks.size * cfg.grad_accum // cfg.batch_size))
     for side, text in enumerate(sides.values()):
         for part in parts[ranks.rank::ranks.size]:
@@ -236,10 +236,10 @@ def evaluate(model, blocks, cfg, ranks):
     model.train()
     ranks.sum(total)
     scores = {}
-    for name, (loss, right, n) in zip(model.names, total.sum(0).tolist()):
+    for name, (loss, right, n) in zip(model.weights, total.sum(0).tolist()):
         scores |= {name: loss / max(1, n), f"{name}_accuracy": right / max(1, n)}
-    if len(sides) > 1 and "mlm" in model.names:
-        of_mlm = total[:, model.names.index("mlm")].tolist()
+    if len(sides) > 1 and "mlm" in model.weights:
+        of_mlm = total[:, 0].tolist()  # the first of ITEMS
         scores |= {f"mlm_accuracy_{side}": right / max(1, n) for side, (_, right, n) in zip(sides, of_mlm)}
     return scores
 
@@ -334,11 +334,11 @@ def dry_run(cfg):
 def flops_of(model, cfg, length, used):
     """Floating-point operations of a sequence's forward pass; used: mean share of segments in use."""
     T, config = cfg.block_size, model.encoder.config
-    total = T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.names))
+    total = T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.weights))
     if cfg.no_clip:
         return total
     tower, cross, R = model.encoder.clip.config, model.encoder.cross, used * cfg.segments * length
-    total += R * flops_per_token(tower, length, cfg.cliptc_rate * ("cliptc" in model.names))
+    total += R * flops_per_token(tower, length, cfg.cliptc_rate * ("cliptc" in model.weights))
     # each cross-modal layer: its linear maps, counted as if all read the stream's own tokens, and attention
     # to its own tokens and to the other stream's
     streams = (cross.text, T, R, config.hidden), (cross.clip, R, T, tower.projection)
@@ -361,7 +361,7 @@ def memory(model, cfg, micro_size, length, used):
 
 
 def run_folder(cfg):
-    """out/xdbert-<objective>-s<seed>, with noclip in it for the baseline."""
+    """--out_dir, or out/xdbert-<objective>-s<seed>, with noclip in it for the baseline."""
     return Path(cfg.out_dir or f"out/xdbert-{cfg.objective}{'-noclip' * cfg.no_clip}-s{cfg.seed}")
 
 
@@ -369,7 +369,7 @@ def main(cfg):
     """Adapts and saves; returns what the run's results.json holds."""
     if cfg.dry_run:
         return dry_run(cfg)
-    ranks, dtype, folder = init_ranks(cfg.device), getattr(torch, cfg.dtype), run_folder(cfg)
+    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
     micro_size = micro_batch_size(cfg, ranks)
     for flag in ("train", "language", "clip")[:2 if cfg.no_clip else 3]:
         if not getattr(cfg, flag):
@@ -378,7 +378,7 @@ def main(cfg):
     # ---- data
     set_seed(cfg.seed, 0)
     train, val, language, mlm, tower, hashes = open_parts(cfg)
-    run = Run(cfg, folder, ranks, hashes, FIXED, FREE)
+    run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results
@@ -392,7 +392,7 @@ def main(cfg):
     model = Adapter(cfg, language, tower, mlm).to(ranks.device)
     print0(parts_table(model))
     print0(memory(model, cfg, micro_size, train.length, train.used))
-    names, weights = model.names, dict.fromkeys(model.names, 1.0)
+    weights, names = model.weights, list(model.weights)
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -421,10 +421,10 @@ def main(cfg):
     # ==== training loop ====
     while True:
         last = step >= max_steps
-        if run.evaluates(step, last):
+        if run.eval_due(step, last):
             scores = evaluate(model, val, cfg, ranks)
             run.note(step, "val", scores)
-        run.saves(step, last)
+        run.save_due(step, last)
         if last:
             break
 
@@ -432,10 +432,9 @@ def main(cfg):
         index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
-            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            keys = cfg.seed, step, positions
-            batch = make_batch(train, cfg, index[positions], *keys)  # HACK HERE: the batch
-            items += torch.tensor([len(batch[f"{name}_targets"]) for name in names])
+            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
+            items += torch.tensor([ITEMS[name](batch) for name in names])
             batches.append(move(batch, ranks.device))
         items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
         divisor = dict(zip(names, (items / ranks.size).tolist()))
@@ -471,12 +470,12 @@ def main(cfg):
     if ranks.main:
         model.eval()
         if cfg.no_clip:
-            save_bert(language, folder / "model", train.vocab, mlm)
+            save_bert(language, run.folder / "model", train.vocab, mlm)
         else:
-            save_xdbert(model.encoder, folder / "model", train.vocab, train.clip_vocab, mlm)
+            save_xdbert(model.encoder, run.folder / "model", train.vocab, train.clip_vocab, mlm)
         if latents.exists():  # the demo world
             results["probes"] = probes(language, train, read_json(latents), ranks.device)
-    print0(f"made {folder}/model in {duration(seconds)}")
+    print0(f"made {run.folder}/model in {duration(seconds)}")
     return run.finish(results)
 
 

@@ -60,7 +60,7 @@ def open_judge(folder, device):
         return judge
     path = model_folder(path, "--teacher")
     judge.bert = load_bert(path).to(device)
-    judge.head = load_mlm_head(path, judge.bert)
+    judge.mlm = load_mlm_head(path, judge.bert)
     if (path / "video_encoder.safetensors").exists():
         judge.video = load_video_encoder(path).to(device)
         judge.clips = open_clips(cfg.videos, path, train.vocab)
@@ -108,8 +108,8 @@ def measure(folder, judge, device):
 def measure_teacher(judge, device):
     """The same of the judge itself."""
     found = {"mlm_loss": None, "mlm_accuracy": None}
-    if judge.head:
-        found = distill.evaluate(judge.bert, judge.head, judge.val, judge.cfg, Ranks(0, 1, device))
+    if judge.mlm:
+        found = distill.evaluate(judge, judge.val, judge.cfg, Ranks(0, 1, device))
     if judge.clips:
         found["retrieval"] = retrieval(judge.bert, judge.video, *judge.clips, device,
                                        (mean_state, lambda v: v))

@@ -500,8 +500,8 @@ def bench_mlm_head(cfg, device, out):
         return F.cross_entropy(head(h[:len(batch["inputs"])]).flatten(0, 1), batch["labels"].flatten())
 
     def ours(batch):
-        return losses.mlm(head(h.flatten(0, 1)[batch["target_index"]]), batch["targets"])
-    title = f"mlm_head: {B * T} positions, {len(whole['targets'])} of them masked, C {C}, V {V}"
+        return losses.mlm(head(h.flatten(0, 1)[batch["mlm_index"]]), batch["mlm_targets"])
+    title = f"mlm_head: {B * T} positions, {len(whole['mlm_targets'])} of them masked, C {C}, V {V}"
     rows = compare(cfg, device, out, title, {"logits at all positions": everywhere, "ours": ours},
                    [h, *head.parameters()], whole, few, tokens=B * T)
     out["mlm_head.ratio_all"] = rows["logits at all positions"]["ratio"]
@@ -529,10 +529,10 @@ def made_batch(cfg, device):
     place = np.arange(B * T)
     ids = torch.from_numpy(keyed_integers(cfg.vocab, "bench ids", place))
     target = torch.from_numpy(keyed_uniform("bench targets", place) < MASKED)
-    batch = {"inputs": ids.view(B, T), "mask": torch.ones(B, T, dtype=torch.bool), "targets": ids[target],
+    batch = {"inputs": ids.view(B, T), "mask": torch.ones(B, T, dtype=torch.bool), "mlm_targets": ids[target],
              "labels": ids.where(target, torch.tensor(-100)).view(B, T), "first": torch.arange(B),
              "anchors": torch.from_numpy(np.arange(B) * T + keyed_integers(T, "bench anchors", np.arange(B))),
-             "target_index": target.nonzero()[:, 0]}
+             "mlm_index": target.nonzero()[:, 0]}
     slots = keyed_integers(cfg.rows, "bench samples", np.arange(B))
     return {name: x.to(device) for name, x in batch.items()} | {"slots": slots}
 
@@ -571,8 +571,8 @@ def bench_step(cfg, device, out):
         """Distillation alone: no masked words; the states of another BERT do for the student's."""
         with torch.no_grad(), autocast(device, kind):
             dtype = student.bert(two["inputs"]).dtype
-        h, none = batch["h_t"].to(dtype, copy=True).requires_grad_(), batch["target_index"][:0]
-        given = batch | {"target_index": none, "targets": none, "h_t": batch["h_t"].to(DTYPES[kind])}
+        h, none = batch["h_t"].to(dtype, copy=True).requires_grad_(), batch["mlm_index"][:0]
+        given = batch | {"mlm_index": none, "mlm_targets": none, "h_t": batch["h_t"].to(DTYPES[kind])}
         heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
         return lambda: torch.autograd.grad(loss(given, kind, h), [h, *heads])
     student.train()
@@ -703,7 +703,8 @@ def bench_xdbert(cfg, device, out, language=BERTConfig(), clip=CLIPConfig(), T=5
 
     def ours(batch, kind="fp32"):
         with autocast(device, kind):
-            return sum(model(batch, {name: len(batch[f"{name}_targets"]) for name in model.names}).values())
+            divisor = {name: count(batch) for name, count in adapt_xdbert.ITEMS.items()}
+            return sum(model(batch, divisor).values())
     plain.eval(), model.eval()
     both, checks = set(plain.parameters()), []  # all but the maps that one has joined
     inputs = [p for p in model.parameters() if p in both and p.requires_grad]

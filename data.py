@@ -15,13 +15,13 @@ take their slices. What it holds:
   ids, mask (B, T), index (B,)                 blocks and clips: words, True = real, sample
   frames (B, F, D), frame_mask (B, F)          VideoClips
   clip_ids, clip_place, clip_mask              PairBlocks: CLIP's side of the text, see segment_batch
-  inputs (B, T), target_index, targets (M,)    masked_words: what the model reads and is to predict
+  inputs (B, T), mlm_index, mlm_targets (M,)   masked_words: what the model reads and is to predict
   anchors, slots (A,), first (B,), inputs_t    distill.make_batch: CRD's anchors (rows of the flattened B T),
                                                their rows of the bank, each sequence's first anchor (which the
                                                bank stores), the teacher's own view of the words
-  h_t, h_crd (B, T, C_t), negatives (N,)       distill's loop: the teacher's states, drawn rows of the bank
+  h_t, h_t_crd (B, T, C_t), negatives (N,)     distill's loop: the teacher's states, drawn rows of the bank
   text_mask, partner, partner_video, ..        teacher.make_batch: the hinge's words, Eq. 3's negatives
-  mlm_.., match_.., cliptc_..                  adapt_xdbert.make_batch: places of the targets, and their ids
+  match_targets, cliptc_index, cliptc_targets  adapt_xdbert.make_batch: the other terms' places and targets
 """
 import functools
 import glob
@@ -185,11 +185,11 @@ def mask_tokens(ids, mask, vocab, rate, split, *keys):
 
 
 def masked_words(batch, vocab, rate, split, *keys):
-    """mask_tokens of a batch -> {"inputs": (B, T), "target_index": rows (M,) of the flattened (B, T) that are
-    to be predicted, "targets": their ids (M,)}."""
+    """mask_tokens of a batch -> {"inputs": (B, T), "mlm_index": rows (M,) of the flattened (B, T) that are
+    to be predicted, "mlm_targets": their ids (M,)}."""
     inputs, labels = mask_tokens(batch["ids"], batch["mask"], vocab, rate, split, *keys)
     place = (labels.flatten() != -100).nonzero()[:, 0]
-    return {"inputs": inputs, "target_index": place, "targets": labels.flatten()[place]}
+    return {"inputs": inputs, "mlm_index": place, "mlm_targets": labels.flatten()[place]}
 
 
 def anchors_per_row(crd_tokens, batch_size, positions):

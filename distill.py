@@ -96,9 +96,9 @@ class Config:
     save_every: int = 100  # steps between checkpoints
 
     def __post_init__(self):
-        chosen = self.objective.split("+")
-        if self.objective != "none" and sorted(set(chosen) & set(OBJECTIVES)) != sorted(chosen):
-            raise ValueError(f"--objective {self.objective}: none, or some of {'+'.join(OBJECTIVES)}")
+        chosen, known = self.objective.split("+"), [name for name in ITEMS if name != "mlm"]
+        if chosen != ["none"] and (not set(chosen) <= set(known) or len(set(chosen)) < len(chosen)):
+            raise ValueError(f"--objective {self.objective}: none, or some of {'+'.join(known)}")
         check_fields(self, CHOICES, POSITIVE)
         if not self.max_steps and not self.epochs:
             raise ValueError("--max_steps 0 needs --epochs")
@@ -111,7 +111,13 @@ class Config:
         data.parse_split(self.mask_split)
 
 
-OBJECTIVES = ("soft", "l2", "voken", "nst", "crd")
+def tokens(batch):
+    return batch["ids"].numel()
+
+
+# every term of the loss, and how many items of it a micro-batch has
+ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "soft": tokens, "l2": tokens, "voken": tokens,
+         "nst": lambda batch: len(batch["ids"]), "crd": lambda batch: len(batch["slots"])}
 HEADLESS = ("soft", "voken")  # objectives that compare words or videos, not hidden states
 CHOICES = {"head": ("mlp", "none"), "nst_kernel": ("gaussian", "poly", "linear"),
            "crd_level": ("token", "sentence"), "crd_bank_dtype": ("float32", "bfloat16"),
@@ -145,11 +151,11 @@ class FrozenTeacher:
                              f"than the corpus ({vocab.size:,}); pack it again with --vocab "
                              f"{self.folder}/vocab.txt")
         self.bert = load_bert(self.folder)
-        self.head = load_mlm_head(self.folder, self.bert)
+        self.mlm = load_mlm_head(self.folder, self.bert)
         self.width, self.hash = self.bert.config.hidden, file_hash(self.folder)
         if cfg.block_size > self.bert.config.max_positions:
             raise SystemExit(f"--block_size: the teacher has {self.bert.config.max_positions} positions")
-        if "soft" in cfg.objective.split("+") and self.head is None:
+        if "soft" in cfg.objective.split("+") and self.mlm is None:
             raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word "
                              "distributions; leave soft out or choose another teacher")
         if "voken" in cfg.objective.split("+"):
@@ -158,16 +164,16 @@ class FrozenTeacher:
                 raise SystemExit(f"--objective voken: {self.folder} has no video encoder; teacher.py's have")
             vectors = F.normalize(read_tensors(path)["vectors"], dim=-1)  # (K, C_t)
             self.vokens = vectors.to(device, dtype if device.type == "cuda" else torch.float32)
-        for part in (self.bert, self.head):
+        for part in (self.bert, self.mlm):
             if part is not None:
                 part.to(device, dtype).eval().requires_grad_(False)  # cast once: it is never updated
 
     @torch.no_grad()
     def __call__(self, batch):
-        """Adds to a micro-batch what the student is to match: h_t (B, T, C_t), and h_crd for other views."""
+        """Adds to a micro-batch what the student is to match: h_t (B, T, C_t); h_t_crd for other views."""
         batch["h_t"] = self.bert(batch["inputs"])
         if "inputs_t" in batch:
-            batch["h_crd"] = self.bert(batch["inputs_t"])
+            batch["h_t_crd"] = self.bert(batch["inputs_t"])
 
 
 class Distiller(nn.Module):
@@ -178,7 +184,8 @@ class Distiller(nn.Module):
         self.cfg = cfg
         self.bert = BERT(config)
         self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
-        self.kd = [name for name in OBJECTIVES if name in cfg.objective.split("+")]
+        self.kd = [name for name in ITEMS if name in cfg.objective.split("+")]
+        self.weights = {name: getattr(cfg, f"w_{name}") for name in ("mlm", *self.kd)}
         width_t = teacher.width if teacher else 0
         self.heads = nn.ModuleDict({
             name: DistillHead(config.hidden, width_t) if cfg.head == "mlp" else nn.Identity()
@@ -190,7 +197,7 @@ class Distiller(nn.Module):
             self.voken = nn.Linear(config.hidden, len(teacher.vokens))
             self.vokens = teacher.vokens  # a plain attribute: not trained, not in the checkpoint
         if "soft" in self.kd:
-            self.soft = (teacher.head.transform, teacher.head.weight.detach(), teacher.head.bias.detach())
+            self.soft = (teacher.mlm.transform, teacher.mlm.weight.detach(), teacher.mlm.bias.detach())
         if "crd" in self.kd:
             self.f1 = nn.Linear(width_t if cfg.head == "mlp" else config.hidden, cfg.crd_dim)
             self.f2 = nn.Linear(width_t, cfg.crd_dim)
@@ -206,7 +213,7 @@ class Distiller(nn.Module):
         cfg, terms, h_t = self.cfg, {}, batch.get("h_t")
         h_rows = h.flatten(0, 1)  # (B T, C_s)
         # HACK HERE: the objective
-        terms["mlm"] = losses.mlm(self.mlm(h_rows[batch["target_index"]]), batch["targets"], divisor["mlm"])
+        terms["mlm"] = losses.mlm(self.mlm(h_rows[batch["mlm_index"]]), batch["mlm_targets"], divisor["mlm"])
         if "soft" in self.kd:
             transform, weight_t, bias_t = self.soft
             terms["soft"] = losses.soft(self.mlm.transform(h_rows), self.mlm.weight, self.mlm.bias,
@@ -229,7 +236,7 @@ class Distiller(nn.Module):
 
     def project(self, h, batch):
         """CRD's anchors: f_1 of the student's and f_2 of the teacher's states, unit rows (A, E)."""
-        h_t = batch.get("h_crd", batch["h_t"])
+        h_t = batch.get("h_t_crd", batch["h_t"])
         if self.cfg.crd_level == "token":
             h, h_t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))  # (A, C)
             s = self.heads["crd"](h)
@@ -239,15 +246,9 @@ class Distiller(nn.Module):
         return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
 
 
-def items_of(name, batch):
-    """How many items a term has in a micro-batch: masked words, sequences (nst), anchors (crd), or tokens."""
-    key = {"mlm": "targets", "nst": "ids", "crd": "slots"}.get(name)
-    return len(batch[key]) if key else batch["ids"].numel()
-
-
-def make_batch(blocks, cfg, index, step, positions):
-    """Blocks `index` as a micro-batch at `positions` of the global batch: masked inputs, targets, anchors."""
-    batch, keys = blocks.batch(index), (cfg.seed, step, positions)
+def make_batch(blocks, cfg, index, *keys):
+    """Blocks `index` as a micro-batch: masked inputs, targets, anchors. keys: (seed, step, positions)."""
+    batch = blocks.batch(index)
     ids, mask, how = batch["ids"], batch["mask"], (blocks.vocab, cfg.mask_rate, cfg.mask_split)
     batch |= data.masked_words(batch, *how, *keys)
     if "crd" in cfg.objective.split("+"):
@@ -255,7 +256,7 @@ def make_batch(blocks, cfg, index, step, positions):
             batch["inputs_t"], _ = data.mask_tokens(ids, mask, *how, "teacher", *keys)
         sequence = torch.arange(len(ids))
         if cfg.crd_level == "token":
-            per_row = data.anchors_per_row(cfg.crd_tokens, cfg.batch_size, positions)
+            per_row = data.anchors_per_row(cfg.crd_tokens, cfg.batch_size, keys[-1])
             sequence, token = data.anchor_tokens(mask, per_row, *keys)
             batch["anchors"] = sequence * ids.shape[1] + token  # rows of the flattened batch
         batch["slots"] = index[sequence.numpy()] % (cfg.crd_bank_size or len(blocks))
@@ -263,18 +264,17 @@ def make_batch(blocks, cfg, index, step, positions):
     return batch
 
 
-def evaluate(bert, head, blocks, cfg, ranks):
+def evaluate(model, blocks, cfg, ranks):
     """Masked-word loss and accuracy of the first eval_blocks blocks, masks fixed by block; over all ranks."""
     index = np.arange(min(len(blocks), cfg.eval_blocks))
     parts = np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]
     batches = (data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val", part)
                for part in parts)
-    return masked_word_scores(bert, head, batches, ranks)
+    return masked_word_scores(model.bert, model.mlm, batches, ranks)
 
 
-def log_gradients(model, batch, divisor, weights, run, step):
-    """Logs the norm of the gradient that each weighted term of a micro-batch sends into the last states."""
-    # a pass of its own that leaves the run as it was
+def log_gradients(model, batch, divisor, run, step):
+    """Logs the gradient norm that each weighted term sends into the last states, by a pass of its own."""
     scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
     device = batch["inputs"].device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -283,13 +283,13 @@ def log_gradients(model, batch, divisor, weights, run, step):
     model.fresh.clear()
     norms = {}
     for name, term in terms.items():
-        gradient, = torch.autograd.grad(scale * weights[name] * term, h, retain_graph=True)
+        gradient, = torch.autograd.grad(scale * model.weights[name] * term, h, retain_graph=True)
         norms[name] = gradient.float().norm().item() / scale
     run.note(step, "gradient", norms, "into the last hidden states: "
              + "  ".join(f"{name} {norm:.1e}" for name, norm in norms.items()))
     for name in [name for name, norm in norms.items() if norm < 0.01 * norms["mlm"]]:
         print0(f"step {step:6d}  {name} sends {norms[name] / norms['mlm']:.1e} of the gradient that mlm "
-               f"does: at --w_{name} {weights[name]:g} it teaches next to nothing; raise it")
+               f"does: at --w_{name} {model.weights[name]:g} it teaches next to nothing; raise it")
 
 
 def update_bank(model, index, ranks):
@@ -324,19 +324,14 @@ def make_bank(cfg, blocks, device):
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 
 
-def save(model, folder, vocab):
-    """The student as a Hugging Face folder, and beside it the objectives' heads, f_1 and f_2."""
-    save_bert(model.bert, folder, vocab, model.mlm)
-    heads = {name: x for name, x in model.state_dict().items() if not name.startswith(("bert.", "mlm."))}
-    save_file(heads, folder / "heads.safetensors")
+def run_folder(cfg):
+    """--out_dir, or out/distill-<objective>-s<seed>."""
+    return Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
 
 
 def main(cfg):
     """Trains and saves the student of `cfg`; returns what its results.json holds."""
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
-    folder = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
-    names = ["mlm"] + [name for name in OBJECTIVES if name in cfg.objective.split("+")]
-    weights = {name: getattr(cfg, f"w_{name}", 1.0) for name in names}
 
     # ---- data
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
@@ -345,10 +340,10 @@ def main(cfg):
         raise SystemExit(f"--val {cfg.val} is packed with another vocabulary than --train {cfg.train}; "
                          "pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
-    if len(names) > 1:
+    if cfg.objective != "none":
         teacher = FrozenTeacher(cfg, vocab, ranks.device, dtype)
         hashes["teacher"] = teacher.hash
-    run = Run(cfg, folder, ranks, hashes, FIXED, FREE)
+    run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results
@@ -363,6 +358,7 @@ def main(cfg):
         start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
     print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size, cfg.mask_rate))
+    weights, names = model.weights, list(model.weights)
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -372,27 +368,27 @@ def main(cfg):
     # ---- resume
     step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler, bank=bank)
     if cfg.eval_only:
-        scores = evaluate(model.bert, model.mlm, val, cfg, ranks)
+        scores = evaluate(model, val, cfg, ranks)
         print0(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         return scores
-    tokens, T = cfg.batch_size * cfg.block_size, cfg.block_size
-    flops = 3 * flops_per_token(config, T, cfg.mask_rate)
-    flops += flops_per_token(teacher.bert.config, T) if teacher else 0
+    tokens, flops = cfg.batch_size * cfg.block_size, flops_per_token(config, cfg.block_size, cfg.mask_rate)
+    flops = 3 * flops + (flops_per_token(teacher.bert.config, cfg.block_size) if teacher else 0)
     print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
            f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
     run.begin(names, "tokens", tokens, tokens * flops)
-    for part in [part for part in (model, teacher) if part and cfg.compile_model]:
-        part.bert.compile()
+    if cfg.compile_model:
+        for part in filter(None, (model, teacher)):
+            part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
 
     # ==== training loop ====
     while True:
         last = step >= max_steps
-        if run.evaluates(step, last):
-            scores = evaluate(model.bert, model.mlm, val, cfg, ranks)
+        if run.eval_due(step, last):
+            scores = evaluate(model, val, cfg, ranks)
             run.note(step, "val", scores)
-        run.saves(step, last)
+        run.save_due(step, last)
         if last:
             break
 
@@ -400,9 +396,9 @@ def main(cfg):
         index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
-            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[positions], step, positions)  # HACK HERE: the batch
-            items += torch.tensor([items_of(name, batch) for name in names])
+            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
+            items += torch.tensor([ITEMS[name](batch) for name in names])
             batches.append(move(batch, ranks.device))
             if teacher:
                 teacher(batches[-1])
@@ -416,7 +412,7 @@ def main(cfg):
                 batch["negatives"] = bank.draw(keyed_integers, cfg.seed, step)
         if step % cfg.grad_every == 0:
             with run.pause(), torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-                log_gradients(model, batches[0], divisor, weights, run, step)
+                log_gradients(model, batches[0], divisor, run, step)
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
         for group in optimizer.param_groups:
@@ -443,12 +439,15 @@ def main(cfg):
     # ---- finish
     seconds = run.leave_loop()
     results = {"objective": cfg.objective, "steps": step, "vocabulary": vocab.hash,
-               **evaluate(model.bert, model.mlm, val, cfg, ranks)}
+               **evaluate(model, val, cfg, ranks)}
     if ranks.main:
-        save(model.eval(), folder / "model", vocab)
+        model.eval()
+        save_bert(model.bert, run.folder / "model", vocab, model.mlm)
+        heads = {name: x for name, x in model.state_dict().items() if not name.startswith(("bert.", "mlm."))}
+        save_file(heads, run.folder / "model" / "heads.safetensors")  # of the objectives, and f_1 and f_2
         if (latents := Path(cfg.train).parent / "raw" / "latents.json").exists():  # the demo world
             results["probes"] = probes(model.bert, train, read_json(latents), ranks.device)
-    print0(f"made {folder}/model in {duration(seconds)}")
+    print0(f"made {run.folder}/model in {duration(seconds)}")
     return run.finish(results)
 
 

@@ -341,15 +341,15 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     # ==== training loop ====
     while True:
         last = step >= max_steps
-        run.saves(step, last)
+        run.save_due(step, last)
         if last:
             break
 
         # the step's micro-batches; the divisor: the global batch / ranks, as DDP averages gradients
         index, batches, divisor = order(step), [], {"loss": cfg.batch_size / ranks.size}
         for micro in range(cfg.grad_accum):
-            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batches.append(move(train.batch(index[positions]), ranks.device))  # HACK HERE: the batch
+            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            batches.append(move(train.batch(index[rows]), ranks.device))  # HACK HERE: the batch
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----

@@ -95,21 +95,21 @@ def mlm(logits: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor
     return per_item(F.cross_entropy(logits, targets, reduction="sum"), len(targets), divisor)
 
 
-def hinge_partners(text_mask: Tensor, draw: Callable, seed: int, step: int, positions: np.ndarray) -> tuple:
+def hinge_partners(text_mask: Tensor, draw: Callable, *keys) -> tuple:
     """Draws for hinge: x' and v' of each item, independent, each uniform among the micro-batch's OTHER items.
 
-    text_mask (B, T) on the CPU, B >= 2, a real token in each row. draw(high, *keys): uniform integers below
-    high, a function of the keys: seed, step, and positions, int (B,), the items' places in the global batch.
+    text_mask (B, T) on the CPU, B >= 2, a real token in each row. draw(high, name, *keys): uniform integers
+    below high, a function of the keys; the last of them is (B,) and tells the items apart.
     -> int64 partner (B,), partner_v (B,), partner_token (B, T): i where token i of x' is real, else the place
     of a uniformly drawn real token of x'.
     """
     mask = text_mask.numpy()
     B, T = mask.shape
     assert B > 1 and mask.any(1).all(), f"hinge: needs 2 texts, none empty; got {mask.sum(1).tolist()}"
-    partner, partner_v = ((np.arange(B) + 1 + draw(B - 1, name, seed, step, positions)) % B
+    partner, partner_v = ((np.arange(B) + 1 + draw(B - 1, name, *keys)) % B
                           for name in ("hinge text", "hinge video"))
     real = mask[partner]
-    drawn = draw(real.sum(1)[:, None], "hinge token", seed, step, positions[:, None], np.arange(T))
+    drawn = draw(real.sum(1)[:, None], "hinge token", *keys[:-1], keys[-1][:, None], np.arange(T))
     real_first = np.argsort(~real, axis=1, kind="stable")
     partner_token = np.where(real, np.arange(T), np.take_along_axis(real_first, drawn, 1))
     return tuple(torch.from_numpy(x) for x in (partner, partner_v, partner_token))

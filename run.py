@@ -315,8 +315,8 @@ class Run:
         step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
         run.begin(terms)
         while True:
-            if run.evaluates(step, last): run.note(step, "val", scores)
-            run.saves(step, last)                       # may end the program: interrupted
+            if run.eval_due(step, last): run.note(step, "val", scores)
+            run.save_due(step, last)                       # may end the program: interrupted
             if last: break
             run.add(step, terms); step += 1; run.tick(step, lr, norm)
         seconds = run.leave_loop()
@@ -429,8 +429,8 @@ class Run:
 
     # ------------------------------------------------------------------------ inside of the loop
 
-    def evaluates(self, step, last):
-        """Is an evaluation due before this step? The clock stops until `saves`."""
+    def eval_due(self, step, last):
+        """Is an evaluation due before this step? The clock stops until `save_due`."""
         self.paused = time.monotonic()
         return (step % self.cfg.eval_every == 0 or last) and not (step == self.start and self.resumes)
 
@@ -440,7 +440,7 @@ class Run:
         print0(f"step {step:6d}  {what}  "
                + (shown or "  ".join(f"{name} {value:.3f}" for name, value in scores.items())))
 
-    def saves(self, step, last, **more):
+    def save_due(self, step, last, **more):
         """Saves a checkpoint where one is due; ends the program where it was interrupted.
 
         more: plain values beside the states of the parts.

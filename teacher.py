@@ -12,6 +12,7 @@ like CLIP's: its end-of-text state is matched with its clip among those of the b
 """
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -100,6 +101,8 @@ POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "lr", "patien
 # what a resumed run cannot change
 FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "video_layers", "objective",
          "mask_rate", "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
+# flags that change no result: hashes tell what the data are
+FREE = ("preset", "videos")
 
 # section 4.3 of the paper: tokens, frames, held-out clips, optimizer, margin, depth of the video encoder
 PAPER = dict(block_size=128, max_frames=512, val_clips=10_000, lr=2e-4, weight_decay=0.01, margin=1.0,
@@ -117,6 +120,7 @@ class Teacher(nn.Module):
     def __init__(self, cfg, config, features):
         super().__init__()
         self.cfg = cfg
+        self.weights = {name: getattr(cfg, f"w_{name}", 1.0) for name in cfg.objective.split("+")}
         if cfg.objective == "clip":
             self.tower = CLIPText(CLIPConfig(
                 config.vocab_size, config.layers, config.hidden, config.heads, config.intermediate,
@@ -144,8 +148,8 @@ class Teacher(nn.Module):
             return {"clip": losses.clip(*self.encode(batch), self.tower.logit_scale, divisor["clip"])}
         h = self.bert(batch["inputs"], batch["mask"])  # (B, T, C)
         if "mlm" in cfg.objective:
-            masked = h.flatten(0, 1)[batch["target_index"]]  # (M, C): logits at masked positions only
-            terms["mlm"] = losses.mlm(self.mlm(masked), batch["targets"], divisor["mlm"])
+            masked = h.flatten(0, 1)[batch["mlm_index"]]  # (M, C): logits at masked positions only
+            terms["mlm"] = losses.mlm(self.mlm(masked), batch["mlm_targets"], divisor["mlm"])
         if "ct" in cfg.objective:
             if cfg.ct_input == "clean":
                 h = self.bert(batch["ids"], batch["mask"])
@@ -160,43 +164,43 @@ class Teacher(nn.Module):
         return terms
 
 
-# how many items of each term a batch has
-ITEMS = {"mlm": lambda batch: len(batch["targets"]), "ct": lambda batch: batch["text_mask"].sum().item(),
+# every term of the loss, and how many items of it a micro-batch has
+ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "ct": lambda batch: batch["text_mask"].sum().item(),
          "clip": lambda batch: len(batch["ids"])}
 
 
-def make_batch(clips, cfg, index, step, positions):
-    """Clips `index` of data.VideoClips with masked inputs, their targets and Eq. 3's drawn negatives.
+def make_batch(clips, cfg, index, *keys):
+    """Clips `index` as a micro-batch: masked inputs, targets, and Eq. 3's drawn negatives.
 
-    positions: what each clip's draws are keyed by beside (seed, step): its position in the global batch, or
-    its index with step -1 for evaluation. The partners x' and v' come from this rank's own micro-batch.
+    keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
+    The partners x' and v' come from this rank's own micro-batch.
     """
     batch, vocab = clips.batch(index), clips.vocab
     if cfg.objective == "clip":
         return batch
-    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, cfg.seed, step, positions)
+    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, *keys)
     batch["text_mask"] = batch["mask"] & (batch["ids"] != vocab.cls) & (batch["ids"] != vocab.sep)
     if cfg.negatives == "one":
         batch["partner"], batch["partner_video"], batch["partner_token"] = losses.hinge_partners(
-            batch["text_mask"], keyed_integers, cfg.seed, step, positions)
+            batch["text_mask"], keyed_integers, *keys)
     return batch
 
 
 @torch.no_grad()
-def evaluate(model, clips, cfg, weights, ranks):
+def evaluate(model, clips, cfg, ranks):
     """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
     total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
     parts = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
     for index in parts[ranks.rank::ranks.size]:
-        batch = move(make_batch(clips, cfg, index, -1, index), ranks.device)
+        batch = move(make_batch(clips, cfg, index, "val", index), ranks.device)
         terms = model(batch, dict.fromkeys(ITEMS, 1.0))
         for i, (name, items) in enumerate(ITEMS.items()):
             if name in terms:
                 total[i] += torch.tensor([terms[name].item(), items(batch)], dtype=torch.float64)
     ranks.sum(total)
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
-    scores["loss"] = sum(scores[name] * weight for name, weight in weights.items())
+    scores["loss"] = sum(scores[name] * weight for name, weight in model.weights.items())
     if cfg.objective != "mlm":
         text, video = vectors(model.encode, clips, np.arange(len(clips)), ranks.device)
         scores |= {f"t2v_r{k}": v for k, v in recall(text, video).items()}
@@ -233,6 +237,11 @@ def recall_table(scores, n):
     return table([*rows, ["chance", *(f"{100 * k / n:.1f}" for k in (1, 5, 10))]])
 
 
+def run_folder(cfg):
+    """--out_dir, or out/teacher-<objective>-s<seed>."""
+    return Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
+
+
 def main(cfg):
     """Trains and saves the teacher of `cfg`; returns what its results.json holds."""
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
@@ -244,8 +253,8 @@ def main(cfg):
     # ---- data
     train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
                                   cfg.feat_norm) for part in ("train", "val"))
-    run = Run(cfg, cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}", ranks,
-              {"videos": train.hash, "vocabulary": train.vocab.hash}, FIXED, ("preset", "videos"))
+    hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
+    run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results
@@ -258,8 +267,7 @@ def main(cfg):
     config = model_config(cfg.model, train.vocab.size, cfg.dropout)
     model = Teacher(cfg, config, train.features).to(ranks.device)
     print0(memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective)))
-    weights = {name: getattr(cfg, f"w_{name}", 1.0) for name in cfg.objective.split("+")}
-    names = list(weights)
+    weights, names = model.weights, list(model.weights)
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -271,7 +279,7 @@ def main(cfg):
     best = run.saved["best"] if run.saved else {"score": None, "step": 0, "bad": 0}
     if cfg.eval_only:
         model.load_state_dict(load_checkpoint(run.folder, ranks, "best.pt")["model"])
-        scores = evaluate(model, val, cfg, weights, ranks)
+        scores = evaluate(model, val, cfg, ranks)
         print0(recall_table(scores, len(val)) if sees else f"validation mlm {scores['mlm']:.4f}")
         return scores
     tokens, frames = cfg.batch_size * cfg.block_size, cfg.batch_size * cfg.max_frames
@@ -280,16 +288,17 @@ def main(cfg):
         flops += 3 * frames * flops_per_token(model.video.config, cfg.max_frames)
     run.begin(names, "tokens", tokens, flops)
     if cfg.compile_model:
-        for name in {"bert", "tower", "video"} & dict(model.named_children()).keys():
-            getattr(model, name).compile()
+        for part in (getattr(model, name, None) for name in ("bert", "tower", "video")):
+            if part:
+                part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
 
     # ==== training loop ====
     while True:
         last = step >= max_steps or best["bad"] >= cfg.patience
-        if run.evaluates(step, last):
-            scores = evaluate(model, val, cfg, weights, ranks)
+        if run.eval_due(step, last):
+            scores = evaluate(model, val, cfg, ranks)
             by_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and sees
             score = scores["t2v_r10"] if by_recall else -scores["loss"]
             better = best["score"] is None or score > best["score"]
@@ -301,7 +310,7 @@ def main(cfg):
             run.note(step, "val", scores, "  ".join(
                 f"{k} {v:.3f}" for k, v in scores.items() if k in (*names, "t2v_r10", "v2t_r10"))
                 + ("  best so far" if better else f"  no better for {best['bad']} of {cfg.patience}"))
-        run.saves(step, last, best=best)
+        run.save_due(step, last, best=best)
         if last:
             break
 
@@ -309,8 +318,8 @@ def main(cfg):
         index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
         for micro in range(cfg.grad_accum):
-            positions = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[positions], step, positions)  # HACK HERE: the batch
+            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
             items += torch.tensor([ITEMS[name](batch) for name in names])
             batches.append(move(batch, ranks.device))
         items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
@@ -342,7 +351,7 @@ def main(cfg):
     model.load_state_dict(load_checkpoint(run.folder, ranks, "best.pt")["model"])
     results = {"objective": cfg.objective, "vision": cfg.vision, "steps": step, "best_step": best["step"],
                "vocabulary": train.vocab.hash, "clips": len(val)}
-    results |= evaluate(model, val, cfg, weights, ranks)
+    results |= evaluate(model, val, cfg, ranks)
     model.eval()
     if ranks.main:
         save(model, train, run.folder / "model", cfg, ranks)

@@ -165,9 +165,9 @@ def masked_word_scores(bert, head, batches, ranks):
     total = torch.zeros(3, dtype=torch.float64)  # summed loss, right words, masked words
     for batch in batches:
         batch = move(batch, ranks.device)
-        logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["target_index"]]).float()
-        loss = F.cross_entropy(logits, batch["targets"], reduction="sum")
-        right = logits.argmax(1) == batch["targets"]
+        logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["mlm_index"]]).float()
+        loss = F.cross_entropy(logits, batch["mlm_targets"], reduction="sum")
+        right = logits.argmax(1) == batch["mlm_targets"]
         total += torch.tensor([loss.item(), right.sum().item(), len(right)], dtype=torch.float64)
     bert.train(training)
     loss, right, n = ranks.sum(total).tolist()

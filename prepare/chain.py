@@ -32,12 +32,13 @@ def teacher(cfg):
 def distill(cfg):
     """distill.py; on the demo with its teacher and the text-only student; then the closing table."""
     ranks = init_ranks(cfg.device)
-    folder, beside = Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}"), []
+    folder, beside = distill_script.run_folder(cfg), []
     if not cfg.train:
         cfg = on_demo(cfg, folder.parent, demo_world(cfg.data_dir, cfg.seed, ranks))
         if cfg.objective != "none":
-            beside = [folder.parent / f"distill-none-s{cfg.seed}"]
-            distill_script.main(text_only_run(cfg, beside[0]))
+            text_only = text_only_run(cfg, folder.parent)
+            distill_script.main(text_only)
+            beside = [text_only.out_dir]
     if cfg.objective != "none" and not cfg.teacher:
         raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
                          "--videos FILE, or any Hugging Face BERT of the same vocabulary")
@@ -62,12 +63,12 @@ def adapt_xdbert(cfg):
     if not cfg.language:
         student = distill_script.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
                                         block_size=cfg.block_size)
-        cfg = replace(cfg, language=str(folder.parent / f"distill-none-s{cfg.seed}"))
-        distill_script.main(text_only_run(on_demo(replace(student, objective="none"), folder.parent, world),
-                                          cfg.language))
+        student = text_only_run(on_demo(replace(student, objective="none"), folder.parent, world),
+                                folder.parent)
+        distill_script.main(student)
+        cfg = replace(cfg, language=student.out_dir)
     if not cfg.clip and not cfg.no_clip:
-        cfg = replace(cfg, clip=make_teacher(cfg, folder.parent / f"teacher-clip-s{cfg.seed}",
-                                             objective="clip"))
+        cfg = replace(cfg, clip=make_teacher(cfg, folder.parent, objective="clip"))
     results = adapt_script.main(cfg)
     if cfg.table and not cfg.no_clip and not cfg.eval_only:
         baseline = text_alone_run(cfg, folder)
@@ -97,20 +98,24 @@ def finetune(cfg):
 # ---------------------------------------------------------------------------- the demo's prerequisites
 
 
-def make_teacher(cfg, folder, **flags):
-    """The folder of a teacher of the demo world of a stage's Config; trains it where there is none."""
+def make_teacher(cfg, out, name="", **flags):
+    """A teacher of the demo world of a stage's Config, in the folder `out`; trains it where there is none.
+
+    -> its folder, whose name is `name` or teacher.py's own.
+    """
     world = Path(cfg.data_dir, f"demo-s{cfg.seed}")
-    teacher_script.main(teacher_script.Config(
-        seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, videos=str(world / "videos.h5"),
-        block_size=cfg.block_size, out_dir=str(folder), resume="auto", **flags))
-    return str(folder)
+    run = teacher_script.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device, resume="auto",
+                                videos=str(world / "videos.h5"), block_size=cfg.block_size, **flags)
+    run = replace(run, out_dir=str(out / (name or teacher_script.run_folder(run).name)))
+    teacher_script.main(run)
+    return run.out_dir
 
 
 def on_demo(cfg, out, world):
     """distill.Config with the demo world's files and, where it distils, a teacher in the folder `out`."""
     files = {"train": str(world / "corpus.h5"), "videos": cfg.videos or str(world / "videos.h5")}
     if cfg.objective != "none" and not cfg.teacher:
-        files["teacher"] = make_teacher(cfg, out / f"teacher-mlm+ct-s{cfg.seed}")
+        files["teacher"] = make_teacher(cfg, out)
     return replace(cfg, **files)
 
 
@@ -125,8 +130,8 @@ def check_readers(cfg, vocab):
                                  "with `python data.py xtext`")
 
 
-def text_only_run(cfg, folder):
-    """Config of the text-only student of the same shape, tokens and steps.
+def text_only_run(cfg, out):
+    """Config of the text-only student of the same shape, tokens and steps, in the folder `out`.
 
     Flags that only distillation reads are at their defaults, so that one such run serves all objectives,
     weights and teachers.
@@ -135,7 +140,8 @@ def text_only_run(cfg, folder):
               if field.name in ("head", "init_from", "teacher")
               or field.name.startswith(("soft_", "nst_", "crd_"))
               or field.name.startswith("w_") and field.name != "w_mlm"}
-    return replace(cfg, **unused, objective="none", resume="auto", eval_only=False, out_dir=str(folder))
+    cfg = replace(cfg, **unused, objective="none", resume="auto", eval_only=False, out_dir="")
+    return replace(cfg, out_dir=str(out / distill_script.run_folder(cfg).name))
 
 
 def text_alone_run(cfg, folder):
@@ -199,10 +205,9 @@ def model_of(row, newest, cfg, world):
     run = replace(newest, seed=seed, data_dir=cfg.data_dir, device=cfg.device, out_dir=str(own),
                   resume="auto", eval_only=False, max_minutes=0.0)
     if row in ("text-only", "no pre-training"):
-        run = text_only_run(on_demo(replace(run, objective="none"), out, world),
-                            out / f"distill-none-s{seed}")
+        run = text_only_run(on_demo(replace(run, objective="none"), out, world), out)
     elif row == "distilled from images":
-        seeing = make_teacher(run, out / f"teacher-image-s{seed}", vision="image")
+        seeing = make_teacher(run, out, f"teacher-image-s{seed}", vision="image")
         run = replace(run, teacher=seeing, out_dir=str(out / f"distill-{run.objective}-image-s{seed}"))
     run = on_demo(run, out, world)
     folder = distill_script.main(run)["folder"]

@@ -191,7 +191,7 @@ def begun(run, names=("mlm", "crd")):
 def test_resume_refuses_what_cannot_change_and_prints_what_did(run, capsys):
     first = run()
     begun(first)
-    first.saves(10, True)
+    first.save_due(10, True)
     first.leave_loop()
     assert begun(run(resume="true", lr=2.0)) == 10 and "--lr was 1.0, is 2.0" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--batch_size was 4"):
@@ -204,7 +204,7 @@ def test_resume_auto_goes_on_only_where_all_is_equal(run):
     first = run()
     begun(first)
     assert not run(resume="auto").resumes  # no checkpoint yet
-    first.saves(10, True)
+    first.save_due(10, True)
     assert run(resume="auto").resumes and not run().resumes
     assert run(resume="auto", log_every=5, max_minutes=1.0).resumes
     for other in (run(resume="auto", lr=3.0), run(resume="auto", hashes={"corpus": "b"})):
@@ -214,7 +214,7 @@ def test_resume_auto_goes_on_only_where_all_is_equal(run):
 def test_checkpoint_and_run_of_another_format_are_refused_with_the_command(run, tmp_path):
     first = run()
     begun(first)
-    first.saves(10, True)
+    first.save_due(10, True)
     first.finish({"score": 1})
     path = tmp_path / "run" / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"format": 1}, path)
@@ -250,7 +250,7 @@ def test_log_is_cut_to_the_checkpoint(run, tmp_path):
     begun(first)
     for step in (10, 20):
         first.log(step=step)
-    first.saves(20, True)
+    first.save_due(20, True)
     first.log(step=30)
     with path.open("a") as f:
         f.write('{"step": 4')  # a kill in the middle of a line
@@ -273,10 +273,10 @@ def test_window_logs_means_and_names_the_term_the_step_and_the_checkpoint(run, t
     one.add(4, {"mlm": torch.tensor(1.0), "crd": torch.tensor(1.0)})
     one.add(5, {"mlm": torch.tensor(1.0), "crd": torch.tensor(math.nan)})
     with pytest.raises(SystemExit, match="crd loss is nan at step 5; start anew"):
-        one.saves(6, True)
+        one.save_due(6, True)
     (tmp_path / "run" / "checkpoint.pt").write_bytes(b"x")
     with pytest.raises(SystemExit, match="at step 5; the last good checkpoint is .*checkpoint.pt"):
-        one.saves(6, True)
+        one.save_due(6, True)
 
 
 def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
@@ -284,7 +284,7 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
     begun(one)
     one.parts["model"].weight.data[0] = math.inf
     with pytest.raises(SystemExit, match="the weight weight is not finite after step 10"):
-        one.saves(10, True)
+        one.save_due(10, True)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -126,7 +126,7 @@ def test_every_trainable_parameter_gets_a_gradient(parts, config, objective, fre
     model, index = adapter(parts, cfg), np.arange(8)
     text = data.match_texts(index, 100, 0, 0, index)
     batch = adapt_xdbert.make_batch(blocks_of(parts), cfg, index, 0, 0, index, text=text)
-    sum(model(batch, dict.fromkeys(model.names, 1.0)).values()).backward()
+    sum(model(batch, dict.fromkeys(model.weights, 1.0)).values()).backward()
     assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
     trained = {name.split(".")[1] for name, p in model.named_parameters()
                if p.grad is not None and name.startswith("encoder.")}
@@ -275,7 +275,7 @@ def test_training_flags_choose_the_preset():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (dict(objective="mlm+nst"), "write some of mlm"), (dict(objective="mlm+mlm"), "--objective"),
+    (dict(objective="mlm+nst"), "some of mlm"), (dict(objective="mlm+mlm"), "--objective"),
     (dict(no_clip=True), "--no_clip .* needs"), (dict(freeze="video"), "--freeze video"),
     (dict(segments=0), "--segments"), (dict(mask_rate=15.0), "at most 1"), (dict(dropout=1.0), "--dropout"),
     (dict(objective="mlm", no_clip=True, freeze="language"), "--freeze"),
