@@ -64,7 +64,7 @@ class Config:
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: float = 30  # linear warm-up; below 1 = a share of the steps
-    max_steps: int = 250  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
+    max_steps: int = 300  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the clips, where max_steps is 0
     stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where clips are seen
     patience: int = 5  # evaluations without a better one before it stops
