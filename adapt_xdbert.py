@@ -39,7 +39,7 @@ class Config:
     data_dir: str = "data"  # where the demo world is kept (data_dir/demo-s<seed>)
     train: str = ""  # pairs of data.py xtext: files, or a glob; empty = the demo world
     val: str = ""  # pairs to evaluate on; empty = the last 1 % of the blocks
-    block_size: int = 24  # tokens of a sequence of the language encoder, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of a text, [CLS] and [SEP] included
     segments: int = 2  # of CLIP's tokens for a sequence; what does not fit is cut
     eval_blocks: int = 500  # validation blocks that are read
     # models
@@ -56,15 +56,15 @@ class Config:
     cliptc_rate: float = 0.15  # share of CLIP's tokens to predict
     reduction: str = "mean"  # of every term over its items: mean or sum
     # optimizer
-    batch_size: int = 64  # sequences a step, over all ranks and accumulation
+    batch_size: int = 64  # samples a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    warmup_steps: float = 0.05  # linear warm-up; below 1 = a share of the planned steps
-    max_steps: int = 400  # 0 = as many as --epochs takes
-    epochs: float = 0.0  # passes over the text, where max_steps is 0
+    warmup_steps: float = 0.05  # linear warm-up; below 1 = a share of the steps
+    max_steps: int = 400  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
+    epochs: float = 0.0  # passes over the data, where max_steps is 0
     schedule_steps: int = 0  # steps that the learning rate is planned for; 0 = those that are run
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
@@ -115,7 +115,7 @@ POSITIVE = ("segments", "cross_layers", "eval_blocks", "mask_rate", "cliptc_rate
 FIXED = ("block_size", "segments", "cross_layers", "no_clip", "freeze", "objective", "mask_rate",
          "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
          "schedule_steps", "seed")
-# flags that change no result: hashes tell what the models and the data are
+# flags that change no result: hashes tell what data and models are
 FREE = ("preset", "train", "val", "language", "clip", "table")
 
 # XDBERT C.1: 1e-4, warm-up 5 %, one epoch, at 512 words and 9 x 77 tokens (Appendix B). The paper planned its
@@ -366,7 +366,7 @@ def run_folder(cfg):
 
 
 def main(cfg):
-    """Adapts and saves; returns what the run's results.json holds."""
+    """Trains and saves the model of `cfg`; returns what its results.json holds."""
     if cfg.dry_run:
         return dry_run(cfg)
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)

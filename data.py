@@ -132,13 +132,9 @@ def feistel_rounds(seed, epoch, half):
     return (mixed & np.uint64(2 ** half - 1)).astype(np.int64)
 
 
-def micro_rows(batch_size, rank, world, micro, grad_accum):
+def micro_rows(batch_size, rank, ranks, micro, grad_accum):
     """Positions in the global batch of `rank`'s micro-batch `micro`, int64: a contiguous slice, by rank."""
-    parts = world * grad_accum
-    if batch_size % parts:
-        raise SystemExit(f"--batch_size {batch_size} is not divisible by {world} processes x {grad_accum} "
-                         f"accumulated micro-batches; use {max(1, batch_size // parts) * parts}")
-    size = batch_size // parts
+    size = batch_size // (ranks * grad_accum)  # run.micro_batch_size has checked that nothing is left
     return np.arange(size, dtype=np.int64) + (rank * grad_accum + micro) * size
 
 

@@ -38,12 +38,12 @@ class Config:
     train: str = ""  # packed text: files of data.py text, or a glob; empty = the demo world
     val: str = ""  # packed text to evaluate on; empty = the last 1 % of the blocks
     videos: str = ""  # packed clips for the closing table's retrieval; empty = the demo world's, or none
-    block_size: int = 24  # tokens of a sequence, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of a text, [CLS] and [SEP] included
     eval_blocks: int = 2000  # validation blocks that are read
     # models
     teacher: str = ""  # a run of teacher.py or a Hugging Face BERT folder; empty = the demo world's teacher
     init_from: str = ""  # start the student from this model (two-stage pre-training); empty = from scratch
-    model: str = "demo"  # shape of the student: demo, or layers and width: 6L-512H, 12L-768H
+    model: str = "demo"  # shape of the language model: demo, or layers and width: 6L-512H, 12L-768H
     dropout: float = 0.1  # of hidden states and attention
     # objective
     objective: str = "nst+crd"  # none, or any of soft, l2, voken, nst, crd joined by +
@@ -71,7 +71,7 @@ class Config:
     mask_split: str = "80/10/10"  # of these: [MASK] / random / kept; the paper's text has 100/0/0
     reduction: str = "mean"  # of every term over its items: mean, or sum as the papers write
     # optimizer
-    batch_size: int = 96  # sequences a step, over all ranks and accumulation
+    batch_size: int = 96  # samples a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
     lr: float = 2e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
@@ -79,12 +79,12 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: float = 60  # linear warm-up; below 1 = a share of the steps
     max_steps: int = 540  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
-    epochs: float = 0.0  # passes over the corpus, where max_steps is 0
+    epochs: float = 0.0  # passes over the data, where max_steps is 0
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
-    compile_model: bool = False  # torch.compile student and teacher
+    compile_model: bool = False  # torch.compile the encoders
     out_dir: str = ""  # run folder; empty = out/distill-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
@@ -128,7 +128,7 @@ POSITIVE = ("eval_blocks", "soft_tau", "crd_negatives", "crd_dim", "crd_tau", "m
 FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim",
          "crd_tau", "crd_momentum", "crd_bank_size", "crd_bank_dtype", "crd_loss", "crd_views", "mask_rate",
          "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
-# flags that change no result: hashes tell what the models and the data are
+# flags that change no result: hashes tell what data and models are
 FREE = ("preset", "train", "val", "videos", "teacher")
 
 # VidLanKD 4.3: 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H; batch 256: released code
@@ -330,7 +330,7 @@ def run_folder(cfg):
 
 
 def main(cfg):
-    """Trains and saves the student of `cfg`; returns what its results.json holds."""
+    """Trains and saves the model of `cfg`; returns what its results.json holds."""
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
 
     # ---- data

@@ -318,7 +318,7 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     set_seed(cfg.seed, 0)
     encoder = start.encoder(cfg, pooler=task.kind != "span" and cfg.pool == "cls")
     model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(ranks.device)
-    if task.name not in DEMO_TASKS:
+    if not task.demo:
         print0(memory(model, micro_size * train.length[0].size, train))
     if cfg.freeze:
         model.freeze_encoder()
@@ -593,13 +593,13 @@ def main(cfg):
     tasks, summaries = chosen_tasks(cfg), []
     if not (cfg.cross or cfg.model):
         raise SystemExit("--model is missing: give a run's folder, a Hugging Face folder, or none")
-    on_demo = any(task.name in DEMO_TASKS for task in tasks)
+    on_demo = any(task.demo for task in tasks)
     demo = Path(cfg.data_dir, f"demo-s{cfg.seed}") if on_demo else None
     start = open_start(cfg.cross or cfg.model, cfg.like, demo, "--cross" if cfg.cross else "--model")
     start.check(tasks)
     for task in tasks:
         root = Path(cfg.out_dir or f"out/finetune/{start.name}", task.name)
-        data_dir = demo / "raw" / "tasks" if task.name in DEMO_TASKS else cfg.data_dir
+        data_dir = demo / "raw" / "tasks" if task.demo else cfg.data_dir
         own, seeds = own_settings(cfg, task, start)
         load, train_file, train, evals, hashes = open_files(own, task, start, data_dir, ranks)
         check_examples(task, start, train, evals, own)

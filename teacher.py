@@ -37,7 +37,7 @@ class Config:
     data_dir: str = "data"  # where the demo world is kept (data_dir/demo-s<seed>)
     videos: str = ""  # a file of data.py videos; empty = the demo world
     val_clips: int = 500  # clips held out, by video
-    block_size: int = 24  # tokens of the joined captions, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of a text, [CLS] and [SEP] included
     max_frames: int = 18  # frames of a clip, one a second
     vision: str = "video"  # video, or image = the 2D feature of the middle frame
     feat_norm: bool = False  # L2-normalise the 2D and the 3D part of each frame
@@ -57,7 +57,7 @@ class Config:
     mask_split: str = "80/10/10"  # of these: [MASK] / random / kept; the paper's text has 100/0/0
     reduction: str = "mean"  # of every term over its items: mean, or sum as the papers write
     # optimizer
-    batch_size: int = 64  # clips a step, over all ranks and accumulation
+    batch_size: int = 64  # samples a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
@@ -65,7 +65,7 @@ class Config:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     warmup_steps: float = 30  # linear warm-up; below 1 = a share of the steps
     max_steps: int = 300  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
-    epochs: float = 0.0  # passes over the clips, where max_steps is 0
+    epochs: float = 0.0  # passes over the data, where max_steps is 0
     stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where clips are seen
     patience: int = 5  # evaluations without a better one before it stops
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
@@ -73,7 +73,7 @@ class Config:
     seed: int = 0  # of weights, order, masks, and of the demo world
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
-    compile_model: bool = False  # torch.compile both encoders
+    compile_model: bool = False  # torch.compile the encoders
     out_dir: str = ""  # run folder; empty = out/teacher-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's best weights and stop
@@ -101,7 +101,7 @@ POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "lr", "patien
 # what a resumed run cannot change
 FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "video_layers", "objective",
          "mask_rate", "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
-# flags that change no result: hashes tell what the data are
+# flags that change no result: hashes tell what data and models are
 FREE = ("preset", "videos")
 
 # section 4.3 of the paper: tokens, frames, held-out clips, optimizer, margin, depth of the video encoder
@@ -243,7 +243,7 @@ def run_folder(cfg):
 
 
 def main(cfg):
-    """Trains and saves the teacher of `cfg`; returns what its results.json holds."""
+    """Trains and saves the model of `cfg`; returns what its results.json holds."""
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
     micro_size, sees = micro_batch_size(cfg, ranks), cfg.objective != "mlm"
     if sees and micro_size < 2:

@@ -47,6 +47,7 @@ class Task:
     lr: float = 0.0  # the task's own defaults; 0 = those of the preset
     steps: int = 0
     max_length: int = 0
+    demo: bool = False  # of the demo world
 
     @property
     def words(self):
@@ -188,7 +189,7 @@ def labels_beside(path):
 def read_piqa(task, path):
     """PIQA: a JSON object a line, and beside the file another one with a label a line."""
     lines, beside = read_lines_of(path), labels_beside(path)
-    labels = read_lines_of(beside) if beside.exists() else [(number, None) for number, _ in lines]
+    labels = read_lines_of(beside) if beside.exists() else [(0, None)] * len(lines)
     if len(labels) != len(lines):
         raise SystemExit(f"{beside}: {len(labels)} labels for the {len(lines)} lines of {path.name}; fetch "
                          "both anew")
@@ -200,7 +201,8 @@ def read_piqa(task, path):
         except (ValueError, KeyError, TypeError):
             raise SystemExit(f"{path}, line {number}: not a JSON object with the texts "
                              f"{', '.join(task.text)}") from None
-        yield f"{beside}, line {label_line}", None, texts, label, {}
+        where = f"{path} without {beside.name}" if label is None else f"{beside}, line {label_line}"
+        yield where, None, texts, label, {}
 
 
 @reader
@@ -294,7 +296,7 @@ def tracie(name, title, folder, train, test, **fields):
 
 
 # the demo world's tasks: dev sets of nouns that the training set does not have, and of nouns that it has
-DEMO = dict(source="`python data.py demo`", lr=1e-3, max_length=48)
+DEMO = dict(demo=True, source="`python data.py demo`", lr=1e-3, max_length=48)
 SEEN = {"": "dev.tsv", "seen": "dev_seen.tsv"}
 TASKS = {task.name: task for task in (
     glue("sst2", "SST-2", ("sentence",), ("negative", "positive")),
@@ -344,7 +346,7 @@ TASKS = {task.name: task for task in (
     tracie("before_after", "before/after", "before_after", "tracie_train.txt",
            {"": "tracie_test.txt", "seen": "tracie_test_seen.txt"}, steps=250, **DEMO),
 )}
-DEMO_TASKS = tuple(name for name, task in TASKS.items() if task.source == DEMO["source"])
+DEMO_TASKS = tuple(name for name, task in TASKS.items() if task.demo)
 
 
 def find_file(task, data_dir, name, required=True):

@@ -87,10 +87,10 @@ def finetune(cfg):
     """finetune.py; without --model the demo's rows, each in several worlds, and their table."""
     asked = cfg.score or cfg.predict
     chosen = [] if asked else finetune_script.chosen_tasks(cfg)
-    on_demo = any(task.name in DEMO_TASKS for task in chosen)
+    on_demo = any(task.demo for task in chosen)
     if on_demo:
         demo_world(cfg.data_dir, cfg.seed, init_ranks(cfg.device))
-    if asked or cfg.model or cfg.cross or not all(task.name in DEMO_TASKS for task in chosen):
+    if asked or cfg.model or cfg.cross or not all(task.demo for task in chosen):
         return finetune_script.main(cfg)
     return demo_rows(cfg)
 

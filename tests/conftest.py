@@ -90,6 +90,15 @@ def pytest_runtestloop(session):
     return True
 
 
+def stop_line(function, *args, **kw):
+    """The one line with which `function` ends the program."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **kw)
+    text = str(stop.value)
+    assert text and "\n" not in text and "Traceback" not in text
+    return text
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """Folder of real corpora in their official layouts; tests that need it are skipped without it."""

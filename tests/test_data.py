@@ -9,13 +9,14 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from conftest import stop_line
 
 import data
 from common import hash64
 from parts.vocab import SPECIALS, CLIPVocab, Vocab
 from prepare.packing import pack_text, pack_videos, pack_xtext
 from test_packing import howto, packed
-from test_vocab import MERGES, WORDS, clip, stop_line, vocab
+from test_vocab import MERGES, WORDS, clip, vocab
 
 # ---------------------------------------------------------------------------- text blocks
 
@@ -293,7 +294,6 @@ def test_ranks_share_each_batch_and_the_order_ignores_their_number(shards):
     assert np.unique(one).size == 144 == one.size  # 12 steps of 12 are within the first epoch of 149
     assert not np.array_equal(one, visits(1, 1, range(13, 25)))
     assert np.array_equal(visits(1, 1, [7]), one[7:8])  # no state: any step by itself
-    assert "--batch_size 12" in stop_line(data.micro_rows, 12, 0, 5, 0, 1)
 
 
 def test_masking_is_80_10_10_and_spares_special_tokens(demo):

@@ -12,14 +12,14 @@ import pytest
 import torch
 
 from common import keyed_integers, keyed_uniform
-from conftest import tiny_clip_vocab
+from conftest import stop_line, tiny_clip_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel
 from parts.examples import (ANSWER_TOKENS, EVAL_TOKENS, QUESTION_TOKENS, WINDOW_STRIDE, Order,
                             batches_by_length, load_examples, tokenized, truncate)
 from parts.tasks import TASKS, Rows, read_lines
 from parts.vocab import SPECIALS, Vocab
 from test_metrics import squad
-from test_tasks import MNLI_HEAD, put, rows, stop_line, table
+from test_tasks import MNLI_HEAD, put, rows, table
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
 VOCAB = Vocab([*SPECIALS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "cat", "dog", "sat", "ran",

@@ -17,13 +17,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import stop_line
 
 import data
 from parts.vocab import SPECIALS, Vocab, load_vocab
 from prepare import packing
 from prepare.commands import main
 from prepare.packing import cached_words, pack_text, pack_videos, pack_xtext, read_captions, train_vocab
-from test_vocab import HARD, clip, openai, stop_line, vocab
+from test_vocab import HARD, clip, openai, vocab
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,20 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import stop_line
 
 from parts.tasks import (DIAGNOSTIC, TASKS, Task, evaluation_files, find_file, read_lines, read_table, score,
                          unlabelled_files, write_predictions)
 from prepare.world import draw_nouns, write_tasks
 from test_metrics import squad
-
-
-def stop_line(function, *args, **kw):
-    """The one line with which `function` ends the program."""
-    with pytest.raises(SystemExit) as stop:
-        function(*args, **kw)
-    text = str(stop.value)
-    assert text and "\n" not in text
-    return text
 
 
 def put(path, text):

@@ -10,6 +10,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from conftest import stop_line
 
 import data
 from parts.vocab import OPENAI_CLIP, SPECIALS, CLIPVocab, Vocab, load_clip_vocab, load_vocab
@@ -61,15 +62,6 @@ HARD_IDS = [[int(i) for i in line.split()] for line in """\
 @pytest.fixture
 def vocab():
     return Vocab(list(SPECIALS) + WORDS + ["##s", "##at"])
-
-
-def stop_line(function, *args, **kw):
-    """The one line with which `function` ends the program."""
-    with pytest.raises(SystemExit) as stop:
-        function(*args, **kw)
-    text = str(stop.value)
-    assert text and "\n" not in text and "Traceback" not in text
-    return text
 
 
 # ---------------------------------------------------------------------------- WordPiece

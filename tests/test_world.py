@@ -10,13 +10,13 @@ from collections import Counter
 import h5py
 import numpy as np
 import pytest
+from conftest import stop_line
 
 import data
 from parts.vocab import load_vocab
 from prepare import world
 from prepare.world import ACTIONS, EFFECTS, MISHAPS, PROPERTIES, TASK_SIZES, demo_xtext, make_demo
 from test_packing import packed, stop
-from test_vocab import stop_line
 
 
 class OneRank:
