@@ -336,24 +336,24 @@ class Run:
         """What the main rank says, on every rank."""
         return self.ranks.any(self.ranks.main and bool(flag))
 
-    def before(self):
-        """config.json of the folder's run where that has the same flags and data, else None."""
+    def same(self):
+        """Whether the folder's run has the same flags and data."""
         try:
-            before = json.loads((self.folder / "config.json").read_text())
-            return before if same_run(before, self.cfg, self.hashes, self.free) else None
+            config = json.loads((self.folder / "config.json").read_text())
+            return same_run(config, self.cfg, self.hashes, self.free)
         except (OSError, ValueError, KeyError):
-            return None
+            return False
 
     def unfinished(self):
         """Whether the folder holds a checkpoint of the same flags and data, from which a run can go on."""
-        return self.before() and any((self.folder / name).exists() for name in CHECKPOINTS)
+        return self.same() and any((self.folder / name).exists() for name in CHECKPOINTS)
 
     def finished(self):
         """Results of a FINISHED run of the same flags and data in the folder, else None."""
         results = None
         with contextlib.suppress(OSError, ValueError):
             results = json.loads((self.folder / "results.json").read_text())
-        if not self.agreed(results and "finished" in results and self.before()):
+        if not self.agreed(results and "finished" in results and self.same()):
             return None
         return results
 
@@ -642,19 +642,19 @@ class Interrupt:
 
     def __init__(self, max_minutes=0.0):
         self.reason, self.deadline = "", time.monotonic() + 60 * max_minutes if max_minutes else math.inf
-        self.before = {}
+        self.handlers = {}  # those that were there
         try:
-            self.before = {s: signal.signal(s, self.note) for s in (signal.SIGTERM, signal.SIGINT)}
+            self.handlers = {s: signal.signal(s, self.catch) for s in (signal.SIGTERM, signal.SIGINT)}
         except ValueError:  # not in the main thread: no handlers, the run just cannot be interrupted gently
             pass
 
-    def note(self, number, frame):
+    def catch(self, number, frame):
         self.reason = signal.Signals(number).name
         self.release()
 
     def release(self):
         """Puts the former handlers back."""
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def due(self, ranks):

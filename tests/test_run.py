@@ -293,7 +293,7 @@ def test_interrupt_is_due_after_a_signal_and_after_the_time():
     assert not interrupt.due(ALONE)
     os.kill(os.getpid(), signal.SIGTERM)
     assert interrupt.due(ALONE) and interrupt.reason == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == interrupt.before[signal.SIGTERM]
+    assert signal.getsignal(signal.SIGTERM) == interrupt.handlers[signal.SIGTERM]
     late = Interrupt(max_minutes=1e-9)
     time.sleep(0.01)
     assert late.due(ALONE) and late.reason == "--max_minutes"
