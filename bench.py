@@ -777,9 +777,9 @@ def bench_text(cfg, device, out, size=4_000_000):
 
 
 # beside each section its seconds on two cores of an AVX2-only EPYC, for the time left
-SECTIONS = {"nst": (bench_nst, 15), "crd": (bench_crd, 7), "mlm_head": (bench_mlm_head, 10),
-            "hinge": (bench_hinge, 9), "step": (bench_step, 75), "finetune": (bench_finetune, 17),
-            "xdbert": (bench_xdbert, 60), "text": (bench_text, 7)}
+SECTIONS = {"nst": (bench_nst, 17), "crd": (bench_crd, 4), "mlm_head": (bench_mlm_head, 10),
+            "hinge": (bench_hinge, 8), "step": (bench_step, 79), "finetune": (bench_finetune, 12),
+            "xdbert": (bench_xdbert, 80), "text": (bench_text, 14)}
 
 
 def main(cfg):
