@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import zlib
@@ -141,6 +142,13 @@ def duration(seconds):
     if seconds >= 3600:
         return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
+
+
+def clear_up_on_sigterm():
+    """Makes SIGTERM leave through every `finally`, as Ctrl-C does, so that nothing half-written stays."""
+    def leave(number, frame):
+        raise SystemExit("terminated")
+    signal.signal(signal.SIGTERM, leave)
 
 
 # ---------------------------------------------------------------------------- randomness

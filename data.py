@@ -75,13 +75,14 @@ def open_packed(path, kind="", vocab=None):
     dropped when memory is short.
     """
     import h5py
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise SystemExit(f"{path}: no such file; pack it with `python data.py {kind or 'text'} ...`")
     try:
         with h5py.File(path, "r") as f:
-            attributes, tokens = dict(f.attrs), bytes(f["vocab"][:]).decode().split("\n")
-            maps = {name: np.memmap(path, d.dtype, "r", d.id.get_offset(), d.shape) if d.size
-                    else np.zeros(d.shape, d.dtype) for name, d in f.items() if name != "vocab"}
+            attributes = {name: value if isinstance(value, str) else value.item()
+                          for name, value in f.attrs.items()}
+            maps = {name: map_dataset(path, f, name) for name in f}
+        tokens = bytes(maps.pop("vocab")).decode().split("\n")
         held, form = attributes["kind"], attributes["format"]
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: not a packed file, or damaged ({error}); pack it anew") from None
@@ -95,6 +96,37 @@ def open_packed(path, kind="", vocab=None):
     if vocab.hash != attributes["vocab_hash"]:
         raise SystemExit(f"{path}: damaged (the vocabulary is not the one it was packed with); pack it anew")
     return attributes, vocab, maps
+
+
+# what packed files hold: {dataset: (numpy's kinds of numbers, dimensions)}
+DATASETS = {"vocab": ("u", 1), "sources": ("u", 1), "tokens": ("u", 1), "clip_tokens": ("u", 1),
+            "clip_counts": ("u", 1), "clip_vocab": ("u", 1), "video_id": ("S", 1), "task": ("i", 1),
+            "frames": ("f", 2), "frame_offsets": ("i", 1), "caption_offsets": ("i", 1),
+            "token_offsets": ("i", 1), "start": ("f", 1), "end": ("f", 1)}
+
+
+def map_dataset(path, file, name):
+    """Memory map of a dataset of an open h5py.File; ValueError where it is not ours or not in it."""
+    import h5py
+    link, (kinds, dimensions) = file.get(name, getlink=True), DATASETS.get(name, ("", 0))
+    dataset = file[name] if isinstance(link, h5py.HardLink) else None
+    if (not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in kinds
+            or dataset.ndim != dimensions):
+        raise ValueError(f"{name} is not the dataset that it should be")
+    if dataset.size == 0:
+        return np.zeros(dataset.shape, dataset.dtype)
+    layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
+    size = Path(path).stat().st_size
+    if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None or offset + dataset.nbytes > size:
+        raise ValueError(f"{name} does not lie in the file in one piece")
+    return np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+
+
+def check_ids(ids, vocab, what):
+    """SystemExit where packed ids are none of the vocabulary."""
+    if ids.size and ids.max() >= vocab.size:
+        raise SystemExit(f"{what}: damaged (the id {ids.max()}, its vocabulary has {vocab.size:,} tokens); "
+                         "pack it anew")
 
 
 def open_vocab(path):
@@ -230,11 +262,14 @@ class TextBlocks:
             raise SystemExit(f"--block_size {block_size}: at least 3 ([CLS], a token, [SEP])")
         files = find_shards(val_glob if val_glob and part == "val" else paths, self.kind)
         self.block_size, width, digest = block_size, block_size - 2, hashlib.sha256()
+        self.files = files
         self.vocab, self.shards, self.dropped = None, [], 0  # shards: the tokens of each, (blocks, T - 2)
         for path in files:
             attributes, vocab, maps = open_packed(path, self.kind, self.vocab)
             if self.vocab and vocab.hash != self.vocab.hash:
                 raise SystemExit(f"{path}: packed with another vocabulary than {files[0]}; pack it anew")
+            if "tokens" not in maps:
+                raise SystemExit(f"{path}: damaged (it holds no tokens); pack it anew")
             tokens, self.vocab = np.asarray(maps["tokens"]), vocab
             blocks = len(tokens) // width
             self.shards.append(tokens[:blocks * width].reshape(blocks, width))
@@ -268,6 +303,7 @@ class TextBlocks:
         ids[:, 0], ids[:, -1] = self.vocab.cls, self.vocab.sep
         for s in np.unique(shard):
             ids[shard == s, 1:-1] = self.shards[s][block[shard == s]]
+            check_ids(ids[shard == s], self.vocab, self.files[s])
         return tensors(ids=ids, mask=np.ones(ids.shape, bool)) | {"index": np.asarray(index, np.int64)}
 
     def places(self, index):
@@ -321,6 +357,8 @@ class PairBlocks(TextBlocks):
         blocks, width = self.shards[-1].shape
         counts = np.asarray(maps["clip_counts"])[:blocks * width].reshape(blocks, width)
         self.tower_start.append(np.cumsum(np.r_[0, counts.sum(1, dtype=np.int64)]))
+        if self.tower_start[-1][-1] > len(maps["clip_tokens"]):
+            raise SystemExit(f"{path}: damaged (fewer CLIP tokens than counted); pack it anew")
         self.tower_tokens.append(maps["clip_tokens"])
 
     def clip_batch(self, index) -> dict:
@@ -329,6 +367,7 @@ class PairBlocks(TextBlocks):
         for shard, block in zip(*self.places(index)):
             a, b = self.tower_start[shard][block:block + 2]
             texts.append(self.tower_tokens[shard][a:min(b, a + self.segments * room)])
+            check_ids(texts[-1], self.clip_vocab, self.files[shard])
         size = np.array([[len(text)] for text in texts])  # (b, 1)
         before = np.arange(self.segments) * room
         count = np.where((before > 0) & (before >= size), -1, size - before)
@@ -401,6 +440,23 @@ def match_texts(index, n, *keys):
 # ---------------------------------------------------------------------------- video clips
 
 
+def check_clips(path, attributes, maps):
+    """SystemExit where the parts of packed videos do not fit each other."""
+    try:
+        videos, captions, frames = len(maps["task"]), len(maps["start"]), maps["frames"]
+        fits = (frames.shape[1] == attributes["d2"] + attributes["d3"] and len(maps["video_id"]) == videos
+                and len(maps["end"]) == captions and len(maps["token_offsets"]) == captions + 1
+                and maps["token_offsets"][-1] == len(maps["tokens"]))
+        for name, size in (("caption_offsets", captions), ("frame_offsets", len(frames))):
+            offsets = maps[name]
+            fits = fits and len(offsets) == videos + 1 and (offsets[0], offsets[-1]) == (0, size) and (
+                np.diff(offsets) > 0).all()
+    except (KeyError, TypeError):
+        fits = False
+    if not fits:
+        raise SystemExit(f"{path}: damaged (its parts do not fit each other); pack it anew")
+
+
 class VideoClips:
     """Captions and frames of a packed videos.h5. A sample begins at a caption and may join those behind it.
 
@@ -418,6 +474,8 @@ class VideoClips:
         if T < 3:
             raise SystemExit(f"--block_size {T}: at least 3 ([CLS], a token, [SEP])")
         attributes, self.vocab, maps = open_packed(path, "videos")
+        check_clips(path, attributes, maps)
+        self.path = path
         self.T, self.max_frames, self.vision, self.feat_norm = T, max_frames, vision, feat_norm
         self.hash, self.d2, self.d3 = attributes["hash"], int(attributes["d2"]), int(attributes["d3"])
         self.features = self.d2 if vision == "image" else self.d2 + self.d3
@@ -462,11 +520,16 @@ class VideoClips:
 
     def spans(self, index, stop, behind):
         """Batch of the tokens from caption `index` to token `stop`, which lies in caption `behind` - 1."""
-        at = self.token_start[index][:, None] + np.arange(self.T - 2)
+        begin, following, most = self.token_start[index], self.token_start[index + 1], len(self.tokens)
+        if not ((0 <= begin) & (begin < following) & (following <= most) & (begin <= stop) & (stop <= most)
+                & (index < behind)).all():
+            raise SystemExit(f"{self.path}: damaged (token_offsets lead out of tokens); pack it anew")
+        at = begin[:, None] + np.arange(self.T - 2)
         real = at < stop[:, None]
         ids = np.full((len(index), self.T), self.vocab.pad, np.int64)
         ids[:, 0] = self.vocab.cls
         ids[:, 1:-1] = np.where(real, self.tokens[np.where(real, at, 0)], self.vocab.pad)
+        check_ids(ids, self.vocab, self.path)
         n = real.sum(1)
         ids[np.arange(len(index)), n + 1] = self.vocab.sep
         mask = np.arange(self.T) < n[:, None] + 2
@@ -475,6 +538,8 @@ class VideoClips:
         end = np.array([self.end[a:b].max() for a, b in zip(index, behind)])  # seconds
         last = np.minimum(begin + np.ceil(end).astype(np.int64), self.frame_start[video + 1])
         first = begin + np.floor(self.start[index]).astype(np.int64)
+        if (first < begin).any() or (first >= self.frame_start[video + 1]).any():
+            raise SystemExit(f"{self.path}: damaged (a caption starts outside of its video); pack it anew")
         last = np.maximum(last, first + 1)
         if self.vision == "image":
             first = (first + last) // 2

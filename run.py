@@ -10,8 +10,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,9 +24,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import atomic, duration, hash64, parse_cli, print0, progress, read_json, write_json
+from common import (atomic, clear_up_on_sigterm, duration, hash64, parse_cli, print0, progress, read_json,
+                    write_json)
 
 FORMAT = 2  # of run folders
+SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
 
 # ---------------------------------------------------------------------------- processes and device
 
@@ -57,6 +61,11 @@ class Ranks:
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(parts, tensor.contiguous())
         return torch.cat(parts)
+
+    def of_main(self, numbers):
+        """{name: number} of the main rank, on every rank: what decides how a run goes on must not differ."""
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64) * self.main
+        return dict(zip(numbers, self.sum(values).tolist()))
 
     def any(self, flag):
         """True on every rank where it is true on one of them, so that all leave the loop at the same step."""
@@ -114,6 +123,7 @@ def return_freed_memory():
 def run_script(main, Config, presets):
     """A script as a command: flags, main, end of the process group; one line where memory or disk is full."""
     cfg = parse_cli(Config, presets)
+    clear_up_on_sigterm()  # a training loop has a handler of its own, see Interrupt
     try:
         main(cfg)
     except KeyboardInterrupt:
@@ -124,6 +134,9 @@ def run_script(main, Config, presets):
                 "can't allocate memory" in text or "not enough memory" in text:
             raise SystemExit(f"out of memory: lower --batch_size {cfg.batch_size}, or raise --grad_accum to "
                              "run it in smaller parts; --resume goes on from the checkpoint") from None
+        if dist.is_initialized() and isinstance(error, RuntimeError) and PEER_LOST.search(text):
+            raise SystemExit(f"rank {dist.get_rank()}: another process of the group has ended, its own "
+                             "message tells why; --resume goes on from the checkpoint") from None
         if "No space left on device" in text:
             raise SystemExit(f"disk full ({text}): free space, then go on with --resume") from None
         if isinstance(error, BrokenPipeError):  # of `| head`: nobody reads on
@@ -134,6 +147,10 @@ def run_script(main, Config, presets):
         raise
     finally:
         end_ranks()
+
+
+PEER_LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|"
+                       r"gloo|NCCL|nccl|Timed? ?out")
 
 
 # ---------------------------------------------------------------------------- seeds, schedule and speed
@@ -285,14 +302,36 @@ def same_run(before, cfg, hashes, free):
         before["config"], cfg, free)
 
 
+# flags of no influence on the result in any script
+FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir")
+
+
 def changed_flags(before, cfg, free=()):
     """["--lr was 0.1", ...]: flags that differ from a run's and can change its result. A flag that
     the run did not know had its default."""
-    free = {"out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir",
-            *free}
+    free = {*FREE, *free}
     before = {field.name: field.default for field in dataclasses.fields(cfg)} | before
     return [f"--{name} was {before[name]}" for name, value in dataclasses.asdict(cfg).items()
             if name not in free and before[name] != value]
+
+
+def birth(pid):
+    """When a process of this host was started, in ticks since boot, or "" where it does not live."""
+    with contextlib.suppress(OSError):
+        if Path("/proc/self/stat").exists():
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        os.kill(pid, 0)  # asks only
+        return "alive"
+    return ""
+
+
+@functools.cache
+def code_hash():
+    """SHA-256 of all sources of the house but the tests."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted([*root.glob("*.py"), *root.glob("parts/*.py"), *root.glob("prepare/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def git_state():
@@ -330,7 +369,21 @@ class Run:
         self.cfg, self.folder, self.ranks, self.hashes = cfg, Path(folder), ranks, hashes
         self.fixed, self.free = fixed, free
         self.saved, self.lines, self.parts = None, 0, {}
+        self.check_ranks()
         self.resumes = cfg.resume == "true" or cfg.resume == "auto" and self.agreed(self.unfinished())
+
+    def check_ranks(self):
+        """Stops where the ranks do not have the same flags, code and data; paths and devices may differ."""
+        flags = {name: value for name, value in dataclasses.asdict(self.cfg).items()
+                 if name not in (*FREE, *self.free)}
+        for what, content in {"flags": flags, "data or models": self.hashes, "code": code_hash()}.items():
+            digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).digest()
+            own = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+            others = self.ranks.gather(own[None].to(self.ranks.device))
+            for rank, other in enumerate(others.cpu()):
+                if not torch.equal(other, others[0].cpu()):
+                    raise SystemExit(f"rank {rank} has other {what} than rank 0; start every process with "
+                                     "the same command, code and files")
 
     def agreed(self, flag):
         """What the main rank says, on every rank."""
@@ -367,7 +420,8 @@ class Run:
         self.max_steps, self.start = max_steps, 0
         self.parts = {name: part for name, part in parts.items() if part is not None}
         if self.resumes or self.cfg.eval_only:
-            self.saved = load_checkpoint(self.folder, self.ranks)
+            self.saved = self.read_checkpoint()
+        if self.saved:
             check_resume(self.saved, self.cfg, self.hashes, self.fixed)
             for name, part in self.parts.items():
                 if state := self.saved[name]:  # the scaler's is empty but in float16
@@ -377,6 +431,21 @@ class Run:
         if self.resumes:
             restore_rng(self.saved, self.ranks)
         return self.start
+
+    def read_checkpoint(self):
+        """The newest checkpoint; where none is readable --resume auto starts anew, and None is returned."""
+        saved = None
+        try:
+            saved = load_checkpoint(self.folder, self.ranks)
+        except SystemExit as error:
+            if self.cfg.resume != "auto" or self.cfg.eval_only:
+                raise
+            print0(f"{error}; so the run starts anew")
+            self.resumes = False
+        if self.ranks.any(bool(saved)) != bool(saved):
+            raise SystemExit(f"{self.folder}: rank {self.ranks.rank} reads no checkpoint, another one does; "
+                             "give all ranks the same files")
+        return saved
 
     def begin(self, terms, unit="tokens", units=0, flops=0.0, bar=""):
         """Makes the folder, and catches signals from now on.
@@ -391,6 +460,9 @@ class Run:
         self.peak = peak_flops(device, getattr(torch, cfg.dtype)) * self.ranks.size if flops else 0.0
         self.window = torch.zeros(cfg.log_every, len(self.terms), device=device)
         self.first, self.added = self.start, -1  # first step of the window, last step that was added
+        # float16: steps of the window, and the last ones in a row, that GradScaler left out
+        self.scaled = cfg.dtype == "float16"
+        self.skipped = self.in_a_row = torch.zeros((), device=device)
         self.clock = None  # when the window began, pauses left out; None while warming up
         self.began = time.monotonic() - (self.saved or {}).get("seconds", 0.0) * self.resumes
         self.bar = None
@@ -399,19 +471,32 @@ class Run:
         self.paused = None  # when the loop was left for an evaluation
 
     def open_folder(self):
-        """Writes config.json and cuts the log; an older run of the name is moved to folder.1, .2, ..."""
+        """Takes the folder's lock, writes config.json and cuts the log; an older run of the name is moved to
+        folder.1, .2, ..., but not one that the same command began and that has no checkpoint yet."""
         folder, cfg = self.folder, self.cfg
         if self.ranks.main:
-            if folder.exists() and not self.resumes:
+            if folder.is_file():
+                raise SystemExit(f"{folder}: is a file; give another --out_dir")
+            if folder.exists():
+                self.lock()
+            began = cfg.resume == "auto" and self.same() and not (folder / "results.json").exists()
+            if folder.exists() and not self.resumes and not began:
                 n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
                 try:
                     changed = changed_flags(json.loads((folder / "config.json").read_text())["config"], cfg)
                 except (OSError, ValueError, KeyError):
                     changed = []
+                self.unlock()
                 folder.rename(folder.with_name(f"{folder.name}.{n}"))
                 because = f" ({', '.join(changed)})" if changed else ""
                 print0(f"{folder} exists: moved to {folder}.{n}{because}")
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            for name in ("config.json", "log.jsonl", "results.json", "best.pt", *CHECKPOINTS):
+                if (folder / name).is_dir():
+                    raise SystemExit(f"{folder / name}: is a folder, where the run writes a file; remove it")
+            if (folder / "model").is_file():
+                raise SystemExit(f"{folder}/model: is a file, where the run makes a folder; remove it")
             for rest in folder.glob("*.tmp"):  # of a killed save
                 shutil.rmtree(rest, ignore_errors=True)
             write_json(folder / "config.json", {
@@ -424,8 +509,39 @@ class Run:
                 "ranks": self.ranks.size, "threads": torch.get_num_threads()})
             path = folder / "log.jsonl"
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
-            path.write_text("".join(old[:self.lines]))
+            with atomic(path) as part:
+                part.write_text("".join(old[:self.lines]))
         self.ranks.barrier()
+
+    def lock(self):
+        """Notes in run.lock which process writes the folder; SystemExit where another one does that lives.
+
+        A dead process of this host has lost its lock; whether one of another host lives cannot be seen.
+        """
+        path, own = self.folder / "run.lock", {"host": socket.gethostname(), "pid": os.getpid()}
+        own["birth"] = birth(own["pid"])
+        with path.open("a+") as f:
+            with contextlib.suppress(ImportError):  # not on Windows
+                import fcntl
+                fcntl.flock(f, fcntl.LOCK_EX)  # two processes that look at once do it one by one
+            f.seek(0)
+            try:
+                holder = json.loads(f.read())
+                here = holder["host"] == own["host"]
+                free = holder == own or here and birth(holder["pid"]) != holder["birth"]
+            except (ValueError, KeyError, TypeError):  # empty, or cut by a full disk
+                free = True
+            if not free:
+                raise SystemExit(f"{self.folder}: process {holder['pid']} of {holder['host']} is writing "
+                                 "there; wait, or give another --out_dir"
+                                 + f"; if it has died, delete {path}" * (not here))
+            f.truncate(0)
+            f.write(json.dumps(own))
+
+    def unlock(self):
+        """Gives the folder free."""
+        if self.ranks.main:
+            (self.folder / "run.lock").unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------ inside of the loop
 
@@ -435,7 +551,11 @@ class Run:
         return (step % self.cfg.eval_every == 0 or last) and not (step == self.start and self.resumes)
 
     def note(self, step, what, scores, shown=""):
-        """Scores into the log as <what>_<name>, and a line of them, or `shown`."""
+        """Scores into the log as <what>_<name>, and a line of them, or `shown`; a NaN ends the run."""
+        if bad := [name for name, value in scores.items() if not math.isfinite(value)]:
+            self.check(step)  # the weights' fault?
+            raise SystemExit(f"{what} {bad[0]} is {scores[bad[0]]} at step {step}, while losses and weights "
+                             f"are finite; look for NaN in the data; {last_good(self.folder)}")
         self.log(step=step, **{f"{what}_{name}": value for name, value in scores.items()})
         print0(f"step {step:6d}  {what}  "
                + (shown or "  ".join(f"{name} {value:.3f}" for name, value in scores.items())))
@@ -454,6 +574,7 @@ class Run:
                 "config": dataclasses.asdict(self.cfg), "seconds": time.monotonic() - self.began} | more,
                 self.ranks)
         if stop and not last:
+            self.unlock()
             print0(f"{self.interrupt.reason}: saved step {step} in {self.folder}; go on with "
                    + ("the same command" if self.cfg.resume == "auto" else "--resume"))
             raise SystemExit(0)
@@ -476,6 +597,12 @@ class Run:
             term = self.terms[column].removesuffix("loss")
             raise SystemExit(f"the {f'{term} loss'.strip()} is {values[row, column].item()} at step {step}; "
                              f"{last_good(self.folder)}")
+
+    def check_skipped(self, most=SKIPS):
+        """Stops a run in float16 whose last `most` steps were all skipped."""
+        if self.scaled and 0 < most <= self.in_a_row.item():
+            raise SystemExit(f"the gradient overflowed in float16 at each of the last {most} steps: nothing "
+                             f"was learned; use --dtype bfloat16 or float32; {last_good(self.folder)}")
 
     @contextlib.contextmanager
     def pause(self):
@@ -500,16 +627,24 @@ class Run:
         """
         if self.bar is not None:
             self.bar.update()
+        if self.scaled:
+            overflow = ~norm.isfinite()
+            self.skipped, self.in_a_row = self.skipped + overflow, (self.in_a_row + 1) * overflow
         if step % len(self.window):
             return
         values = self.ranks.sum(self.window.clone()) / self.ranks.size
         self.check_window(values)
+        self.check_skipped()
         means = dict(zip(self.terms, values[self.first % len(self.window):].mean(0).tolist()))
         now = time.monotonic()
         speed = (step - self.first) / (now - self.clock) if self.clock else 0.0  # steps a second
         rate = {f"{self.unit}_per_s": speed * self.units} if speed else {}
         if speed and self.peak:
             rate["mfu"] = speed * self.flops / self.peak
+        if skipped := int(self.skipped.item()) if self.scaled else 0:
+            rate["skipped"] = skipped
+            print0(f"step {step:6d}  {skipped} of {step - self.first} steps overflowed in float16: skipped")
+        self.skipped = torch.zeros_like(self.skipped)
         self.log(step=step, **means, lr=lr, grad_norm=norm.item(), **rate,
                  memory_mb=peak_memory_mb(self.ranks.device))
         if self.bar is None:
@@ -526,13 +661,15 @@ class Run:
         """A line of log.jsonl."""
         self.lines += 1
         if self.ranks.main:
+            values = {name: value if math.isfinite(value) else None for name, value in values.items()}
             with (self.folder / "log.jsonl").open("a") as f:
-                f.write(json.dumps(values) + "\n")
+                f.write(json.dumps(values, allow_nan=False) + "\n")
 
     # ------------------------------------------------------------------------ end
 
     def leave_loop(self):
         """Signals end the program from now on; returns the seconds that the loop took, resumed parts too."""
+        self.check_skipped(min(SKIPS, self.max_steps - self.start))
         self.interrupt.release()
         if self.bar is not None:
             self.bar.close()
@@ -543,6 +680,7 @@ class Run:
         results = {"folder": str(self.folder), **results, "format": FORMAT, "finished": time.time()}
         if self.ranks.main:
             write_json(self.folder / "results.json", results)
+        self.unlock()
         self.ranks.barrier()
         return results
 
@@ -575,15 +713,22 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
             torch.save(state | {"rng": rng} | machine_of(ranks), part)
     except (SystemExit, RuntimeError) as error:  # a full disk comes as either, by torch version
         kept = next((p for p in (path, Path(f"{path}.prev")) if p.exists()), None)
-        raise SystemExit(f"{error}; then go on with --resume" + (f" from {kept}" if kept else "")) from None
+        raise SystemExit(f"{error}; then " + (f"go on with --resume from {kept}" if kept else
+                                              "start the run again: it has no checkpoint yet")) from None
+    Path(f"{path}.damaged").unlink(missing_ok=True)
 
 
 def load_checkpoint(folder, ranks, name="checkpoint.pt"):
-    """The newest checkpoint of the run that reads whole, on the CPU; says so where the newest was damaged."""
+    """The newest checkpoint of the run that reads whole, on the CPU; says so where the newest was damaged.
+
+    A damaged one becomes *.damaged until the next save, which else would push out the good one with it.
+    """
     folder = Path(folder)
     for path in (folder / name, folder / (name + ".prev")):
         if not path.exists():
             continue
+        if path.is_dir():
+            raise SystemExit(f"{path}: is a folder, where the run writes a file; remove it")
         try:
             with zipfile.ZipFile(path) as archive:
                 broken = archive.testzip()
@@ -591,7 +736,10 @@ def load_checkpoint(folder, ranks, name="checkpoint.pt"):
                 raise ValueError(f"checksum of {broken} differs")
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a damaged file makes torch raise
-            print0(f"{path} is damaged ({str(error).splitlines()[0]}); trying the one before it")
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            print0(f"{path} is damaged ({reason}); trying the one before it")
+            if ranks.main and path.name == name:
+                os.replace(path, f"{path}.damaged")
     raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
                      "(finetune.py: with --resume false)")
 

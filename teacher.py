@@ -203,8 +203,9 @@ def evaluate(model, clips, cfg, ranks):
     scores["loss"] = sum(scores[name] * weight for name, weight in model.weights.items())
     if cfg.objective != "mlm":
         text, video = vectors(model.encode, clips, np.arange(len(clips)), ranks.device)
-        scores |= {f"t2v_r{k}": v for k, v in recall(text, video).items()}
-        scores |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
+        found = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
+        found |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
+        scores |= ranks.of_main(found)  # when to save and stop hangs on them
     model.train()
     return scores
 

@@ -325,6 +325,9 @@ def squad_questions(content, source):
         raise SystemExit(f"{source}: not in SQuAD's form at {where} ({error!r}); fetch it anew") from None
     if not found:
         raise SystemExit(f"{source}: holds no question; fetch it anew")
+    if len(twice := Counter(question.id for question in found)) < len(found):
+        raise SystemExit(f"{source}: two questions have the id {twice.most_common(1)[0][0]}; predictions are "
+                         "told apart by it, so give each its own")
     return found
 
 

@@ -240,10 +240,13 @@ def find_answer(context, answers):
     text, start = answers[0]
     if start >= 0 and text.strip() and context.startswith(text, start):
         return (start, start + len(text)), "exact"
-    places = [match.start() for match in re.finditer(f"(?={re.escape(text)})", context)]
-    if not places or not text.strip():
+    if not text.strip() or text not in context:
         return (-1, -1), "missing"
-    nearest = min(places, key=lambda place: abs(place - start))
+    # the nearest in front of start is the first in the reversed text: rfind may take quadratic time
+    start = min(max(0, start), len(context))
+    turned = context[::-1].find(text[::-1], max(0, len(context) - start - len(text) + 1))
+    places = [len(context) - turned - len(text)] * (turned >= 0) + [context.find(text, start)]
+    nearest = min((place for place in places if place >= 0), key=lambda place: abs(place - start))
     return (nearest, nearest + len(text)), "moved"
 
 

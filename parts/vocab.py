@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from common import atomic, read_json, read_text, write_json
+from common import atomic, print0, read_json, read_text, write_json
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
@@ -63,9 +63,9 @@ class Vocab(Tokens):
 
     def __post_init__(self):
         ids = {token: i for i, token in enumerate(self.tokens)}
-        if len(ids) < len(self.tokens):
+        if len(ids) < len(self.tokens):  # ids are line numbers, so no line may go; as Google's loader
             double = Counter(self.tokens).most_common(1)[0][0]
-            raise SystemExit(f"{self.source}: the token {double!r} stands there twice; remove one")
+            print0(f"{self.source}: the token {double!r} stands there twice; the last one counts")
         missing = [token for token in SPECIALS if token not in ids]
         if missing:
             raise SystemExit(f"{self.source}: has no {' '.join(missing)}; give a BERT vocabulary")

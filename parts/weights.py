@@ -14,6 +14,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
+from pickletools import genops
 from types import SimpleNamespace
 
 import torch
@@ -237,17 +238,40 @@ def read_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
         for name, value in tensors.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 raise ValueError("it holds other things than tensors under their names")
             if value.layout != torch.strided or value.is_meta or value.is_complex():
                 raise ValueError(f"{name} is no plain tensor of numbers")
+            if value.nbytes > value.untyped_storage().nbytes():  # a stride of 0 makes much out of little
+                raise ValueError(f"{name} has more numbers than the file holds for it")
         return dict(tensors)
     except UnpicklingError:  # PyTorch's text advises to load it without this protection
         raise unreadable(path, "damaged, or it holds more than tensors") from None
     except Exception as error:  # whatever a damaged or hostile file makes the two libraries raise
         raise unreadable(path, error) from None
+
+
+def check_archive(path):
+    """ValueError where a zip file's parts are compressed, which PyTorch's never are, or its pickle names a
+    place in its memo that cannot be: either could take any amount of memory."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size > Path(path).stat().st_size:
+                raise ValueError(f"{part.filename} is compressed")
+            if part.filename.endswith(".pkl"):
+                check_pickle(archive.read(part))
+
+
+def check_pickle(content):
+    """ValueError where the memo of a pickle (bytes) would be longer than itself."""
+    for opcode, value, _ in genops(content):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > len(content):
+            raise ValueError(f"its memo has a place {value}")
 
 
 def unreadable(path, reason):
@@ -646,7 +670,9 @@ class ArchiveUnpickler(Unpickler):
 
     def __init__(self, archive):
         self.archive, self.root, self.storages = archive, archive.namelist()[0].split("/")[0] + "/", {}
-        super().__init__(io.BytesIO(self.read("data.pkl")))
+        content = self.read("data.pkl")
+        check_pickle(content)
+        super().__init__(io.BytesIO(content))
 
     def read(self, name):
         """The bytes of a part. PyTorch stores them as they are: compressed ones could unfold to any size."""

@@ -1,10 +1,12 @@
 """Packs text, pairs of texts and videos into the files that training reads. Needs no torch."""
 import codecs
 import csv
+import gzip
 import json
 import re
 import shutil
 import time
+import zlib
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,43 +40,123 @@ def check_space(out, need):
                          f"{free / 1e9:.1f} GB are free; free some or give another --out")
 
 
-def read_pieces(path):
-    """Yields (text, bytes read) of a text file, or of a caption.json (a document a video); memory stays flat.
+# first bytes of what is no text: (what it is, what to do)
+NO_TEXT = {b"\xfd7zXZ": ("xz", "unpack it first"), b"BZh": ("bzip2", "unpack it first"),
+           b"\x28\xb5\x2f\xfd": ("zstd", "unpack it first"), b"PK\x03\x04": ("zip", "unpack it first"),
+           b"PAR1": ("parquet", "write its text column to a text file first"),
+           b"\xff\xfe": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
+           b"\xfe\xff": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
+           b"version https://git-lfs": ("a pointer of git-lfs", "fetch the file itself with `git lfs pull`")}
+ARTICLES = (re.compile(r"</?doc\b.*>\s*"),  # wikiextractor's tags around an article
+            re.compile(r" = [^=].*[^=] = \s*"))  # WikiText's title of an article; sections have more of =
 
-    A piece has about 1 MB and ends at the end of a line or, where a line is longer, behind a space. A run of
-    4 million characters without either is cut. SystemExit names the byte where the text is not UTF-8.
+
+def open_text(path):
+    """A text file as a binary stream, unpacked where it is gzipped; SystemExit names what is no text."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    for magic, (what, advice) in NO_TEXT.items():
+        if head.startswith(magic):
+            raise SystemExit(f"{path}: is {what}, not text; {advice}")
+    return (gzip.open if head.startswith(b"\x1f\x8b") else open)(path, "rb")
+
+
+def read_pieces(path):
+    """Yields (text, bytes read) of a source of text; memory stays flat. Its first bytes tell what it is:
+
+    plain text      blank lines are between documents
+    JSON lines      {"text": ...}, a document each
+    caption.json    {video id: {"start", "end", "text"}}, a document a video
+    wikiextractor   <doc ...> and </doc> lines are between documents, and are dropped
+    WikiText        " = Title = " lines begin a document
+
+    Any of them but caption.json may be gzipped. A piece has about 1 MB and ends at the end of a line or,
+    where a line is longer, behind a space. A run of 4 million characters without either is cut. SystemExit
+    names the place where the text is not UTF-8 or no JSON.
     """
-    if Path(path).suffix == ".json":
-        for video, row, size in read_captions(path):
-            _, _, texts, problem = caption_rows(row)
-            if problem:
-                raise SystemExit(f"{path}: {video}: {problem}")
-            yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size
-        return
-    decoder, rest = codecs.getincrementaldecoder("utf-8-sig")(), ""
-    with open(path, "rb") as f:
-        while True:
-            chunk = f.read(1 << 20)
-            try:
-                text = rest + decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                at = f.tell() - len(chunk) + error.start
-                raise SystemExit(f"{path}: not UTF-8 near byte {at}; convert it first, for instance with "
-                                 "`iconv -f latin1 -t utf-8`") from None
-            cut = text.rfind("\n") + 1 or text.rfind(" ") + 1 or (len(text) if len(text) > 1 << 22 else 0)
-            if not chunk:
-                yield text + "\n", 0
+    try:
+        with open_text(path) as f:
+            head = f.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+            f.seek(0)
+            if head.lstrip()[:1] == b"{":
+                # the value of the first key: of captions it is an object
+                captions = re.match(rb'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:\s*\{|\})', head)
+                yield from caption_texts(path) if captions else json_lines(path, f)
                 return
-            yield text[:cut], len(chunk)
-            rest = text[cut:]
+            first = next((line for line in head.decode(errors="replace").split("\n") if line.strip()), "")
+            article = next((form for form in ARTICLES if form.fullmatch(first)), None)
+            for text, size in plain_pieces(path, f):
+                yield (only_between(text, article) if article else text), size
+    except (OSError, EOFError, zlib.error) as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise SystemExit(f"{path}: damaged gzip ({error}); fetch it anew") from None
+
+
+def caption_texts(path):
+    """The pieces of a caption.json."""
+    for video, row, size in read_captions(path):
+        _, _, texts, problem = caption_rows(row)
+        if problem:
+            raise SystemExit(f"{path}: {video}: {problem}")
+        yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size
+
+
+def json_lines(path, f):
+    """The pieces of JSON lines."""
+    for number, line in enumerate(f, 1):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line.decode("utf-8-sig"))["text"]
+            lines = [part for part in text.split("\n") if part.strip()]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise SystemExit(f'{path}, line {number}: not a JSON object with a "text", as the lines before; '
+                             "mend or remove it") from None
+        yield "".join(part + "\n" for part in lines) + "\n", len(line)
+
+
+def only_between(text, article):
+    """Text in which blank lines stand only where a line of the form `article` was; titles stay."""
+    *lines, rest = text.split("\n")
+    found = []
+    for line in lines:
+        if article.fullmatch(line):
+            found += [""] if line.startswith(("<doc", "</doc")) else ["", line]
+        elif line.strip():
+            found.append(line)
+    return "\n".join([*found, rest])
+
+
+def plain_pieces(path, f):
+    """Yields (text, bytes read) of a binary stream of UTF-8; see read_pieces."""
+    decoder, rest, read = codecs.getincrementaldecoder("utf-8-sig")(), "", 0
+    while True:
+        chunk = f.read(1 << 20)
+        try:
+            text = rest + decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            raise SystemExit(f"{path}: not UTF-8 near byte {read + error.start}; convert it first, for "
+                             "instance with `iconv -f latin1 -t utf-8`") from None
+        read += len(chunk)
+        cut = text.rfind("\n") + 1 or text.rfind(" ") + 1 or (len(text) if len(text) > 1 << 22 else 0)
+        if not chunk:
+            yield text + "\n", 0
+            return
+        yield text[:cut], len(chunk)
+        rest = text[cut:]
 
 
 def read_captions(path):
     """Yields (video id, value, bytes read) of a JSON file {video id: value} one by one; memory stays flat.
 
-    HowTo100M's caption.json has values {"start": [s], "end": [s], "text": [...]}; the caller checks them.
-    SystemExit names the byte near which the file is malformed or cut off.
+    HowTo100M's caption.json has values {"start": [s], "end": [s], "text": [...]}; the caller checks them. A
+    folder holds the same as <video id>.csv with the columns start, end and text. SystemExit names the byte
+    near which the file is malformed or cut off.
     """
+    if Path(path).is_dir():
+        yield from read_caption_folder(path)
+        return
     head = re.compile(r'\s*([{,])\s*("(?:[^"\\]|\\.)*")\s*:\s*')  # { "id":   or   , "id":
     limit = 1 << 24  # characters; no video has so many, so what does not parse by then never will
     decoder, decode = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
@@ -97,6 +179,25 @@ def read_captions(path):
             at = max(0, f.tell() - len(chunk) - len(text))
             raise SystemExit(f"{path}: not a JSON object {{video id: captions}}, or malformed or cut off "
                              f"behind byte {at}; fetch or write it anew")
+
+
+def read_caption_folder(folder):
+    """read_captions of a folder of <video id>.csv files, as HowTo100M's raw captions come."""
+    paths = sorted(Path(folder).glob("*.csv"))
+    if not paths:
+        raise SystemExit(f"{folder}: a folder without .csv files; give caption.json, or a folder that holds "
+                         "<video id>.csv with the columns start, end and text")
+    for path in paths:
+        rows = {"start": [], "end": [], "text": []}
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as f:
+                for row in csv.DictReader(f):
+                    for name, kind in (("start", float), ("end", float), ("text", str)):
+                        rows[name].append(kind(row[name]))
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
+            raise SystemExit(f"{path}: not a csv file with the columns start, end and text ({error!r}); "
+                             "fetch it anew") from None
+        yield path.stem, rows, path.stat().st_size
 
 
 # ---------------------------------------------------------------------------- vocabulary
@@ -299,14 +400,15 @@ def cached_words(words, encode, cache, longest=32, most=1 << 18):
 def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=False) -> dict:
     """HowTo100M's layout -> one file: float16 frames at 1 per second, caption tokens with their seconds, ids.
 
-    captions: caption.json {video id: {"start": [s], "end": [s], "text": [...]}}. csv_file: with the columns
+    captions: caption.json {video id: {"start": [s], "end": [s], "text": [...]}}, or a folder, see
+    read_captions. csv_file: with the columns
     video_id and task_id; only its videos are packed, in the order of the captions. feat2d, feat3d: folders of
     <video id>.npy, (n, D) at 1 and at 1.5 per second; 3D is resampled to 1 per second at index floor(1.5 t)
     and put behind 2D on the channel axis (paper 4.2). All problems are listed at once, the whole list in
     OUT.problems.txt; they end the program, or with skip_bad are left out. Returns the counts.
     """
     folders = [Path(folder) for folder in (feat2d, feat3d) if folder]
-    check_files([captions, csv_file], out)
+    check_files([csv_file] if Path(captions).is_dir() else [captions, csv_file], out)
     for folder in folders:
         if not folder.is_dir():
             raise SystemExit(f"{folder}: no such folder of features")

@@ -1,6 +1,7 @@
 """Shared fixtures. Run from the project's root: python -m pytest -q"""
 import csv
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -97,6 +98,14 @@ def stop_line(function, *args, **kw):
     text = str(stop.value)
     assert text and "\n" not in text and "Traceback" not in text
     return text
+
+
+def stop_at(monkeypatch, step):
+    """The run behaves as if SIGTERM had come just before the loop has asked `step` times."""
+    from run import Interrupt
+    asked = itertools.count()
+    monkeypatch.setattr(Interrupt, "due", lambda self, ranks: next(asked) == step)
+    monkeypatch.setattr(Interrupt, "reason", "SIGTERM", raising=False)
 
 
 @pytest.fixture(scope="session")

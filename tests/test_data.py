@@ -3,6 +3,7 @@
 
 Run: python -m pytest -q tests/test_data.py
 """
+import tracemalloc
 from collections import Counter
 
 import h5py
@@ -86,6 +87,93 @@ def test_blocks_refuse_what_they_cannot_read(shards, vocab, tmp_path):
     with h5py.File(bad, "a") as f:
         f["vocab"][-1] = 65
     assert "damaged" in stop_line(data.TextBlocks, str(bad), 12)
+
+
+def object_dtype(f):
+    del f["tokens"]
+    f.create_dataset("tokens", data=["x"] * 400, dtype=h5py.string_dtype())
+
+
+def references(f):
+    del f["tokens"]
+    f.create_dataset("tokens", data=[f.ref] * 400, dtype=h5py.ref_dtype)
+
+
+def external_link(f):
+    del f["tokens"]
+    f["tokens"] = h5py.ExternalLink("s1.h5", "/tokens")
+
+
+def external_storage(f):
+    del f["tokens"]
+    f.create_dataset("tokens", (400,), np.uint16, external=[("/etc/passwd", 0, 800)])
+
+
+def virtual(f):
+    del f["tokens"]
+    layout = h5py.VirtualLayout((400,), np.uint16)
+    layout[:] = h5py.VirtualSource("s1.h5", "tokens", (400,))
+    f.create_virtual_dataset("tokens", layout)
+
+
+def compressed(f):
+    del f["tokens"]
+    f.create_dataset("tokens", data=np.zeros(400, np.uint16), compression="gzip")
+
+
+def unwritten(f):
+    """4 GB of a vocabulary that take no room in the file."""
+    del f["vocab"]
+    f.create_dataset("vocab", (2 ** 32,), np.uint8, chunks=(2 ** 20,))
+
+
+def unallocated(f):
+    del f["tokens"]
+    f.create_dataset("tokens", (2 ** 40,), np.uint16)
+
+
+def group(f):
+    del f["tokens"]
+    f.create_group("tokens")
+
+
+def floats(f):
+    del f["tokens"]
+    f["tokens"] = np.zeros(400)
+
+
+def table(f):
+    del f["tokens"]
+    f["tokens"] = np.zeros((20, 20), np.uint16)
+
+
+def unknown(f):
+    f["more"] = np.zeros(4)
+
+
+@pytest.mark.parametrize("change", [object_dtype, references, external_link, external_storage, virtual,
+                                    compressed, unwritten, unallocated, group, floats, table, unknown])
+def test_packed_file_is_mapped_only_where_it_is_of_our_form(shards, tmp_path, change):
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes((tmp_path / "s0.h5").read_bytes())
+    with h5py.File(bad, "a") as f:
+        change(f)
+    tracemalloc.start()
+    line = stop_line(data.TextBlocks, str(bad), 12)
+    assert tracemalloc.get_traced_memory()[1] < 2e7
+    tracemalloc.stop()
+    assert "bad.h5: not a packed file, or damaged" in line and "pack it anew" in line
+
+
+def test_ids_beyond_the_vocabulary_are_found_as_they_are_read(shards, vocab, tmp_path):
+    bad = tmp_path / "bad.h5"
+    bad.write_bytes((tmp_path / "s0.h5").read_bytes())
+    with h5py.File(bad, "a") as f:
+        f["tokens"][25] = vocab.size
+    blocks = data.TextBlocks(str(bad), 12)
+    assert blocks.batch([1])["ids"].max() < vocab.size
+    line = stop_line(blocks.batch, [1, 2])
+    assert f"bad.h5: damaged (the id {vocab.size}, its vocabulary has {vocab.size} tokens)" in line
 
 
 # ---------------------------------------------------------------------------- text pairs
@@ -409,6 +497,23 @@ def test_captions_join_and_bring_their_frames(vocab, tmp_path):
         assert torch.allclose(part.norm(dim=-1), torch.ones(1, 2))
     assert np.allclose(train.duration([0, 1]), [1.5, 3.7])
     assert "--vision film" in stop_line(data.VideoClips, path, 11, vision="film")
+
+
+@pytest.mark.parametrize("name, place, value, when", [
+    ("caption_offsets", 1, 0, "open"), ("caption_offsets", -1, 99, "open"), ("frame_offsets", 1, -5, "open"),
+    ("token_offsets", -1, 3, "open"), ("token_offsets", 1, 10 ** 9, "read"), ("token_offsets", 1, -9, "read"),
+    ("start", 0, np.nan, "read"), ("start", 0, 1e9, "read"), ("start", 0, -3.0, "read"),
+    ("tokens", 2, 60_000, "read")])
+def test_clips_that_do_not_fit_each_other_are_one_line(vocab, tmp_path, name, place, value, when):
+    pack_videos(vocab=vocab, **howto(tmp_path))
+    path = tmp_path / "videos.h5"
+    with h5py.File(path, "a") as f:
+        f[name][place] = value
+    if when == "open":
+        assert "videos.h5: damaged" in stop_line(data.VideoClips, path, 11, val_clips=1)
+        return
+    clips = data.VideoClips(path, 11, val_clips=1)
+    assert "videos.h5: damaged" in stop_line(clips.batch, [0])
 
 
 def test_held_out_clips_are_whole_videos(demo):

@@ -3,16 +3,19 @@
 One spawned gloo group runs all jobs; the same jobs are then run in this process. Dropout is 0.
 Run: python -m pytest -q tests/test_ddp.py
 """
+import functools
 import json
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING
+from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, stop_at
 from safetensors.torch import load_file
 
 import adapt_xdbert
@@ -97,6 +100,33 @@ def tunings(bert, clip, cross, tasks, out):
                     "cross": ("finetune", flags | dict(cross=cross, tasks="stsb,swag"), {})}, out)
 
 
+RESUMED = ("all objectives", "teacher, one negative", "adapt", "clip")  # one of each script
+
+
+def resumptions(todo, out):
+    """{name: (script, flags with 2 ranks, flags with 1)} of RESUMED, long enough for two interruptions."""
+    found = {}
+    for name in RESUMED:
+        script, *both = todo[name]
+        longer = dict(max_steps=6, log_every=1, save_every=2)
+        if script != "finetune":
+            longer["eval_every"] = 2
+        found[name] = (script, *(flags | longer for flags in both))
+    return found
+
+
+def part_of(script, flags, folder, resume="false", stop=None):
+    """Runs a script in a folder, with `stop` until SIGTERM seems to come when the loop has asked so often."""
+    run = functools.partial(SCRIPTS[script].main, SCRIPTS[script].Config(
+        **flags | dict(out_dir=folder, resume=resume)))
+    if stop is None:
+        return run()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        stop_at(patch, stop)
+        run()
+    assert end.value.code == 0
+
+
 def in_both(found, out):
     """The two commands of each job, in folders of their own."""
     return {name: (script, flags | {"out_dir": f"{out}/two/{name}"},
@@ -118,7 +148,7 @@ def logits_of(folder, tasks, ranks):
     return found
 
 
-def worker(rank, port, todo, out, tasks):
+def worker(rank, port, todo, resumed, out, tasks):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -138,6 +168,22 @@ def worker(rank, port, todo, out, tasks):
                 both = ranks.gather(rows[None])
                 assert torch.equal(both[0], both[1]) and both[0].abs().sum() > 0
     torch.save(logits_of("two/tuned", tasks, ranks), f"logits{rank}.pt")
+    for name, (script, flags, _) in resumed.items():
+        part_of(script, flags, f"whole/two/{name}")
+        part_of(script, flags, f"resumed/two/{name}", stop=3)
+        part_of(script, flags, f"resumed/two/{name}", "true")
+        part_of(script, flags, f"resumed/one/{name}", "true", stop=2)  # begun by one process, see below
+    script, flags, _ = todo["teacher"]
+    with pytest.MonkeyPatch.context() as patch:
+        recall = teacher.recall
+        patch.setattr(teacher, "recall", lambda *args: {k: x + 0.1 * rank for k, x in recall(*args).items()})
+        part_of(script, flags, "two/unlike")
+    lines = []
+    for changed in (dict(lr=0.1 + rank), dict(videos=[flags["videos"], flags["videos"] + "2"][rank])):
+        with pytest.raises(SystemExit) as stop:
+            part_of(script, flags | changed, "two/refused")
+        lines.append(str(stop.value))
+    Path(f"lines{rank}.json").write_text(json.dumps(lines))
     end_ranks()
 
 
@@ -145,14 +191,23 @@ def worker(rank, port, todo, out, tasks):
 def both(demo, teacher_run, tiny_bert, tiny_clip, tiny_cross, tiny_tasks, tmp_path_factory):
     out, world = tmp_path_factory.mktemp("ddp"), demo / "demo-s0"
     todo = jobs(str(world / "corpus.h5"), str(world / "videos.h5"), str(teacher_run), out)
+    other = h5py.File(shutil.copy(world / "videos.h5", world / "videos.h52"), "r+")
+    other.attrs["hash"] = "0" * 64
+    other.close()
     todo |= tunings(str(tiny_bert), str(tiny_clip), str(tiny_cross), str(tiny_tasks), out)
     todo |= adaptations(*pairs_and_tower(world, out), str(teacher_run), out)
+    resumed = resumptions(todo, out)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (port, todo, str(out), str(tiny_tasks)), nprocs=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out)
+        for name, (script, _, flags) in resumed.items():
+            part_of(script, flags, f"resumed/one/{name}", stop=2)
+        torch.multiprocessing.spawn(worker, (port, todo, resumed, str(out), str(tiny_tasks)), nprocs=2)
+        for name, (script, _, flags) in resumed.items():
+            part_of(script, flags, f"resumed/one/{name}", "true")
+            part_of(script, flags, f"whole/one/{name}")
         for script, _, flags in todo.values():
             SCRIPTS[script].main(SCRIPTS[script].Config(**flags))
     return Path(out)
@@ -219,6 +274,51 @@ def test_first_step_gradient_equals_one_process(both):
         one, two = (next(line["grad_norm"] for line in log_lines(both / ranks / job) if "grad_norm" in line)
                     for ranks in ("one", "two"))
         assert one == pytest.approx(two, rel=1e-5), job
+
+
+def tensors_of(folder):
+    """{path: tensor} of what a run leaves: checkpoint and exported weights."""
+    found = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{path.relative_to(folder)}/{name}": x for name, x in load_file(path).items()}
+    if (folder / "checkpoint.pt").exists():
+        state = torch.load(folder / "checkpoint.pt", weights_only=True)
+        found |= {name: x for name, x in flat({part: state[part] for part in ("model", "optimizer")}).items()
+                  if torch.is_tensor(x)}
+    return found
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_run_resumed_with_two_processes_equals_uninterrupted_run_bit_for_bit(both, name):
+    whole, parts = (tensors_of(both / folder / "two" / name) for folder in ("whole", "resumed"))
+    assert len(whole) > 20 and whole.keys() == parts.keys()
+    for key in whole:
+        assert torch.equal(whole[key], parts[key]), key
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_run_goes_on_with_two_processes_and_again_with_one(both, name):
+    whole, parts = (tensors_of(both / folder / "one" / name) for folder in ("whole", "resumed"))
+    assert len(whole) > 20 and whole.keys() == parts.keys()
+    for key in whole:
+        torch.testing.assert_close(seen(key, whole[key]), seen(key, parts[key]), rtol=2e-3, atol=2e-5,
+                                   msg=lambda m: f"{key}: {m}")
+
+
+def test_ranks_that_measure_unlike_recall_do_what_the_main_one_does(both):
+    """Else one would save and wait for the other, which goes on."""
+    one, two = (log_lines(both / "two" / name) for name in ("teacher", "unlike"))
+    for a, b in zip(one, two, strict=True):
+        speed = {"tokens_per_s", "mfu", "memory_mb"}
+        assert {k: a[k] for k in a.keys() - speed} == {k: b[k] for k in b.keys() - speed}
+
+
+def test_ranks_with_other_flags_or_data_are_refused(both):
+    for rank in (0, 1):
+        flags, videos = json.loads((both / f"lines{rank}.json").read_text())
+        assert flags.startswith("rank 1 has other flags than rank 0; start every process")
+        assert videos.startswith("rank 1 has other data or models than rank 0; start every process")
+    assert not (both / "two" / "refused").exists()
 
 
 def test_micro_rows_cover_the_global_batch_once():

@@ -18,10 +18,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, tiny_tower, tuning_config, write_table
+from conftest import (QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, stop_at, tiny_tower, tuning_config,
+                      write_table)
 from safetensors.torch import load_file, save_file
 from test_ddp import log_lines
-from test_scripts import refused, stop_at
+from test_scripts import refused
 
 import common
 import distill
@@ -400,13 +401,17 @@ def test_killed_run_goes_on_also_where_the_newest_checkpoint_is_damaged(finetune
     assert weights(run) == weights(whole) and outcome(run) == outcome(whole) and curve(run) == curve(whole)
 
 
-def test_damaged_checkpoints_alone_are_one_line_that_says_what_to_do(finetune_config, monkeypatch):
+def test_run_without_a_readable_checkpoint_starts_anew(finetune_config, monkeypatch, capsys):
     cfg = finetune_config("sst2", **SHORT)
-    stop_at(monkeypatch, 1)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at(patch, 1)
         finetune.main(cfg)
-    Path("out/finetune/tiny/sst2/s0/checkpoint.pt").write_bytes(b"PK")
-    refused("no readable checkpoint in .*--resume false", lambda: finetune.main(cfg))
+    path = Path("out/finetune/tiny/sst2/s0/checkpoint.pt")
+    path.write_bytes(b"PK")
+    refused("no readable checkpoint in .*--resume false", lambda: finetune.main(replace(cfg, resume="true")))
+    path.write_bytes(b"PK")
+    assert only(finetune.main(cfg))["steps"] == SHORT["max_steps"]
+    assert "so the run starts anew" in capsys.readouterr().out
 
 
 def test_max_minutes_saves_and_the_same_command_goes_on(finetune_config, capsys, monkeypatch):

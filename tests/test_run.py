@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from run import (PEAK_TFLOPS, Interrupt, Ranks, Run, flops_per_token, keep_freed_memory, load_checkpoint,
-                 lr_at, memory_report, model_folder, peak_flops, read_run, return_freed_memory, save_checkpoint, steps_of)
+from run import (PEAK_TFLOPS, Interrupt, Ranks, Run, birth, flops_per_token, keep_freed_memory, load_checkpoint,
+                 lr_at, memory_report, model_folder, peak_flops, read_run, return_freed_memory, save_checkpoint,
+                 steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -258,6 +259,136 @@ def test_log_is_cut_to_the_checkpoint(run, tmp_path):
     begun(again)
     again.log(step=25)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
+
+
+def test_damaged_checkpoint_is_never_rotated_over_the_good_one(run, tmp_path):
+    first, folder = run(), tmp_path / "run"
+    begun(first)
+    for step in (10, 20):
+        first.save_due(step, True)
+    (folder / "checkpoint.pt").write_bytes(b"damaged")
+    again = run(resume="true")
+    assert begun(again) == 10
+    assert torch.load(folder / "checkpoint.pt.prev", weights_only=True)["step"] == 10
+    again.save_due(20, True)
+    for name, step in (("checkpoint.pt", 20), ("checkpoint.pt.prev", 10)):
+        assert torch.load(folder / name, weights_only=True)["step"] == step
+    assert not list(folder.glob("*.damaged"))
+
+
+def test_auto_starts_anew_in_its_folder_where_no_checkpoint_is_readable(run, tmp_path, capsys):
+    """Killed before the first save, in it, or with a damaged one: the same command starts again."""
+    for broken in (None, "checkpoint.pt.x1.tmp", "checkpoint.pt"):
+        first = run(resume="auto")
+        assert begun(first) == 0
+        first.log(step=10)
+        if broken:
+            (tmp_path / "run" / broken).write_bytes(b"half")
+        again = run(resume="auto")
+        assert begun(again) == 0 and not again.resumes
+        again.log(step=10)
+        assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 10}\n'
+    assert "so the run starts anew" in capsys.readouterr().out
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(b"half")
+    with pytest.raises(SystemExit, match="no readable checkpoint.*; start anew"):
+        begun(run(resume="true"))
+
+
+def test_log_is_cut_aside(run, tmp_path, monkeypatch):
+    """A kill while the log is cut leaves it whole."""
+    first = run()
+    begun(first)
+    first.log(step=10)
+    first.save_due(10, True)
+
+    def killed(self, *args):
+        raise KeyboardInterrupt
+    again = run(resume="true")
+    again.restore(40, **part())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        write = Path.write_text
+        patch.setattr(Path, "write_text", lambda path, text: killed(path) if path.name == "log.jsonl" else
+                      write(path, text))
+        again.begin(("mlm",))
+    assert (tmp_path / "run" / "log.jsonl").read_text() == '{"step": 10}\n'
+
+
+def test_folder_belongs_to_the_process_that_writes_it(run, tmp_path):
+    lock = tmp_path / "run" / "run.lock"
+    begun(run())
+    holder = json.loads(lock.read_text())
+    assert (holder["pid"], holder["birth"]) == (os.getpid(), birth(os.getpid()))
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock.write_text(json.dumps(holder | {"pid": other.pid, "birth": birth(other.pid)}))
+    for flags in ({}, dict(resume="auto")):
+        with pytest.raises(SystemExit, match=f"run: process {other.pid} of .* is writing there; wait, or give"):
+            begun(run(**flags))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]  # not moved
+    other.communicate(b"")
+    begun(run(resume="auto"))  # the dead have no folder
+    lock.write_text(json.dumps(holder | {"birth": "1"}))  # another process had this number once
+    begun(run(resume="auto"))
+    lock.write_text(json.dumps(holder | {"host": "elsewhere"}))
+    with pytest.raises(SystemExit, match="of elsewhere is writing there; .*if it has died, delete .*run.lock"):
+        begun(run(resume="auto"))
+    lock.write_text("{")
+    last = run(resume="auto")
+    begun(last)
+    last.finish({})
+    assert not lock.exists()
+
+
+@pytest.mark.parametrize("name, kind", [("checkpoint.pt", "folder"), ("log.jsonl", "folder"), ("model", "file")])
+def test_what_stands_in_the_runs_way_is_found_before_training(run, tmp_path, name, kind):
+    first = run()
+    begun(first)
+    first.save_due(10, True)
+    path = tmp_path / "run" / name
+    if kind == "folder":
+        if path.exists():
+            path.rename(tmp_path / "run" / "checkpoint.pt.prev")
+        path.mkdir()
+    else:
+        path.write_text("")
+    with pytest.raises(SystemExit, match=f"{name}: is a {kind}"):
+        begun(run(resume="true"))
+    (tmp_path / "file").write_text("kept")
+    run = Run(Config(), tmp_path / "file", ALONE, {"corpus": "a"})
+    with pytest.raises(SystemExit, match="file: is a file"):
+        begun(run)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_nan_is_null_in_the_log_and_ends_the_run_in_an_evaluation(run, tmp_path):
+    one = run()
+    begun(one)
+    one.log(step=1, loss=math.nan, grad_norm=math.inf)
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text()) == {
+        "step": 1, "loss": None, "grad_norm": None}
+    with pytest.raises(SystemExit, match="val mlm is nan at step 3, while losses and weights are finite"):
+        one.note(3, "val", {"ct": 1.0, "mlm": math.nan})
+    one.parts["model"].weight.data[0] = math.inf
+    with pytest.raises(SystemExit, match="the weight weight is not finite after step 3"):
+        one.note(3, "val", {"mlm": math.nan})
+
+
+def test_float16_that_takes_no_step_is_no_success(run, tmp_path, capsys):
+    def trained(norms, **flags):
+        one = run(dtype="float16", log_every=10, **flags)
+        one.restore(len(norms), **part())
+        one.begin(("mlm",))
+        for step, norm in enumerate(norms):
+            one.add(step, {"mlm": torch.tensor(1.0)})
+            one.tick(step + 1, 0.1, torch.tensor(norm))
+        one.leave_loop()
+    trained([math.inf] * 9 + [1.0] * 11)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line.get("skipped") for line in lines] == [9, None]
+    assert "9 of 10 steps overflowed" in capsys.readouterr().out
+    for norms in ([math.nan] * 4, [1.0] * 5 + [math.inf] * 30):
+        with pytest.raises(SystemExit, match=f"overflowed .* each of the last {min(25, len(norms))} steps"):
+            trained(norms)
 
 
 def test_window_logs_means_and_names_the_term_the_step_and_the_checkpoint(run, tmp_path, capsys):

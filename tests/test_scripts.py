@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER
+from conftest import QUICK_STUDENT, QUICK_TEACHER, stop_at
 from test_ddp import flat, log_lines
 
 import adapt_xdbert
@@ -32,7 +32,7 @@ import teacher
 from parts.vocab import load_vocab
 from parts.weights import load_bert, load_mlm_head, save_bert
 from prepare.packing import pack_text
-from run import Interrupt, run_script, set_seed
+from run import run_script, set_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = [name for name in distill.ITEMS if name != "mlm"]
@@ -54,13 +54,6 @@ def assert_same(one, two, leave_out=("config", "seconds")):
     for key in a:
         same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key]
         assert same, key
-
-
-def stop_at(monkeypatch, step):
-    """The run behaves as if SIGTERM had come just before `step`."""
-    asked = itertools.count()
-    monkeypatch.setattr(Interrupt, "due", lambda self, ranks: next(asked) == step)
-    monkeypatch.setattr(Interrupt, "reason", "SIGTERM", raising=False)
 
 
 def refused(match, run):
@@ -89,8 +82,8 @@ def test_objective_takes_a_step_and_moves_every_parameter(distill_config, object
     dict(head="none", objective="nst+crd"), dict(nst_kernel="poly", objective="nst"),
     dict(nst_kernel="linear", objective="nst"), dict(crd_level="sentence", objective="crd"),
     dict(crd_loss="infonce", objective="crd"), dict(crd_views="different", objective="nst+crd"),
-    dict(crd_bank_dtype="bfloat16", crd_bank_size=10, objective="crd"), 
-    dict(dtype="bfloat16", objective=EVERY), dict(dtype="float16", objective="nst+crd"),
+    dict(crd_bank_dtype="bfloat16", crd_bank_size=10, objective="crd"),
+    dict(dtype="bfloat16", objective=EVERY), dict(dtype="float16", objective="nst+crd", max_steps=12),
     dict(mask_split="100/0/0", objective="none"),
     dict(model="1L-48H-3A", objective=EVERY),
     dict(max_steps=0, epochs=0.001, objective="none")], ids=lambda flags: ",".join(map(str, flags)))
@@ -261,7 +254,8 @@ def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, t
         patch.setattr(torch, "save", full)
         refused("No space left.*--resume from .*checkpoint.pt", lambda: distill.main(parts))
     assert saved(parts.out_dir)["step"] == 2
-    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl"}
+    assert {p.name for p in (tmp_path / "parts").iterdir()} == {"checkpoint.pt", "config.json", "log.jsonl",
+                                                                "run.lock"}  # of this process, which lives
     distill.main(replace(parts, resume="true"))
     assert_same(saved(whole.out_dir), saved(parts.out_dir))
 
@@ -272,6 +266,13 @@ def test_full_disk_elsewhere_and_full_memory_are_one_line(monkeypatch):
     run = functools.partial(run_script, Config=distill.Config, presets=distill.PRESETS)
     refused("disk full .*--resume", lambda: run(lambda cfg: Path("/dev/full").write_text("x")))
     refused("--batch_size 96", lambda: run(lambda cfg: torch.empty(10 ** 15)))
+    with monkeypatch.context() as patch:
+        def lost(cfg):
+            raise RuntimeError("[/pytorch/third_party/gloo/x.cc:9] Connection closed by peer [127.0.0.1]:4321")
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_rank", lambda: 1)
+        patch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+        refused("^rank 1: another process of the group has ended", lambda: run(lost))
     with pytest.raises(ValueError):  # what is no user's mistake keeps its traceback
         run(lambda cfg: int("x"))
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import stop_line
 
-from parts.tasks import (DIAGNOSTIC, TASKS, Task, evaluation_files, find_file, read_lines, read_table, score,
-                         unlabelled_files, write_predictions)
+from parts.tasks import (DIAGNOSTIC, TASKS, Task, evaluation_files, find_answer, find_file, read_lines,
+                         read_table, score, unlabelled_files, write_predictions)
 from prepare.world import draw_nouns, write_tasks
 from test_metrics import squad
 
@@ -318,6 +318,20 @@ def test_moved_and_missing_answers_are_told_apart(tmp_path):
     found = rows("squad1", put(tmp_path / "f.json", json.dumps(content)))
     assert found.labels == [(2, 5), (12, 15), (12, 15), (-1, -1), (-1, -1), (0, 1)]
     assert found.extra["answer"] == ["exact", "moved", "moved", "missing", "missing", "moved"]
+
+
+def test_nearest_place_of_an_answer_is_that_of_a_plain_search():
+    rng = random.Random(0)
+    for _ in range(3000):
+        context, text = ("".join(rng.choices("ab ", k=rng.randint(low, high))) for low, high in ((0, 12), (1, 4)))
+        start = rng.randint(-3, 15)
+        places = [i for i in range(len(context)) if context.startswith(text, i)] if text.strip() else []
+        nearest = min(places, key=lambda place: abs(place - start), default=-1)
+        expected = (nearest, nearest + len(text)) if places else (-1, -1)
+        assert find_answer(context, [(text, start)])[0] == expected, (context, text, start)
+    long = "a" * 300_000 + "b" + "a" * 300_000
+    for text in ("a" * 150_000 + "b", "b" + "a" * 150_000, "a" * 150_000 + "c"):
+        find_answer(long, [(text, 250_000)])  # the search is linear, or this takes minutes
 
 
 # ---------------------------------------------------------------------------- input and output

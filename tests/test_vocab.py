@@ -2,6 +2,7 @@
 
 Run: python -m pytest -q tests/test_vocab.py
 """
+import codecs
 import gzip
 import html
 import json
@@ -104,8 +105,17 @@ def test_vocab_survives_every_file_it_is_kept_in(vocab, tmp_path):
     assert vocab.decode(vocab.encode(["the cats , sat"])[0]) == "the cats, sat"
 
 
+def test_of_a_token_that_stands_twice_the_last_line_counts(tmp_path, capsys):
+    """Ids are line numbers; removing a line would shift all later ones."""
+    path = tmp_path / "vocab.txt"
+    path.write_bytes(codecs.BOM_UTF8 + "\n".join([*SPECIALS, "the", "cat", "the", "dog"]).encode())
+    v = load_vocab(path)
+    assert v.size == 9 and v.encode(["the cat the dog"]) == [[7, 6, 7, 8]]
+    assert "the token 'the' stands there twice; the last one counts" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, content, says", [
-    ("vocab.txt", b"[PAD]\nthe\ncat\n", "has no [UNK] [CLS]"), ("vocab.txt", b"a\na\n", "twice"),
+    ("vocab.txt", b"[PAD]\nthe\ncat\n", "has no [UNK] [CLS]"),
     ("vocab.txt", b"\xff\xfe\x00", "line 1: not UTF-8"), ("vocab.txt", b"\n", "is empty"),
     ("tokenizer.json", b"{", "line 1: broken JSON"),
     ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "WordPiece"),

@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import sys
+import tracemalloc
 import types
 import zipfile
 from collections import OrderedDict
@@ -350,6 +351,31 @@ def test_archive_that_would_unfold_in_memory_is_refused_unread(tmp_path):
         content.writestr("clip/data/0", bytes(1 << 25))
     assert path.stat().st_size < 1 << 18
     refused("data/0 is compressed", load_clip, path)
+
+
+def test_small_state_dict_that_claims_much_is_refused(tmp_path):
+    path, other = tmp_path / "clip.pt", tmp_path / "other.pt"
+    torch.save({"token_embedding.weight": torch.zeros(1).expand(2 ** 16, 2 ** 16)}, path)  # 16 GB of one number
+    refused(r"not readable \(token_embedding.weight has more numbers than the file holds", load_clip, path)
+    torch.save({"token_embedding.weight": torch.zeros(2 ** 20)}, path)
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as content:
+        for name in whole.namelist():
+            content.writestr(name, whole.read(name))
+    assert other.stat().st_size < 2 ** 14
+    refused(r"not readable \(.* is compressed\)", load_clip, other)
+
+
+def test_place_in_the_memo_that_cannot_be_is_refused_unread(tmp_path):
+    """Python's unpickler would make room for all places before it."""
+    path, content = tmp_path / "clip.pt", b"\x80\x02}r\x00\x00\x00\x10."
+    for name in ("clip/code/x.py", "clip/y"):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("clip/data.pkl", content)
+            archive.writestr(name, b"")
+        tracemalloc.start()
+        refused(r"not readable \(its memo has a place 268435456\)", load_clip, path)
+        assert tracemalloc.get_traced_memory()[1] < 1e7
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("content", [
