@@ -25,11 +25,11 @@ import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json, table
 from model import (BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, init_weights, param_groups)
+from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import probes
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from parts.weights import load_bert, load_clip, load_mlm_head, save_bert, save_xdbert
-from run import (Run, file_hash, flops_per_token, init_ranks, lr_at, memory_report, micro_batch_size,
-                 model_folder, move, run_script, set_seed, steps_of)
+from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Config:
     data_dir: str = "data"  # where the demo world is kept (data_dir/demo-s<seed>)
     train: str = ""  # pairs of data.py xtext: files, or a glob; empty = the demo world
     val: str = ""  # pairs to evaluate on; empty = the last 1 % of the blocks
-    block_size: int = 24  # tokens of a text, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of a sequence of the language encoder, [CLS] and [SEP] included
     segments: int = 2  # of CLIP's tokens for a sequence; what does not fit is cut
     eval_blocks: int = 500  # validation blocks that are read
     # models
@@ -56,14 +56,14 @@ class Config:
     cliptc_rate: float = 0.15  # share of CLIP's tokens to predict
     reduction: str = "mean"  # of every term over its items: mean or sum
     # optimizer
-    batch_size: int = 64  # samples a step, over all ranks and accumulation
+    batch_size: int = 64  # sequences a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
     beta2: float = 0.98  # AdamW's second momentum
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    warmup_steps: float = 0.05  # linear warm-up; below 1 = a share of the steps
-    max_steps: int = 400  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
+    warmup_steps: float = 0.05  # linear warm-up; below 1 = a share of the planned steps
+    max_steps: int = 400  # steps that are run; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the data, where max_steps is 0
     schedule_steps: int = 0  # steps that the learning rate is planned for; 0 = those that are run
     # system

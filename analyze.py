@@ -20,9 +20,10 @@ import data
 import distill
 from common import print0, read_json, write_json
 from model import DistillHead
+from parts.machine import Ranks, init_ranks
 from parts.metrics import mean_state, probes, retrieval, shared_neighbours
 from parts.weights import load_bert, load_mlm_head, load_video_encoder, read_tensors
-from run import Ranks, init_ranks, model_folder, read_run
+from run import model_folder, read_run
 
 # ---------------------------------------------------------------------------- what a model learned
 

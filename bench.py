@@ -45,10 +45,11 @@ from common import duration, keyed_integers, keyed_uniform, parse_cli, print0, t
 from model import (BERT, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer, DistillHead,
                    MLMHead, TaskModel, model_config, param_groups)
 from parts.examples import POOL, tokenized
+from parts.machine import Ranks, init_ranks, keep_freed_memory, move, peak_flops
 from parts.tasks import TASKS, Rows
 from parts.vocab import SPECIALS, Vocab
 from prepare.packing import pack_text, train_vocab
-from run import Ranks, init_ranks, keep_freed_memory, move, peak_flops, set_seed
+from run import set_seed
 
 
 @dataclass(frozen=True)

@@ -302,8 +302,8 @@ class TextBlocks:
         ids = np.empty((len(block), self.block_size), np.int64)
         ids[:, 0], ids[:, -1] = self.vocab.cls, self.vocab.sep
         for s in np.unique(shard):
-            ids[shard == s, 1:-1] = self.shards[s][block[shard == s]]
-            check_ids(ids[shard == s], self.vocab, self.files[s])
+            ids[shard == s, 1:-1] = read = self.shards[s][block[shard == s]]
+            check_ids(read, self.vocab, self.files[s])
         return tensors(ids=ids, mask=np.ones(ids.shape, bool)) | {"index": np.asarray(index, np.int64)}
 
     def places(self, index):

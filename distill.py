@@ -23,11 +23,11 @@ import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
 from model import BERT, DistillHead, MLMHead, model_config, param_groups
+from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import masked_word_scores, probes
 from parts.vocab import load_vocab
 from parts.weights import load_bert, load_mlm_head, read_tensors, save_bert, start_from
-from run import (Run, file_hash, flops_per_token, init_ranks, lr_at, memory_report, micro_batch_size,
-                 model_folder, move, run_script, set_seed, steps_of)
+from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Config:
     train: str = ""  # packed text: files of data.py text, or a glob; empty = the demo world
     val: str = ""  # packed text to evaluate on; empty = the last 1 % of the blocks
     videos: str = ""  # packed clips for the closing table's retrieval; empty = the demo world's, or none
-    block_size: int = 24  # tokens of a text, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of a sequence, [CLS] and [SEP] included
     eval_blocks: int = 2000  # validation blocks that are read
     # models
     teacher: str = ""  # a run of teacher.py or a Hugging Face BERT folder; empty = the demo world's teacher
     init_from: str = ""  # start the student from this model (two-stage pre-training); empty = from scratch
-    model: str = "demo"  # shape of the language model: demo, or layers and width: 6L-512H, 12L-768H
+    model: str = "demo"  # shape of the student: demo, or layers and width: 6L-512H, 12L-768H
     dropout: float = 0.1  # of hidden states and attention
     # objective
     objective: str = "nst+crd"  # none, or any of soft, l2, voken, nst, crd joined by +
@@ -71,7 +71,7 @@ class Config:
     mask_split: str = "80/10/10"  # of these: [MASK] / random / kept; the paper's text has 100/0/0
     reduction: str = "mean"  # of every term over its items: mean, or sum as the papers write
     # optimizer
-    batch_size: int = 96  # samples a step, over all ranks and accumulation
+    batch_size: int = 96  # sequences a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
     lr: float = 2e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm
@@ -84,7 +84,7 @@ class Config:
     seed: int = 0  # of weights, order, masks, and of the demo world
     device: str = "auto"  # auto, cpu or cuda
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
-    compile_model: bool = False  # torch.compile the encoders
+    compile_model: bool = False  # torch.compile student and teacher
     out_dir: str = ""  # run folder; empty = out/distill-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
@@ -112,6 +112,7 @@ class Config:
 
 
 def tokens(batch):
+    """How many tokens a micro-batch has; all are real."""
     return batch["ids"].numel()
 
 

@@ -40,14 +40,14 @@ from common import Switch, check_fields, duration, print0, progress, table, writ
 from data import open_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
+from parts.machine import init_ranks, memory_report, move, return_freed_memory
 from parts.metrics import median_run
 from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files, find_file, measure,
                          read_lines, score, unlabelled_files, write_predictions)
 from parts.vocab import Vocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
                            model_type, save_task_model)
-from run import (FORMAT, Run, file_hash, init_ranks, lr_at, memory_report, micro_batch_size, model_folder,
-                 move, return_freed_memory, run_script, set_seed, steps_of)
+from run import FORMAT, Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,10 @@ import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
 from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups
+from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_video_encoder
-from run import (Run, flops_per_token, init_ranks, load_checkpoint, lr_at, memory_report, micro_batch_size,
-                 move, run_script, save_checkpoint, set_seed, steps_of)
+from run import Run, load_checkpoint, lr_at, micro_batch_size, run_script, save_checkpoint, set_seed, steps_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Config:
     data_dir: str = "data"  # where the demo world is kept (data_dir/demo-s<seed>)
     videos: str = ""  # a file of data.py videos; empty = the demo world
     val_clips: int = 500  # clips held out, by video
-    block_size: int = 24  # tokens of a text, [CLS] and [SEP] included
+    block_size: int = 24  # tokens of the joined captions, [CLS] and [SEP] included
     max_frames: int = 18  # frames of a clip, one a second
     vision: str = "video"  # video, or image = the 2D feature of the middle frame
     feat_norm: bool = False  # L2-normalise the 2D and the 3D part of each frame
@@ -57,7 +57,7 @@ class Config:
     mask_split: str = "80/10/10"  # of these: [MASK] / random / kept; the paper's text has 100/0/0
     reduction: str = "mean"  # of every term over its items: mean, or sum as the papers write
     # optimizer
-    batch_size: int = 64  # samples a step, over all ranks and accumulation
+    batch_size: int = 64  # clips a step, over all ranks and accumulation
     grad_accum: int = 1  # micro-batches a rank runs for one step
     lr: float = 1e-3  # peak learning rate of AdamW
     weight_decay: float = 0.01  # not on biases and LayerNorm

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from run import move
+from parts.machine import move
 
 # ---------------------------------------------------------------------------- retrieval
 
@@ -379,8 +379,6 @@ def squad_score(gold, predictions, no_answer=None, threshold=1.0):
     questions = squad_questions(gold, "gold")
     version_2 = re.match("v?2", str(gold.get("version"))) is not None or any(
         question.impossible is not None or not question.answers for question in questions)
-    if version_2:  # counts by id; 1.1 counts each occurrence
-        questions = list({question.id: question for question in questions}.values())
     n, ids = len(questions), [question.id for question in questions]
     check_predictions(questions, predictions, no_answer, version_2)
     raw = np.array([answer_score(predictions[i], [text for text, _ in question.answers], version_2)

@@ -15,10 +15,11 @@ import finetune as finetune_script
 import teacher as teacher_script
 from common import print0, write_json
 from data import open_vocab
-from parts.tasks import DEMO_TASKS, TASKS
+from parts.machine import init_ranks
+from parts.tasks import TASKS
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from prepare.world import demo_world, demo_xtext
-from run import init_ranks, model_folder
+from run import model_folder
 
 
 def teacher(cfg):

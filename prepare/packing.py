@@ -111,8 +111,8 @@ def json_lines(path, f):
             text = json.loads(line.decode("utf-8-sig"))["text"]
             lines = [part for part in text.split("\n") if part.strip()]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise SystemExit(f'{path}, line {number}: not a JSON object with a "text", as the lines before; '
-                             "mend or remove it") from None
+            raise SystemExit(f'{path}, line {number}: not a JSON object with a "text", and the file is no '
+                             "caption.json; mend or remove the line") from None
         yield "".join(part + "\n" for part in lines) + "\n", len(line)
 
 

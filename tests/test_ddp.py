@@ -27,11 +27,11 @@ from parts import examples as examples_room
 from data import open_vocab
 from model import CLIPConfig, CLIPText
 from parts.examples import load_examples
+from parts.machine import Ranks, end_ranks, init_ranks
 from parts.tasks import TASKS, find_file
 from parts.vocab import load_vocab
 from parts.weights import load_task_model, save_clip
 from prepare.world import demo_xtext
-from run import Ranks, end_ranks, init_ranks
 
 SCRIPTS = {"adapt": adapt_xdbert, "distill": distill, "teacher": teacher, "finetune": finetune}
 TUNED = ("mnli", "squad2", "swag", "stsb")  # a task of each kind

@@ -31,12 +31,12 @@ import run as run_room
 import teacher
 from model import BERT, XDBERT, BERTConfig, CLIPText, VideoEncoder
 from parts.examples import decide, load_examples
+from parts.machine import Ranks
 from parts.tasks import DEMO_TASKS, DIAGNOSTIC, TASKS, find_file, measure, write_predictions
 from parts.vocab import CLIPVocab, load_clip_vocab, load_vocab
 from parts.weights import (load_bert, load_clip, load_clip_config, load_task_model, load_xdbert, save_bert,
                            save_clip, save_video_encoder)
 from prepare import chain
-from run import Ranks
 
 ONE = Ranks(0, 1, torch.device("cpu"))
 SHORT = dict(max_steps=8, log_every=2, save_every=2)
@@ -167,10 +167,10 @@ def test_head_learns_its_task(learn, trained, tiny_tasks, encoder, task):
         assert re.search(r"SST-2: .*, \d+ cut to twice 9 of CLIP's tokens a sentence\n", learn("cross")[1])
 
 
-@pytest.mark.parametrize("encoder, task", [("bert", "sst2"), ("bert", "swag"), ("clip", "read"),
-                                           ("cross", "piqa")])
+@pytest.mark.parametrize("encoder, task", [("bert", "sst2"), ("bert", "swag"), ("clip", "rte"),
+                                           ("cross", "rte")])
 def test_mean_pooling_learns(tune, encoder, task):
-    run = tune(task, encoder, pool="mean", max_steps=40)
+    run = tune(task, encoder, pool="mean")
     learned(run)
     model, _ = load_task_model(Path(run["folder"], "model"))
     assert model.pool == "mean" and not any("pooler" in name for name in model.state_dict())

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from run import (PEAK_TFLOPS, Interrupt, Ranks, Run, birth, flops_per_token, keep_freed_memory, load_checkpoint,
-                 lr_at, memory_report, model_folder, peak_flops, read_run, return_freed_memory, save_checkpoint,
+from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, keep_freed_memory, memory_report,
+                           peak_flops, return_freed_memory)
+from run import (Interrupt, Run, birth, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
                  steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
@@ -151,7 +152,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_kill_while_saving_leaves_a_readable_checkpoint(tmp_path):
     script = ("import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-              "from run import Ranks, save_checkpoint\n"
+              "from parts.machine import Ranks\nfrom run import save_checkpoint\n"
               "ranks, step = Ranks(0, 1, torch.device('cpu')), 0\n"
               "while True:\n"
               "    step += 1\n"

@@ -17,12 +17,13 @@ import teacher
 from conftest import QUICK_TEACHER
 from data import open_vocab
 from model import BERT, BERTConfig, CLIPConfig, CLIPText
+from parts.machine import init_ranks
 from parts.vocab import SPECIALS, Vocab
 from parts.weights import load_bert, load_clip, load_xdbert, save_bert, save_clip
 from prepare import chain
 from prepare.packing import pack_xtext
 from prepare.world import demo_xtext
-from run import init_ranks, model_folder
+from run import model_folder
 
 # a run of a second on packed pairs of the demo
 QUICK = dict(max_steps=4, batch_size=8, log_every=1, eval_every=4, save_every=2, eval_blocks=6, device="cpu",

@@ -1,0 +1,174 @@
+"""What a run runs on: processes, their devices, memory and speed. Nothing here knows of runs or files."""
+import contextlib
+import ctypes
+import dataclasses
+import functools
+import math
+import os
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------- processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The process group: this process's rank, how many there are, its device. `main` prints and writes."""
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def barrier(self):
+        if self.size > 1:
+            self.sum(torch.zeros(1))
+
+    def sum(self, tensor):
+        """Sum over the ranks, in place (CPU tensors by gloo, CUDA tensors by nccl); returns the tensor."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor):
+        """(n, ...) of each rank, equal n -> (size n, ...) in the order of ranks, on all of them."""
+        if self.size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts)
+
+    def of_main(self, numbers):
+        """{name: number} of the main rank, on every rank: what decides how a run goes on must not differ."""
+        values = torch.tensor(list(numbers.values()), dtype=torch.float64) * self.main
+        return dict(zip(numbers, self.sum(values).tolist()))
+
+    def any(self, flag):
+        """True on every rank where it is true on one of them, so that all leave the loop at the same step."""
+        return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
+
+
+def init_ranks(device="auto"):
+    """torchrun's environment -> Ranks; one process without torchrun. A second call finds the same group."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise SystemExit(f"--device {device}: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    if not use_cuda:
+        keep_freed_memory()
+    rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if use_cuda:
+        if local >= torch.cuda.device_count():
+            raise SystemExit(f"torchrun started process {local} but there are {torch.cuda.device_count()} "
+                             "GPUs; lower --nproc_per_node")
+        torch.cuda.set_device(local)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if use_cuda else "gloo")
+    if dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    return Ranks(rank, size, torch.device("cuda", local) if use_cuda else torch.device("cpu"))
+
+
+def end_ranks():
+    """Leaves the process group; for the end of a script."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def keep_freed_memory(keep=True):
+    """Makes glibc keep freed memory. By default large tensors return to the system, and each step faults
+    their pages in again."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    mallopt(M_MMAP_MAX, 0 if keep else 2 ** 16)
+    mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 ** 17)
+
+
+def return_freed_memory():
+    """Gives freed memory back to the system once: between runs, whose tensors have other sizes."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---------------------------------------------------------------------------- speed and memory
+
+
+def flops_per_token(config, T, mlm=0.0):
+    """Floating-point operations (2 a multiply-add) of one token's forward pass in sequences of T tokens.
+
+    A layer: 2 (4 C^2 + 2 C I) for the linear maps, 4 T C for q k' and the weighted sum. mlm: share of the
+    tokens with an MLM head, 2 (C^2 + C V) each. Training takes 3 times as many. Only matrix products count,
+    as usual for MFU.
+    """
+    C = config.hidden
+    layer = 2 * (4 * C * C + 2 * C * config.intermediate) + 4 * T * C
+    return config.layers * layer + mlm * 2 * (C * C + C * config.vocab_size)
+
+
+def memory_report(model, config, batch, T, logits=0.15, beside=()):
+    """One line: parameters, memory of training on `batch` sequences of T tokens, size of a checkpoint.
+
+    Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
+    11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
+    tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step.
+    """
+    parameters = sum(p.numel() for p in model.parameters())
+    on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters
+    for shape, sequences, tokens in ((config, batch, T), *beside):
+        kept = 11 * shape.hidden + 2 * shape.intermediate + on_cpu * 3 * shape.heads * tokens
+        total += 4 * sequences * tokens * (shape.layers * kept + logits * 3 * shape.vocab_size)
+    return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
+            f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
+
+
+# dense peak of one device in TFLOP/s: (name in torch.cuda.get_device_name, bf16 or fp16, fp32 through TF32)
+PEAK_TFLOPS = (("GH200", 989, 494), ("H200", 989, 494), ("H100 PCIe", 756, 378), ("H100", 989, 494),
+               ("B200", 2250, 1100), ("A100", 312, 156), ("A800", 312, 156), ("L40S", 362, 183),
+               ("L4", 121, 60), ("A10", 125, 62), ("RTX 4090", 165, 83), ("RTX 3090", 71, 36),
+               ("V100", 125, 15.7), ("T4", 65, 8.1), ("2080 Ti", 54, 13.4))
+
+
+@functools.cache
+def peak_flops(device, dtype):
+    """FLOP/s that MFU is counted against: a GPU's data sheet, or a matmul timed now on a CPU; 0 = unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for part, half, single in PEAK_TFLOPS:
+            if part in name:
+                return 1e12 * (single if dtype == torch.float32 else half)
+        return 0.0
+    a, best = torch.randn(768, 768, dtype=dtype, generator=torch.Generator().manual_seed(0)), math.inf
+    began = time.perf_counter()
+    while time.perf_counter() - began < 0.2:  # a second product may take that long without bf16 instructions
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * 768 ** 3 / best
+
+
+def move(batch, device):
+    """Dict of CPU tensors -> the device, from pinned memory and without waiting where that is a GPU."""
+    if device.type == "cpu":
+        return batch
+    return {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v
+            for k, v in batch.items()}
+
+
+def peak_memory_mb(device):
+    """Highest memory so far: allocated on the GPU, or the process's resident set, in MB (1e6 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
