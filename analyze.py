@@ -162,11 +162,8 @@ def fill_in(bert, head, vocab, ids, place, device):
 
 
 def clip_states(latents, clips):
-    """The latent state of each of the demo's clips, in the order of data.VideoClips `clips`."""
-    states = {(state["video_id"], state["caption"]): state for state in latents["clips"]}
-    videos = clips.video_of(np.arange(len(clips)))
-    number = np.arange(len(clips)) - np.searchsorted(videos, videos)  # of a caption in its video
-    return [states[clips.video_id[v].decode(), int(n)] for v, n in zip(videos, number)]
+    """The latent state of each of the demo's held-out clips, by the caption that it begins with."""
+    return [latents["clips"][c] for c in clips.captions(np.arange(len(clips)))]
 
 
 def describe(state):

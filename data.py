@@ -27,6 +27,7 @@ import functools
 import glob
 import hashlib
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -457,14 +458,34 @@ def check_clips(path, attributes, maps):
         raise SystemExit(f"{path}: damaged (its parts do not fit each other); pack it anew")
 
 
+def held_out_windows(video_id, captions, val_clips):
+    """Which samples are held out -> (video (n,), caption of that video with which it begins (n,)), shuffled.
+
+    Videos follow each other by the hash of their id, so that the order of the file means nothing. Each gives
+    a sample from the first half of its captions and, where it has two or more, one from the second half.
+    """
+    number = np.array([zlib.crc32(name) for name in video_id])
+    order = np.argsort(hash64("held out", number), kind="stable")
+    n = int(np.searchsorted(np.cumsum(np.minimum(captions[order], 2)), val_clips)) + 1
+    video = order[:min(n, max(1, len(order) // 8))]
+    half = captions[video] // 2
+    first = keyed_integers(np.maximum(half, 1), "first window", number[video])
+    second = half + keyed_integers(captions[video] - half, "second window", number[video])
+    video = np.r_[video, video[half > 0]][:val_clips]
+    window = np.r_[first, second[half > 0]][:val_clips]
+    shuffled = np.argsort(hash64("order of windows", number[video], window), kind="stable")
+    return video[shuffled], window[shuffled]
+
+
 class VideoClips:
     """Captions and frames of a packed videos.h5. A sample begins at a caption and may join those behind it.
 
     T: tokens with [CLS] and [SEP]. max_frames: at most that many of a sample's frames. vision: "video" (all
     channels, every frame), or "image" (2D channels of the middle frame only; the paper's image-level
-    ablation). part: "train" or "val"; the last videos are held out, until they have `val_clips` captions and
-    at most 10 % of the videos. feat_norm: scales each frame's 2D part and 3D part to length 1. `task` and
-    `video_id` are per video of the part.
+    ablation). part: "train", whose samples begin at every caption, or "val": one or two samples of each video
+    that is held out, in an order that has nothing to do with the file's. Videos are held out by the hash of
+    their id, until they have `val_clips` samples, and at most an eighth of them. feat_norm: scales each
+    frame's 2D part and 3D part to length 1. task, video_id: of each video of the part.
     """
 
     def __init__(self, path, T, max_frames=512, vision="video", part="train", val_clips=10000,
@@ -480,25 +501,39 @@ class VideoClips:
         self.hash, self.d2, self.d3 = attributes["hash"], int(attributes["d2"]), int(attributes["d3"])
         self.features = self.d2 if vision == "image" else self.d2 + self.d3
         self.frames, self.tokens = maps["frames"], maps["tokens"]
-        caption_start, videos = maps["caption_offsets"], len(maps["task"])
-        if videos < 2:
+        self.caption_start, self.frame_start = maps["caption_offsets"], maps["frame_offsets"]  # of each video
+        self.start, self.end = maps["start"], maps["end"]  # seconds of each caption
+        self.token_start = maps["token_offsets"]  # first token of each caption
+        captions = np.diff(self.caption_start)  # of each video
+        if len(captions) < 2:
             raise SystemExit(f"{path}: holds one video; at least two are needed, one is held out")
-        held_out = int(np.searchsorted(caption_start[-1] - caption_start[::-1], val_clips))
-        held_out = min(max(1, held_out), max(1, videos // 10))
-        a, b = (0, videos - held_out) if part == "train" else (videos - held_out, videos)
-        low, high = int(caption_start[a]), int(caption_start[b])
-        self.task, self.video_id = maps["task"][a:b], maps["video_id"][a:b]
-        self.caption_start = caption_start[a:b + 1] - low  # first caption of each video; at last len(self)
-        self.frame_start = maps["frame_offsets"][a:b + 1]  # first frame of each video
-        self.start, self.end = maps["start"][low:high], maps["end"][low:high]  # seconds of each caption
-        self.token_start = maps["token_offsets"][low:high + 1]  # first token of each caption
+        held_out, windows = held_out_windows(maps["video_id"], captions, val_clips)
+        train = np.ones(len(captions), bool)
+        train[held_out] = False
+        self.videos = np.flatnonzero(train if part == "train" else ~train)  # of this part, in the file
+        self.task, self.video_id = maps["task"][self.videos], maps["video_id"][self.videos]
+        self.sample_start = np.cumsum(np.r_[0, captions[self.videos]])  # of each video, in training
+        self.windows = None if part == "train" else self.caption_start[held_out] + windows
 
     def __len__(self):
-        return len(self.start)
+        return int(self.sample_start[-1]) if self.windows is None else len(self.windows)
 
     def index(self, seed, step, batch_size, positions):
         """Sample indices (b,) of `positions` in the global batch of `step`; each epoch has its own order."""
         return permuted(np.int64(step) * batch_size + positions, len(self), seed)
+
+    def captions(self, index):
+        """The caption in the file with which each of the samples `index` begins."""
+        index = np.asarray(index, np.int64)
+        if self.windows is not None:
+            return self.windows[index]
+        video = np.searchsorted(self.sample_start, index, side="right") - 1
+        return self.caption_start[self.videos[video]] + index - self.sample_start[video]
+
+    def video_of(self, index):
+        """The video, counted in this part, of samples `index`; task[video_of(index)] is their task."""
+        found = np.searchsorted(self.caption_start, self.captions(index), side="right") - 1
+        return np.searchsorted(self.videos, found)
 
     def batch(self, index) -> dict:
         """Captions joined from `index` on until T - 2 tokens or the end of the video; the last may be cut.
@@ -507,22 +542,23 @@ class VideoClips:
         "index"}. Frames: from floor(start of the first) to ceil(end of the last caption), F the longest of
         the batch.
         """
-        index = np.asarray(index, np.int64)
-        video_end = self.token_start[self.caption_start[self.video_of(index) + 1]]
-        stop = np.minimum(self.token_start[index] + self.T - 2, video_end)
+        first = self.captions(index)
+        video_end = self.token_start[self.caption_start[self.videos[self.video_of(index)] + 1]]
+        stop = np.minimum(self.token_start[first] + self.T - 2, video_end)
         return self.spans(index, stop, np.searchsorted(self.token_start, stop))
 
     def clips(self, index) -> dict:
-        """The same of ONE caption each and its own frames, for retrieval."""
-        index = np.asarray(index, np.int64)
-        stop = np.minimum(self.token_start[index] + self.T - 2, self.token_start[index + 1])
-        return self.spans(index, stop, index + 1)
+        """The same of ONE caption each and its own frames: for vokens, and for retrieval by a sentence."""
+        first = self.captions(index)
+        stop = np.minimum(self.token_start[first] + self.T - 2, self.token_start[first + 1])
+        return self.spans(index, stop, first + 1)
 
     def spans(self, index, stop, behind):
-        """Batch of the tokens from caption `index` to token `stop`, which lies in caption `behind` - 1."""
-        begin, following, most = self.token_start[index], self.token_start[index + 1], len(self.tokens)
+        """Batch of the tokens of samples `index` up to token `stop`, which lies in caption `behind` - 1."""
+        caption = self.captions(index)
+        begin, following, most = self.token_start[caption], self.token_start[caption + 1], len(self.tokens)
         if not ((0 <= begin) & (begin < following) & (following <= most) & (begin <= stop) & (stop <= most)
-                & (index < behind)).all():
+                & (caption < behind)).all():
             raise SystemExit(f"{self.path}: damaged (token_offsets lead out of tokens); pack it anew")
         at = begin[:, None] + np.arange(self.T - 2)
         real = at < stop[:, None]
@@ -533,11 +569,11 @@ class VideoClips:
         n = real.sum(1)
         ids[np.arange(len(index)), n + 1] = self.vocab.sep
         mask = np.arange(self.T) < n[:, None] + 2
-        video = self.video_of(index)
+        video = self.videos[self.video_of(index)]
         begin = self.frame_start[video]
-        end = np.array([self.end[a:b].max() for a, b in zip(index, behind)])  # seconds
+        end = np.array([self.end[a:b].max() for a, b in zip(caption, behind)])  # seconds
         last = np.minimum(begin + np.ceil(end).astype(np.int64), self.frame_start[video + 1])
-        first = begin + np.floor(self.start[index]).astype(np.int64)
+        first = begin + np.floor(self.start[caption]).astype(np.int64)
         if (first < begin).any() or (first >= self.frame_start[video + 1]).any():
             raise SystemExit(f"{self.path}: damaged (a caption starts outside of its video); pack it anew")
         last = np.maximum(last, first + 1)
@@ -552,38 +588,38 @@ class VideoClips:
             for part in (frames[..., :self.d2], frames[..., self.d2:]):
                 part /= np.maximum(np.linalg.norm(part, axis=-1, keepdims=True), 1e-12)
         frames[~frame_mask] = 0.0
-        return tensors(ids=ids, mask=mask, frames=frames, frame_mask=frame_mask) | {"index": index}
-
-    def video_of(self, index):
-        """The video, counted in this part, of captions `index`; task[video_of(index)] is their task."""
-        return np.searchsorted(self.caption_start, index, side="right") - 1
+        return tensors(ids=ids, mask=mask, frames=frames, frame_mask=frame_mask) | {
+            "index": np.asarray(index, np.int64)}
 
     def duration(self, index):
-        """Seconds from start to end of captions `index`."""
-        return self.end[index] - self.start[index]
+        """Seconds from start to end of the captions with which the samples `index` begin."""
+        caption = self.captions(index)
+        return self.end[caption] - self.start[caption]
 
     def voken_clips(self, K, seed):
         """Indices of K clips of 1 to 20 s (paper, Appendix A): one of each task, then of random tasks.
 
-        Goes round the tasks in random order, each time to another video of theirs and to one clip of it,
-        until there are K; with fewer videos than K it returns a clip of each.
+        Goes round the tasks, in each round in another random order, and takes a clip of a further video of
+        theirs, until there are K; with fewer videos than K it returns a clip of each.
         """
-        video = np.arange(len(self.task))
+        video, clips, turn = np.arange(len(self.task)), [], 0
         draw, pick = keyed_uniform("voken video", seed, video), keyed_uniform("voken clip", seed, video)
         order = np.lexsort((draw, self.task))
-        task, turn = self.task[order], np.empty(len(order))  # turn: the round that takes a video of its task
-        turn[order] = np.arange(len(order)) - np.searchsorted(task, task)
-        clips = []
-        for v in np.argsort(turn + draw):
-            fit = np.arange(self.caption_start[v], self.caption_start[v + 1])
-            fit = fit[(self.duration(fit) >= 1) & (self.duration(fit) <= 20)]
-            if len(fit):
-                clips.append(fit[int(pick[v] * len(fit))])
-            if len(clips) == K:
-                break
+        tasks, first = np.unique(self.task[order], return_index=True)
+        waiting = [list(videos) for videos in np.split(order, first[1:])]  # of each task: those not yet taken
+        while any(waiting) and len(clips) < K:
+            for t in np.argsort(hash64("voken task", seed, turn, tasks), kind="stable"):
+                while waiting[t]:
+                    v = waiting[t].pop()
+                    fit = np.arange(self.sample_start[v], self.sample_start[v + 1])
+                    fit = fit[(self.duration(fit) >= 1) & (self.duration(fit) <= 20)]
+                    if len(fit):
+                        clips.append(fit[int(pick[v] * len(fit))])
+                        break
+            turn += 1
         if not clips:
             raise SystemExit("voken: no clip lasts 1 to 20 s")
-        return np.array(clips)
+        return np.array(clips[:K])
 
 
 if __name__ == "__main__":

@@ -132,13 +132,13 @@ FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", 
 # flags that change no result: hashes tell what data and models are
 FREE = ("preset", "train", "val", "videos", "teacher")
 
-# VidLanKD 4.3: 40 epochs of Wiki103 for 6L-512H, 500,000 steps for 12L-768H; batch 256: released code
+# VidLanKD 4.3: tokens, AdamW; released code: epochs of Wiki103, steps, batch, warm-up, beta2; the rest: ours
 SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
              beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=2000,
              grad_every=1000, log_every=100)
 BASE = SMALL | dict(model="12L-768H", warmup_steps=5000, max_steps=500_000, epochs=0.0)
-PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(w_nst=1.0),
-           "paper-6l": SMALL | dict(w_nst=1.0)}
+PAPER = dict(w_nst=1.0, mask_split="100/0/0")  # L^S is a plain sum (3.3); 15 % become [MASK] (3.2)
+PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | PAPER, "paper-6l": SMALL | PAPER}
 
 
 class FrozenTeacher:
@@ -163,8 +163,7 @@ class FrozenTeacher:
             path = self.folder / "vokens.safetensors"
             if not path.exists():
                 raise SystemExit(f"--objective voken: {self.folder} has no video encoder; teacher.py's have")
-            vectors = F.normalize(read_tensors(path)["vectors"], dim=-1)  # (K, C_t)
-            self.vokens = vectors.to(device, dtype if device.type == "cuda" else torch.float32)
+            self.vokens = F.normalize(read_tensors(path)["vectors"], dim=-1).to(device)  # (K, C_t)
         for part in (self.bert, self.mlm):
             if part is not None:
                 part.to(device, dtype).eval().requires_grad_(False)  # cast once: it is never updated

@@ -27,7 +27,7 @@ from common import (atomic, clear_up_on_sigterm, duration, hash64, parse_cli, pr
                     write_json)
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
-FORMAT = 2  # of run folders
+FORMAT = 3  # of run folders
 SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
 
 
@@ -114,15 +114,17 @@ def model_folder(path, flag):
 
 
 def file_hash(folder):
-    """SHA-256 of a model folder's weights, or of a file."""
+    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them."""
     names = "", "model.safetensors", "pytorch_model.bin"
     path = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
     if path is None:
         raise SystemExit(f"{folder}: has no {' and no '.join(names[1:])}; fetch one of them")
     digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while part := f.read(1 << 20):
-            digest.update(part)
+    beside = (Path(folder) / name for name in ("video_encoder.safetensors", "vokens.safetensors"))
+    for part in (path, *filter(Path.is_file, beside)):
+        with part.open("rb") as f:
+            while read := f.read(1 << 20):
+                digest.update(read)
     return digest.hexdigest()
 
 

@@ -32,11 +32,11 @@ from run import Run, load_checkpoint, lr_at, micro_batch_size, run_script, save_
 
 @dataclass(frozen=True)
 class Config:
-    preset: str = "demo"  # demo, small (6L-512H), base (12L-768H) or paper; flags beat it
+    preset: str = "demo"  # demo, small (6L-512H), base (12L-768H), paper or paper-6l; flags beat it
     # data
     data_dir: str = "data"  # where the demo world is kept (data_dir/demo-s<seed>)
     videos: str = ""  # a file of data.py videos; empty = the demo world
-    val_clips: int = 500  # clips held out, by video
+    val_clips: int = 500  # clips held out, by the hash of their video's id, at most two of a video
     block_size: int = 24  # tokens of the joined captions, [CLS] and [SEP] included
     max_frames: int = 18  # frames of a clip, one a second
     vision: str = "video"  # video, or image = the 2D feature of the middle frame
@@ -104,14 +104,15 @@ FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model"
 # flags that change no result: hashes tell what data and models are
 FREE = ("preset", "videos")
 
-# section 4.3 of the paper: tokens, frames, held-out clips, optimizer, margin, depth of the video encoder
-PAPER = dict(block_size=128, max_frames=512, val_clips=10_000, lr=2e-4, weight_decay=0.01, margin=1.0,
-             video_layers=0)
-# not in the paper: batch and warm-up of the released code; steps ("until it converges") and the rest are ours
-SMALL = PAPER | dict(model="6L-512H", negatives="all", batch_size=256, beta2=0.999, warmup_steps=5000,
-                     max_steps=200_000, eval_every=2000, save_every=2000, log_every=100)
-BASE = SMALL | dict(model="12L-768H")
-PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | dict(negatives="one", stop_on="loss")}
+# not in the paper: released code's batch, warm-up and beta2; steps (an upper bound) and the rest are ours
+BASE = dict(model="12L-768H", block_size=128, max_frames=512, val_clips=10_000, video_layers=0, lr=2e-4,
+            weight_decay=0.01, margin=1.0, negatives="all", batch_size=256, beta2=0.999, warmup_steps=5000,
+            max_steps=200_000, eval_every=2000, save_every=2000, log_every=100)
+# section 4.3: tokens, frames, held-out clips, optimizer, margin, "until it converges on validation data";
+# 3.2: 15 % become [MASK]; Eq. 3: one negative; footnote 3: the shapes, of the video encoder, too
+PAPER = BASE | dict(mask_split="100/0/0", negatives="one", stop_on="loss")
+PRESETS = {"demo": {}, "small": BASE | dict(model="6L-512H"), "base": BASE, "paper": PAPER,
+           "paper-6l": PAPER | dict(model="6L-512H")}
 
 
 class Teacher(nn.Module):
@@ -202,7 +203,7 @@ def evaluate(model, clips, cfg, ranks):
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
     scores["loss"] = sum(scores[name] * weight for name, weight in model.weights.items())
     if cfg.objective != "mlm":
-        text, video = vectors(model.encode, clips, np.arange(len(clips)), ranks.device)
+        text, video = vectors(model.encode, clips.batch, np.arange(len(clips)), ranks.device)
         found = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
         found |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
         scores |= ranks.of_main(found)  # when to save and stop hangs on them
@@ -225,7 +226,7 @@ def save(model, clips, folder, cfg, ranks):
     if cfg.objective == "clip":
         return
     index = clips.voken_clips(cfg.vokens, cfg.seed)  # Appendix A: one of each task, then of random tasks
-    found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips, index, ranks.device)
+    found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips.clips, index, ranks.device)
     save_file({"vectors": found}, folder / "vokens.safetensors")
     print0(f"vokens: {len(index):,} clips")
 

@@ -57,16 +57,16 @@ def mean_state(h, mask):
 
 
 @torch.no_grad()
-def vectors(encode, clips, index, device, batch_size=128):
-    """encode(batch) -> tuple of (b, C), over the clips `index` with one caption each -> tuple of (n, C)."""
-    parts = [encode(move(clips.clips(index[i:i + batch_size]), device))
+def vectors(encode, cut, index, device, batch_size=128):
+    """encode(batch) -> tuple of (b, C), over the batches cut(index) of samples `index` -> tuple of (n, C)."""
+    parts = [encode(move(cut(index[i:i + batch_size]), device))
              for i in range(0, len(index), batch_size)]
     return tuple(torch.cat([x.float().cpu() for x in column]) for column in zip(*parts))
 
 
 @torch.no_grad()
 def retrieval(bert, video, train, val, device, aligned=None, fit=4000):
-    """Text-to-video recall@1/5/10 on the held-out clips, in three spaces (Fig. 4 of VidLanKD).
+    """Text-to-video recall@1/5/10 on the held-out clips, a sentence each, in three spaces (VidLanKD Fig. 4).
 
     bert: ids, mask -> (B, T, C); video: frames, mask -> (B, C_v); train, val: data.VideoClips. aligned: the
     maps (text, clip), of h, mask and of v, into the space in which the objective compares them, or None.
@@ -80,8 +80,8 @@ def retrieval(bert, video, train, val, device, aligned=None, fit=4000):
         return mean_state(h, batch["mask"]), v, query, target
 
     fit_index = np.linspace(0, len(train) - 1, min(fit, len(train))).astype(np.int64)
-    x_fit, v_fit, *_ = vectors(encode, train, fit_index, device)
-    x, v, query, target = vectors(encode, val, np.arange(len(val)), device)
+    x_fit, v_fit, *_ = vectors(encode, train.clips, fit_index, device)
+    x, v, query, target = vectors(encode, val.clips, np.arange(len(val)), device)
     mapped = ridge(x_fit, v_fit)(x)
     if not aligned:
         query, target = mapped, v

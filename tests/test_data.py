@@ -465,7 +465,7 @@ def test_anchors_are_the_smallest_draws_of_a_row_in_order(monkeypatch):
 
 
 def test_captions_join_and_bring_their_frames(vocab, tmp_path):
-    pack_videos(vocab=vocab, **howto(tmp_path))
+    pack_videos(vocab=vocab, **howto(tmp_path, videos=("v00", "v01", "v02", "v03")))  # v03 is held out
     path = tmp_path / "videos.h5"
 
     def texts(batch):
@@ -516,26 +516,79 @@ def test_clips_that_do_not_fit_each_other_are_one_line(vocab, tmp_path, name, pl
     assert "videos.h5: damaged" in stop_line(clips.batch, [0])
 
 
-def test_held_out_clips_are_whole_videos(demo):
+def test_held_out_clips_are_of_whole_videos_and_shaped_as_in_training(demo):
     path = demo / "demo-s0" / "videos.h5"
-    train, val = (data.VideoClips(path, 48, part=part, val_clips=498) for part in ("train", "val"))
-    assert (len(train), len(val)) == (7500, 500) and not set(train.video_id) & set(val.video_id)
-    assert data.VideoClips(path, 48, part="val").video_id.size == 200  # at most a tenth of the videos
-    assert np.array_equal(val.video_of(np.arange(500)), np.repeat(np.arange(125), 4))
-    index = np.concatenate([train.index(0, step, 50, np.arange(50)) for step in range(300)])
-    assert np.array_equal(np.sort(index[:7500]), np.arange(7500))
-    assert not np.array_equal(index[:7500], index[7500:])
+    train, val = (data.VideoClips(path, 24, part=part, val_clips=499) for part in ("train", "val"))
+    assert (len(train), len(val)) == (7000, 499) and not set(train.video_id) & set(val.video_id)
+    assert len({*train.video_id, *val.video_id}) == 2000
+    videos = val.video_of(np.arange(499))
+    assert Counter(Counter(videos.tolist()).values()) == {2: 249, 1: 1}
+    assert len(set(val.captions(np.arange(499)).tolist())) == 499
+    assert len(set(videos[:64].tolist())) > 55 and (np.diff(videos) < 0).any()  # one batch: many videos
+    for part in "mask", "frame_mask":
+        own, shape = (x.batch(np.arange(0, len(x), len(x) // 400))[part].sum(1).float().mean()
+                      for x in (val, train))
+        assert abs(own - shape) < 0.05 * shape
+    assert len(data.VideoClips(path, 24, part="val").video_id) == 250  # at most an eighth of the videos
+    index = np.concatenate([train.index(0, step, 50, np.arange(50)) for step in range(280)])
+    assert np.array_equal(np.sort(index[:7000]), np.arange(7000))
+    assert not np.array_equal(index[:7000], index[7000:])
 
 
-def test_voken_clips_take_one_of_each_task_first(demo):
+def test_held_out_videos_do_not_depend_on_the_order_of_the_file():
+    rng = np.random.default_rng(0)
+    names, captions = np.array([b"video %d" % i for i in range(3000)]), rng.integers(1, 9, 3000)
+    video, window = data.held_out_windows(names, captions, 100)
+    order = rng.permutation(3000)
+    moved, moved_window = data.held_out_windows(names[order], captions[order], 100)
+    assert names[video].tolist() == names[order][moved].tolist()
+    assert window.tolist() == moved_window.tolist() and len(video) == 100
+    assert (window >= 0).all() and (window < captions[video]).all()
+    # each place of a caption in its video is as likely: chi-square, 7 degrees, p = 1e-4
+    _, window = data.held_out_windows(names, np.full(3000, 8), 700)
+    counts = np.bincount(window, minlength=8)
+    assert len(window) == 700 and ((counts - 87.5) ** 2 / 87.5).sum() < 30
+
+
+@pytest.fixture
+def uneven(vocab, tmp_path):
+    """Clips of 40 tasks of 3 videos and 40 of 30; the first caption of each video lasts 0.5 s."""
+    size = np.tile([3, 30], 40)
+    captions, videos = 2, int(size.sum()) + 80
+    task = np.r_[np.repeat(np.arange(80), size), np.full(80, 99)]
+    np.random.default_rng(0).shuffle(task)
+    start = np.tile([0.0, 0.5], videos)
+    data.write_packed(tmp_path / "uneven.h5", "videos", vocab, {
+        "video_id": np.array([b"%04d" % v for v in range(videos)]), "task": task,
+        "frame_offsets": np.arange(videos + 1) * 2, "caption_offsets": np.arange(videos + 1) * captions,
+        "frames": np.zeros((2 * videos, 3), np.float16), "tokens": np.zeros(2 * videos, vocab.dtype),
+        "token_offsets": np.arange(2 * videos + 1), "start": start,
+        "end": start + np.tile([0.5, 1.5], videos)}, d2=3, d3=0)
+    return data.VideoClips(tmp_path / "uneven.h5", 8, val_clips=1)
+
+
+def test_voken_clips_take_one_of_each_task_then_of_uniformly_drawn_tasks(uneven):
+    tasks, small = set(uneven.task.tolist()), 0
+    for seed in range(20):
+        clips = uneven.voken_clips(len(tasks) + 40, seed)
+        assert (uneven.duration(clips) == 1.5).all()
+        of = uneven.task[uneven.video_of(clips)]
+        assert set(of[:len(tasks)].tolist()) == tasks and len(set(uneven.video_of(clips))) == len(clips)
+        extra = of[len(tasks):]
+        assert len(set(extra.tolist())) == 40
+        small += (extra % 2 == 0).sum()
+    assert 340 < small < 460  # of 800, half
+
+
+def test_voken_clips_are_of_different_videos(demo):
     train = data.VideoClips(demo / "demo-s0" / "videos.h5", 48, val_clips=500)
     tasks = set(train.task.tolist())
-    for K in (30, len(tasks), 150, 1875):
+    for K in (30, len(tasks), 150, 1750):
         clips = train.voken_clips(K, 0)
         videos = train.video_of(clips)
         assert len(clips) == K == len(set(videos.tolist()))
         per_task = Counter(train.task[videos].tolist())
         assert len(per_task) == min(K, len(tasks))
         assert K > 1000 or max(per_task.values()) <= 1 + K // len(tasks)
-    assert len(train.voken_clips(10 ** 4, 0)) == 1875
+    assert len(train.voken_clips(10 ** 4, 0)) == 1750
     assert not np.array_equal(train.voken_clips(30, 0), train.voken_clips(30, 1))

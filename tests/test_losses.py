@@ -362,6 +362,25 @@ def test_soft_and_voken_never_hold_all_logits(tmp_path):
     assert peak_bytes(both, tmp_path) < 0.5 * n * V * 4
 
 
+class FewBits(torch.overrides.TorchFunctionMode):
+    """Products by @ have the operands of bfloat16: fewer bits than TF32's, which a GPU takes."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
+            args = [x.bfloat16().float() for x in args]
+        return function(*args, **(kwargs or {}))
+
+
+def test_vokens_are_chosen_with_all_bits():
+    h_t = randn(300, 64, seed=1).float()
+    videos = F.normalize(randn(2000, 64, seed=2).float() + 20 * randn(64, seed=3).float(), dim=-1)
+    exact = (h_t.double() @ videos.double().T).argmax(1)
+    certain = 100 * F.one_hot(exact, 2000).float()  # a student that is certain of the exact labels
+    with FewBits():
+        assert ((h_t @ videos.T).argmax(1) != exact).float().mean() > 0.03
+        assert losses.voken(certain, torch.eye(2000), torch.zeros(2000), h_t, videos).item() < 1e-6
+
+
 def test_voken_takes_bf16_videos():
     h, W, b = randn(9, 4, seed=1).float(), randn(13, 4, seed=2).float(), randn(13, seed=3).float()
     videos = F.normalize(randn(13, 4, seed=4).float())

@@ -21,7 +21,7 @@ from common import Switch, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
 from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, keep_freed_memory, memory_report,
                            peak_flops, return_freed_memory)
-from run import (Interrupt, Run, birth, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
+from run import (Interrupt, Run, birth, file_hash, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
                  steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
@@ -220,7 +220,7 @@ def test_checkpoint_and_run_of_another_format_are_refused_with_the_command(run, 
     first.finish({"score": 1})
     path = tmp_path / "run" / "checkpoint.pt"
     torch.save(torch.load(path, weights_only=True) | {"format": 1}, path)
-    with pytest.raises(SystemExit, match="a checkpoint of format 1, this code reads 2; start anew"):
+    with pytest.raises(SystemExit, match="a checkpoint of format 1, this code reads 3; start anew"):
         begun(run(resume="true"))
     assert read_run(tmp_path / "run")[1]["score"] == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -456,3 +456,13 @@ def test_freed_memory_returns_to_the_system_when_asked():
         assert resident() < before - 150
     finally:
         keep_freed_memory(False)
+
+
+def test_hash_of_a_teacher_tells_its_vokens_and_video_encoder(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    found = {file_hash(tmp_path)}
+    for name in ("vokens.safetensors", "video_encoder.safetensors"):
+        for content in (b"1", b"2"):
+            (tmp_path / name).write_bytes(content)
+            found.add(file_hash(tmp_path))
+    assert len(found) == 5

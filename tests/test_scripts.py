@@ -378,6 +378,42 @@ def readme_commands():
     return sorted({(script, flags.replace("...", "").strip()) for script, flags in found})
 
 
+# what the papers print, by preset: VidLanKD 3.2, 3.3, 4.3, Eq. 3 and footnote 3; XDBERT Appendix B and C.1
+TEACHER = dict(block_size=128, max_frames=512, val_clips=10_000, lr=2e-4, weight_decay=0.01, margin=1.0, w_mlm=1.0,
+               w_ct=1.0, objective="mlm+ct", negatives="one", mask_rate=0.15, mask_split="100/0/0", stop_on="loss",
+               video_layers=0, vokens=30_000, reduction="mean", vision="video")
+STUDENT = dict(block_size=128, lr=2e-4, weight_decay=0.01, objective="nst+crd", head="mlp", mask_rate=0.15,
+               mask_split="100/0/0", soft_tau=2.0, crd_views="same", nst_kernel="gaussian", batch_size=256,
+               **{f"w_{name}": 1.0 for name in ("mlm", "soft", "l2", "voken", "nst", "crd")})
+PAPERS = [
+    (teacher, "paper", TEACHER | dict(model="12L-768H")), (teacher, "paper-6l", TEACHER | dict(model="6L-512H")),
+    (distill, "paper", STUDENT | dict(model="12L-768H", max_steps=500_000, warmup_steps=5000)),
+    (distill, "paper-6l", STUDENT | dict(model="6L-512H", max_steps=0, epochs=40.0, warmup_steps=10_000)),
+    (adapt_xdbert, "paper", dict(block_size=512, segments=9, lr=1e-4, warmup_steps=0.05, epochs=1.0, max_steps=0,
+                                 schedule_steps=32_000, objective="mlm+match+cliptc", mask_rate=0.15,
+                                 cliptc_rate=0.15, mask_split="80/10/10", cross_layers=2, freeze="")),
+    (finetune, "vidlankd", dict(epochs=3.0, batch_size=32, weight_decay=0.01, layer_decay=1.0)),
+    (finetune, "xdbert-base", dict(epochs=3.0, batch_size=32, warmup_steps=0.1, layer_decay=0.9)),
+    (finetune, "xdbert-large", dict(epochs=3.0, batch_size=32, warmup_steps=0.1, layer_decay=0.9))]
+
+
+@pytest.mark.parametrize("module, preset, values", PAPERS, ids=lambda x: x if isinstance(x, str) else "")
+def test_papers_presets_are_the_papers_recipes(module, preset, values):
+    cfg = common.parse_cli(module.Config, module.PRESETS, [
+        "--preset", preset, *["--train", "corpus.h5"] * (module is adapt_xdbert)])
+    assert {name: getattr(cfg, name) for name in values} == values
+
+
+def test_small_and_base_are_the_papers_shapes_with_measured_weights():
+    for module in (teacher, distill):
+        for preset, paper in (("small", "paper-6l"), ("base", "paper")):
+            ours, theirs = (asdict(common.parse_cli(module.Config, module.PRESETS, ["--preset", name]))
+                            for name in (preset, paper))
+            differ = {name for name in ours if ours[name] != theirs[name]}
+            assert differ == {"preset", "mask_split"} | (
+                {"negatives", "stop_on"} if module is teacher else {"w_nst"})
+
+
 @pytest.mark.parametrize("script, flags", readme_commands())
 def test_readme_command_is_understood(monkeypatch, script, flags):
     """Every flag exists and takes the value that it is given there; nothing is run."""
