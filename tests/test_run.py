@@ -225,7 +225,7 @@ def test_checkpoint_and_run_of_another_format_are_refused_with_the_command(run, 
     assert read_run(tmp_path / "run")[1]["score"] == 1
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     write_json(tmp_path / "run" / "config.json", config | {"format": 1, "command": ["distill.py", "--lr", "1"]})
-    with pytest.raises(SystemExit, match="run: a run of format 1, this code reads 2; make it again: distill.py --lr 1"):
+    with pytest.raises(SystemExit, match="run: a run of format 1, this code reads 3; make it again: distill.py --lr 1"):
         read_run(tmp_path / "run")
     assert not run(resume="auto").resumes and run(resume="auto").finished() is None
 
