@@ -94,10 +94,6 @@ class Config:
             raise ValueError(f"--preset {self.preset} needs --train, text packed by data.py xtext")
         if unknown := set(filter(None, self.freeze.split(","))) - {"clip", "language"}:
             raise ValueError(f"--freeze {min(unknown)}: write clip, language or clip,language")
-        if max(self.mask_rate, self.cliptc_rate) > 1 or not 0 <= self.dropout < 1:
-            raise ValueError("--mask_rate and --cliptc_rate are shares, at most 1; --dropout is below 1")
-        if not self.max_steps and not self.epochs:
-            raise ValueError("--max_steps 0 needs --epochs")
         data.parse_split(self.mask_split)
 
 
@@ -110,7 +106,10 @@ LANGUAGE = {  # shapes of the papers' language encoders, for random weights
 ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "match": lambda batch: len(batch["match_targets"]),
          "cliptc": lambda batch: len(batch["cliptc_targets"])}
 CHOICES = {"reduction": ("mean", "sum")}
-POSITIVE = ("segments", "cross_layers", "eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")
+POSITIVE = ("eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")
+# flags that nothing reads but with some values of another one, see common.check_needs
+NEEDS = {"cliptc_rate": ("objective", ("cliptc",)), "clip": ("no_clip", ("False",)),
+         "cross_layers": ("no_clip", ("False",))}
 # what a resumed run cannot change
 FIXED = ("block_size", "segments", "cross_layers", "no_clip", "freeze", "objective", "mask_rate",
          "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
@@ -481,4 +480,4 @@ def main(cfg):
 
 if __name__ == "__main__":
     from prepare import chain
-    run_script(chain.adapt_xdbert, Config, PRESETS)
+    run_script(chain.adapt_xdbert, Config, PRESETS, NEEDS)

@@ -366,9 +366,9 @@ def clips(run, out, rows=6):
     print(f"wrote {out}: {run}")
 
 
+@common.one_line_end()
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (("curves", "figure of a distillation's curves and of what was learned"),
                        ("clips", "figure of the clips that each model retrieves for held-out captions")):

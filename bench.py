@@ -41,7 +41,8 @@ import adapt_xdbert
 import distill
 import finetune
 import losses
-from common import duration, keyed_integers, keyed_uniform, parse_cli, print0, table, write_json
+from common import (duration, keyed_integers, keyed_uniform, one_line_end, parse_cli, print0, table,
+                    write_json)
 from model import (BERT, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer, DistillHead,
                    MLMHead, TaskModel, model_config, param_groups)
 from parts.examples import POOL, tokenized
@@ -74,10 +75,12 @@ class Config:
     def __post_init__(self):
         if not set(self.only.split(",")) <= set(SECTIONS):
             raise ValueError(f"--only {self.only}: write some of {','.join(SECTIONS)}")
-        for name, least in dict(batch=2, tokens=5, vocab=10, anchors=1, negatives=1, dim=1, rounds=1,
-                                rows=max(self.batch, self.anchors)).items():
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be {least} or more")
+        for name, (least, most) in dict(batch=(2, 10 ** 4), tokens=(5, 10 ** 4), vocab=(10, 10 ** 6),
+                                        anchors=(1, 10 ** 4), negatives=(1, 10 ** 6), dim=(1, 10 ** 4),
+                                        rounds=(1, 10 ** 3),
+                                        rows=(max(self.batch, self.anchors), 10 ** 8)).items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be from {least} to {most:,}")
         model_config(self.model, self.vocab)
 
 
@@ -813,4 +816,5 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(parse_cli(Config, PRESETS))
+    with one_line_end():
+        main(parse_cli(Config, PRESETS))

@@ -1,7 +1,9 @@
 """Plumbing without PyTorch: flags, progress, keyed random numbers, files, tables."""
+import argparse
 import contextlib
 import dataclasses
 import difflib
+import gzip
 import inspect
 import json
 import math
@@ -19,17 +21,26 @@ import numpy as np
 # ---------------------------------------------------------------------------- flags
 
 
+FARTHEST = 10 ** 15  # from 0, of any number that is given: what is computed from it stays within 64 bits
+# least and most of flags of any script: shares, and what takes memory or time before the first step
+LIMITS = {"batch_size": (1, 10 ** 6), "grad_accum": (1, 10 ** 6), "log_every": (1, 10 ** 6),
+          "block_size": (3, 10 ** 6), "max_frames": (1, 10 ** 6), "segments": (1, 10 ** 4),
+          "video_layers": (0, 1000), "cross_layers": (1, 1000), "schedule_steps": (0, FARTHEST),
+          "mask_rate": (0, 1), "cliptc_rate": (0, 1), "crd_momentum": (0, 1), "crd_tokens": (0, 10 ** 9),
+          "crd_negatives": (1, 10 ** 7), "crd_dim": (1, 10 ** 5), "crd_bank_size": (0, 10 ** 11)}
+
+
 class Switch(str):
     """Type of a flag that is false, true (also bare) or auto."""
 
 
-def parse_cli(Config, presets, argv=None):
+def parse_cli(Config, presets, argv=None, needs={}):
     """Command line -> Config. Each field is a flag, `--name value` or `--name=value`; dashes are underscores.
 
     Config: frozen dataclass of int, float, str, bool and Switch fields, one of them `preset`; the comment
     behind a field is its help. presets: {name: {field: value}, or a function from the given flags to that};
     flags beat the preset. A text is converted by the field's type, never evaluated; a bare flag means true.
-    A mistake ends the program with one line that names the flag.
+    needs: see check_needs. A mistake ends the program with one line that names the flag.
     """
     fields = {f.name: f for f in dataclasses.fields(Config)}
     args, given = list(sys.argv[1:] if argv is None else argv), {}
@@ -58,9 +69,25 @@ def parse_cli(Config, presets, argv=None):
         raise SystemExit(f"--preset {preset}: choose one of {', '.join(presets)}")
     values = presets[preset]
     try:
-        return Config(**((values(given) if callable(values) else values) | given))
+        cfg = Config(**((values(given) if callable(values) else values) | given))
     except ValueError as error:
         raise SystemExit(str(error)) from None
+    check_needs(cfg, given, needs)
+    return cfg
+
+
+def check_needs(cfg, given, needs):
+    """SystemExit where a flag was given, with another value than its default, that nothing will read.
+
+    needs: {flag: (another flag, the values of that with which the first is read)}; of values joined by +,
+    such as objectives, one is enough. --epochs needs --max_steps 0 in every script.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
+    for name, (other, values) in ({"epochs": ("max_steps", ("0",))} | needs).items():
+        now = str(getattr(cfg, other)) if name in given and given[name] != defaults[name] else values[0]
+        if set(now.split("+")).isdisjoint(values):
+            raise SystemExit(f"--{name} {given[name]}: is not read with --{other} {now}; leave it out, or "
+                             f"give --{other} {' or '.join(values).lower()}")
 
 
 def convert(name, text, kind):
@@ -74,10 +101,12 @@ def convert(name, text, kind):
         value = kind(text)
         if kind is float and not math.isfinite(value):
             raise ValueError
-        return value
     except ValueError:
         hint = " (a whole number, without point or exponent)" if kind is int else ""
         raise SystemExit(f"--{name} {text}: not a valid {kind.__name__}{hint}") from None
+    if kind in (int, float) and abs(value) > FARTHEST:
+        raise SystemExit(f"--{name} {text}: must lie between -10^15 and 10^15")
+    return value
 
 
 def check_fields(cfg, choices, positive):
@@ -90,12 +119,19 @@ def check_fields(cfg, choices, positive):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    for name in ("batch_size", "grad_accum", "log_every", "save_every", *positive):
+    for name in ("save_every", *positive):
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
-    for name in ("grad_clip", "weight_decay", "max_minutes", "max_steps", "warmup_steps"):
+    for name in ("grad_clip", "weight_decay", "max_minutes", "max_steps", "warmup_steps", "epochs"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
+    if type(cfg).max_steps and not cfg.max_steps and not cfg.epochs:  # finetune.py's tasks have their own
+        raise ValueError("--max_steps 0 needs --epochs")
+    for name, (least, most) in LIMITS.items():
+        if not least <= getattr(cfg, name, least) <= most:
+            raise ValueError(f"--{name} {getattr(cfg, name)}: must be from {least} to {most:,}")
+    if not (0 <= cfg.dropout < 1 or cfg.dropout < 0 > type(cfg).dropout):  # finetune.py's is below 0
+        raise ValueError(f"--dropout {cfg.dropout:g}: must be at least 0 and below 1")
     if not 0 <= cfg.beta2 < 1:
         raise ValueError(f"--beta2 {cfg.beta2:g}: must be at least 0 and below 1")
     if cfg.warmup_steps > 1 and cfg.warmup_steps % 1:
@@ -118,6 +154,53 @@ def cli_help(Config, presets):
         default, text = '""' if f.default == "" else f.default, comment.group(1) if comment else ""
         lines.append(f"  --{f.name:<20} {f.type.__name__.lower():<6} {default!s:<14} {text}")
     return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------- the end of a program
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line."""
+
+    def error(self, message):
+        raise SystemExit(f"{self.prog}: {message}; see {self.prog} --help")
+
+
+@contextlib.contextmanager
+def one_line_end():
+    """Around a program, or as its decorator: where a user or a file stops it, it ends in one line.
+
+    What is no user's mistake keeps its traceback.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        raise SystemExit(one_line(end.code) if isinstance(end.code, str) else end.code) from None
+    except KeyboardInterrupt:
+        raise SystemExit("interrupted") from None
+    except BrokenPipeError:  # of `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+    except OSError as error:
+        if not error.filename:
+            raise
+        raise SystemExit(one_line(f"{error.filename}: {error.strerror}")) from None
+
+
+def one_line(text, most=300):
+    """A message as one printable line of at most `most` characters; its beginning and its end stay.
+
+    What is too long loses the middle of its longest words first, mostly paths and values, then its own.
+    """
+    text = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in text)
+    if len(text) > most:
+        text = " ".join(cut(word, most // 4) for word in text.split(" "))
+    return cut(text, most)
+
+
+def cut(text, most):
+    """A text of at most `most` characters, in the middle of which "..." stands for what is left out."""
+    return text if len(text) <= most else text[:(most - 3) // 2] + "..." + text[len(text) - (most - 2) // 2:]
 
 
 # ---------------------------------------------------------------------------- processes and device
@@ -219,10 +302,46 @@ def write_json(path, value):
         part.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def read_text(path, advice="fetch it anew"):
-    """Text of a UTF-8 file without its byte-order mark; SystemExit where there is none."""
+# first bytes of what is no text: (what it is, what to do)
+NO_TEXT = {b"\xfd7zXZ": ("xz", "unpack it first"), b"BZh": ("bzip2", "unpack it first"),
+           b"\x28\xb5\x2f\xfd": ("zstd", "unpack it first"), b"PK\x03\x04": ("zip", "unpack it first"),
+           b"PAR1": ("parquet", "write its text to a text file first"),
+           b"\xff\xfe": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
+           b"\xfe\xff": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
+           b"version https://git-lfs": ("a pointer of git-lfs", "fetch the file itself with `git lfs pull`")}
+
+
+@contextlib.contextmanager
+def open_text(path):
+    """A text file as a binary stream, unpacked where it is gzipped; SystemExit names what is no text."""
+    with open(path, "rb") as file:
+        head = file.read(32)
+    for magic, (what, advice) in NO_TEXT.items():
+        if head.startswith(magic):
+            raise SystemExit(f"{path}: is {what}, not text; {advice}")
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
+        with (gzip.open if head.startswith(b"\x1f\x8b") else open)(path, "rb") as f:
+            yield f
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise SystemExit(f"{path}: damaged gzip ({error}); fetch it anew") from None
+
+
+def check_unpacked(path, read):
+    """SystemExit where a gzipped file has unfolded to so much that it is no text: that has 3 to 10 times."""
+    if read > 100 * (os.path.getsize(path) + (1 << 16)):
+        raise SystemExit(f"{path}: unfolds to more than 100 times its size, as no text does; unpack it first "
+                         "if it is right")
+
+
+def read_text(path, advice="fetch it anew"):
+    """Text of a UTF-8 file, gzipped or not, without its byte-order mark; SystemExit where there is none."""
+    try:
+        with open_text(path) as f:
+            parts = []
+            while part := f.read(1 << 20):
+                parts.append(part)
+                check_unpacked(path, f.tell())
+            text = b"".join(parts).decode("utf-8-sig")
     except OSError as error:
         raise SystemExit(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except UnicodeDecodeError as error:
@@ -231,6 +350,8 @@ def read_text(path, advice="fetch it anew"):
                          "-f latin1 -t utf-8`") from None
     if not text.strip():
         raise SystemExit(f"{path}: is empty; {advice}")
+    if re.match(r"\s*<(!doctype )?html\b", text, re.I):
+        raise SystemExit(f"{path}: is a web page, perhaps of a failed download; {advice}")
     return text
 
 

@@ -100,8 +100,6 @@ class Config:
         if chosen != ["none"] and (not set(chosen) <= set(known) or len(set(chosen)) < len(chosen)):
             raise ValueError(f"--objective {self.objective}: none, or some of {'+'.join(known)}")
         check_fields(self, CHOICES, POSITIVE)
-        if not self.max_steps and not self.epochs:
-            raise ValueError("--max_steps 0 needs --epochs")
         if "crd" in chosen and min(self.batch_size, self.crd_bank_size or 2) < 2:
             raise ValueError("--objective crd: no negatives where --batch_size or --crd_bank_size is below 2")
         if "crd" in chosen and self.crd_level == "token" and self.crd_tokens < self.batch_size:
@@ -123,8 +121,10 @@ HEADLESS = ("soft", "voken")  # objectives that compare words or videos, not hid
 CHOICES = {"head": ("mlp", "none"), "nst_kernel": ("gaussian", "poly", "linear"),
            "crd_level": ("token", "sentence"), "crd_bank_dtype": ("float32", "bfloat16"),
            "crd_loss": ("nce", "infonce"), "crd_views": ("same", "different"), "reduction": ("mean", "sum")}
-POSITIVE = ("eval_blocks", "soft_tau", "crd_negatives", "crd_dim", "crd_tau", "mask_rate", "lr", "grad_every",
-            "eval_every")
+POSITIVE = ("eval_blocks", "soft_tau", "crd_tau", "mask_rate", "lr", "grad_every", "eval_every")
+NEEDS = {name: ("objective", (term,)) for name in Config.__annotations__ for term in list(ITEMS)[1:]
+         if f"{name}_".startswith((f"{term}_", f"w_{term}_"))}  # see common.check_needs
+NEEDS |= {"head": ("objective", ("l2", "nst", "crd")), "crd_momentum": ("crd_level", ("sentence",))}
 # what a resumed run cannot change
 FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim",
          "crd_tau", "crd_momentum", "crd_bank_size", "crd_bank_dtype", "crd_loss", "crd_views", "mask_rate",
@@ -453,4 +453,4 @@ def main(cfg):
 
 if __name__ == "__main__":
     from prepare import chain
-    run_script(chain.distill, Config, PRESETS)
+    run_script(chain.distill, Config, PRESETS, NEEDS)

@@ -99,13 +99,13 @@ class Config:
         check_fields(self, {"pool": ("cls", "mean")}, ())
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"--layer_decay {self.layer_decay:g}: above 0 and at most 1 (1 = off)")
-        if self.dropout >= 1:
-            raise ValueError(f"--dropout {self.dropout:g}: below 1")
-        for name in ("limit", "max_length", "lr", "epochs", "seeds"):
+        for name in ("limit", "max_length", "lr", "seeds"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: must not be negative")
         if bool(self.score) != bool(self.gold):
             raise ValueError("--score predictions.json and --gold dev.json go together")
+        if self.no_answer and not self.score:
+            raise ValueError("--no_answer null_odds.json goes with --score and --gold")
         if self.predict and self.model in ("", "none"):
             raise ValueError("--predict needs --model, the folder of a fine-tuned model")
         if self.cross == "none" or self.cross and self.model:
@@ -122,6 +122,7 @@ AS_XDBERT = dict(epochs=3.0, batch_size=32, layer_decay=0.9)
 PRESETS = {"demo": {},
            "vidlankd": dict(epochs=3.0, batch_size=32, weight_decay=0.01),  # VidLanKD 4.3
            "xdbert-base": AS_XDBERT, "xdbert-large": AS_XDBERT}
+NEEDS = {"like": ("model", ("none",))}  # see common.check_needs
 # flags that change no result: hashes tell what the model and the data are
 FREE = ("model", "cross", "like", "preset", "predict", "score", "gold", "no_answer", "save_models")
 UNKNOWN = 0.3  # share of unknown tokens from which a vocabulary cannot be the texts'
@@ -623,4 +624,4 @@ def main(cfg):
 
 if __name__ == "__main__":
     from prepare import chain
-    run_script(chain.finetune, Config, PRESETS)
+    run_script(chain.finetune, Config, PRESETS, NEEDS)

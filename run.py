@@ -23,26 +23,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (atomic, clear_up_on_sigterm, duration, hash64, parse_cli, print0, progress, read_json,
-                    write_json)
+from common import (atomic, clear_up_on_sigterm, duration, hash64, one_line_end, parse_cli, print0, progress,
+                    read_json, write_json)
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
 SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
 
 
-def run_script(main, Config, presets):
+@one_line_end()
+def run_script(main, Config, presets, needs={}):
     """A script as a command: flags, main, end of the process group; one line where memory or disk is full."""
-    cfg = parse_cli(Config, presets)
+    cfg = parse_cli(Config, presets, needs=needs)
     clear_up_on_sigterm()  # a training loop has a handler of its own, see Interrupt
     try:
         main(cfg)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
     except Exception as error:
         text = str(error)
         if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or \
-                "can't allocate memory" in text or "not enough memory" in text:
+                re.search("can't allocate memory|not enough memory|size calculation overflowed", text):
             raise SystemExit(f"out of memory: lower --batch_size {cfg.batch_size}, or raise --grad_accum to "
                              "run it in smaller parts; --resume goes on from the checkpoint") from None
         if dist.is_initialized() and isinstance(error, RuntimeError) and PEER_LOST.search(text):
@@ -50,11 +49,6 @@ def run_script(main, Config, presets):
                              "message tells why; --resume goes on from the checkpoint") from None
         if "No space left on device" in text:
             raise SystemExit(f"disk full ({text}): free space, then go on with --resume") from None
-        if isinstance(error, BrokenPipeError):  # of `| head`: nobody reads on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(1) from None
-        if isinstance(error, OSError) and error.filename:
-            raise SystemExit(f"{error.filename}: {error.strerror}") from None
         raise
     finally:
         end_ranks()

@@ -85,8 +85,6 @@ class Config:
 
     def __post_init__(self):
         check_fields(self, CHOICES, POSITIVE)
-        if not self.max_steps and not self.epochs:
-            raise ValueError("--max_steps 0 needs --epochs")
         if self.stop_on == "recall" and self.objective == "mlm":
             raise ValueError("--stop_on recall needs the contrastive term; use --stop_on loss")
         if self.block_size > (most := model_config(self.model, 1, self.dropout).max_positions):
@@ -97,7 +95,12 @@ class Config:
 CHOICES = {"objective": ("mlm", "ct", "mlm+ct", "clip"), "vision": ("video", "image"),
            "negatives": ("one", "all", "infonce"), "ct_input": ("masked", "clean"),
            "reduction": ("mean", "sum"), "stop_on": ("auto", "loss", "recall")}
-POSITIVE = ("val_clips", "max_frames", "temperature", "mask_rate", "lr", "patience", "vokens", "eval_every")
+POSITIVE = ("val_clips", "temperature", "mask_rate", "lr", "patience", "vokens", "eval_every")
+# flags that nothing reads but with some values of another one, see common.check_needs
+NEEDS = {"w_mlm": ("objective", ("mlm",)), "mask_rate": ("objective", ("mlm", "ct")),
+         "mask_split": ("objective", ("mlm", "ct")), "margin": ("negatives", ("one", "all")),
+         "temperature": ("negatives", ("infonce",)), "video_layers": ("objective", ("ct", "clip")),
+         **dict.fromkeys(("w_ct", "negatives", "ct_input", "vokens"), ("objective", ("ct",)))}
 # what a resumed run cannot change
 FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "video_layers", "objective",
          "mask_rate", "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
@@ -364,4 +367,4 @@ def main(cfg):
 
 if __name__ == "__main__":
     from prepare import chain
-    run_script(chain.teacher, Config, PRESETS)
+    run_script(chain.teacher, Config, PRESETS, NEEDS)

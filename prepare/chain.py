@@ -32,7 +32,7 @@ def teacher(cfg):
 
 def distill(cfg):
     """distill.py; on the demo with its teacher and the text-only student; then the closing table."""
-    ranks = init_ranks(cfg.device)
+    ranks, asked = init_ranks(cfg.device), cfg.videos
     folder, beside = distill_script.run_folder(cfg), []
     if not cfg.train:
         cfg = on_demo(cfg, folder.parent, demo_world(cfg.data_dir, cfg.seed, ranks))
@@ -45,7 +45,9 @@ def distill(cfg):
                          "--videos FILE, or any Hugging Face BERT of the same vocabulary")
     if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
         model = model_folder(cfg.teacher, "--teacher")
-        analyze.open_clips(cfg.videos, model, load_vocab(model))
+        if not analyze.open_clips(cfg.videos, model, load_vocab(model)) and asked:
+            raise SystemExit(f"--videos {asked}: nothing reads them, as --teacher {cfg.teacher} has no video "
+                             "encoder; leave --videos out, or give a run of teacher.py")
     results = distill_script.main(cfg)
     if not cfg.eval_only and ranks.main:
         analyze.close(folder, beside, ranks.device)

@@ -1,17 +1,12 @@
 """The commands of data.py: demo, vocab, text, xtext and videos."""
 import argparse
 import sys
+from functools import partial
 
 import data
+from common import Parser, convert, one_line_end
 from prepare.packing import pack_text, pack_videos, pack_xtext, train_vocab
 from prepare.world import make_demo
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse whose mistakes are one line."""
-
-    def error(self, message):
-        raise SystemExit(f"{self.prog}: {message}; see {self.prog} --help")
 
 
 def dashed(arg):
@@ -20,6 +15,7 @@ def dashed(arg):
     return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
+@one_line_end()
 def main(argv=None):
     """Runs the command in `argv`; dashes and underscores in flags are equal."""
     parser = Parser(prog="data.py", description=data.__doc__,
@@ -29,12 +25,13 @@ def main(argv=None):
     def command(name, text):
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False).add_argument
 
+    number = {name: partial(convert, name, kind=int) for name in ("seed", "size")}
     add = command("demo", "build and pack the demo world")
-    add("--seed", type=int, default=0, help="every seed is another world (default 0)")
+    add("--seed", type=number["seed"], default=0, help="every seed is another world (default 0)")
     add("--out", default="", help="its folder (default data/demo-s<seed>)")
     add = command("vocab", "train a WordPiece vocabulary on text")
     add("text", nargs="+", help="text files, gzipped or not; see docs/data.md for their layouts")
-    add("--size", type=int, default=30522, help="tokens (default 30522)")
+    add("--size", type=number["size"], default=30522, help="tokens (default 30522)")
     add("--cased", action="store_true", help="keep upper case and accents")
     add("--out", required=True, help="vocab.txt to write")
     add = command("text", "pack text files into one stream of tokens")

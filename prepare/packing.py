@@ -1,12 +1,11 @@
 """Packs text, pairs of texts and videos into the files that training reads. Needs no torch."""
 import codecs
 import csv
-import gzip
+import io
 import json
 import re
 import shutil
 import time
-import zlib
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import models, trainers
 
-from common import atomic, duration, print0, progress
+from common import atomic, duration, open_text, print0, progress
 from data import open_vocab, write_packed
 from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
 
@@ -23,6 +22,8 @@ from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
 
 def check_files(sources, out):
     """SystemExit before the work where sources are missing, `out` exists or its folder does not."""
+    if folder := next((path for path in sources if Path(path).is_dir()), None):
+        raise SystemExit(f"{folder}: is a folder; give the files in it")
     missing = [str(path) for path in sources if not Path(path).is_file()]
     if missing:
         raise SystemExit(f"{', '.join(missing)}: no such file")
@@ -40,25 +41,8 @@ def check_space(out, need):
                          f"{free / 1e9:.1f} GB are free; free some or give another --out")
 
 
-# first bytes of what is no text: (what it is, what to do)
-NO_TEXT = {b"\xfd7zXZ": ("xz", "unpack it first"), b"BZh": ("bzip2", "unpack it first"),
-           b"\x28\xb5\x2f\xfd": ("zstd", "unpack it first"), b"PK\x03\x04": ("zip", "unpack it first"),
-           b"PAR1": ("parquet", "write its text column to a text file first"),
-           b"\xff\xfe": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
-           b"\xfe\xff": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
-           b"version https://git-lfs": ("a pointer of git-lfs", "fetch the file itself with `git lfs pull`")}
 ARTICLES = (re.compile(r"</?doc\b.*>\s*"),  # wikiextractor's tags around an article
             re.compile(r" = [^=].*[^=] = \s*"))  # WikiText's title of an article; sections have more of =
-
-
-def open_text(path):
-    """A text file as a binary stream, unpacked where it is gzipped; SystemExit names what is no text."""
-    with open(path, "rb") as file:
-        head = file.read(32)
-    for magic, (what, advice) in NO_TEXT.items():
-        if head.startswith(magic):
-            raise SystemExit(f"{path}: is {what}, not text; {advice}")
-    return (gzip.open if head.startswith(b"\x1f\x8b") else open)(path, "rb")
 
 
 def read_pieces(path):
@@ -70,27 +54,22 @@ def read_pieces(path):
     wikiextractor   <doc ...> and </doc> lines are between documents, and are dropped
     WikiText        " = Title = " lines begin a document
 
-    Any of them but caption.json may be gzipped. A piece has about 1 MB and ends at the end of a line or,
+    Any of them may be gzipped. A piece has about 1 MB and ends at the end of a line or,
     where a line is longer, behind a space. A run of 4 million characters without either is cut. SystemExit
     names the place where the text is not UTF-8 or no JSON.
     """
-    try:
-        with open_text(path) as f:
-            head = f.read(1 << 16).removeprefix(codecs.BOM_UTF8)
-            f.seek(0)
-            if head.lstrip()[:1] == b"{":
-                # the value of the first key: of captions it is an object
-                captions = re.match(rb'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:\s*\{|\})', head)
-                yield from caption_texts(path) if captions else json_lines(path, f)
-                return
-            first = next((line for line in head.decode(errors="replace").split("\n") if line.strip()), "")
-            article = next((form for form in ARTICLES if form.fullmatch(first)), None)
-            for text, size in plain_pieces(path, f):
-                yield (only_between(text, article) if article else text), size
-    except (OSError, EOFError, zlib.error) as error:
-        if isinstance(error, OSError) and error.filename:
-            raise
-        raise SystemExit(f"{path}: damaged gzip ({error}); fetch it anew") from None
+    with open_text(path) as f:
+        head = f.read(1 << 16).removeprefix(codecs.BOM_UTF8)
+        f.seek(0)
+        if head.lstrip()[:1] == b"{":
+            # the value of the first key: of captions it is an object
+            captions = re.match(rb'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:\s*\{|\})', head)
+            yield from caption_texts(path) if captions else json_lines(path, f)
+            return
+        first = next((line for line in head.decode(errors="replace").split("\n") if line.strip()), "")
+        article = next((form for form in ARTICLES if form.fullmatch(first)), None)
+        for text, size in plain_pieces(path, f):
+            yield (only_between(text, article) if article else text), size
 
 
 def caption_texts(path):
@@ -161,7 +140,7 @@ def read_captions(path):
     limit = 1 << 24  # characters; no video has so many, so what does not parse by then never will
     decoder, decode = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
     text, opening, size = "", "{", 0
-    with open(path, "rb") as f:
+    with open_text(path) as f:
         try:
             while (chunk := f.read(1 << 20)) and len(text) < limit:
                 text, size, at = text + decoder.decode(chunk), size + len(chunk), 0
@@ -190,8 +169,8 @@ def read_caption_folder(folder):
     for path in paths:
         rows = {"start": [], "end": [], "text": []}
         try:
-            with open(path, newline="", encoding="utf-8-sig") as f:
-                for row in csv.DictReader(f):
+            with open_text(path) as f:
+                for row in csv.DictReader(io.TextIOWrapper(f, "utf-8-sig", newline="")):
                     for name, kind in (("start", float), ("end", float), ("text", str)):
                         rows[name].append(kind(row[name]))
         except (ValueError, KeyError, TypeError, csv.Error) as error:
@@ -211,6 +190,8 @@ def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
     frequent.
     """
     check_files(sources, out)
+    if not 0 < size <= 10 ** 6:
+        raise SystemExit(f"--size {size}: must be from 1 to 1,000,000")
     total = sum(Path(path).stat().st_size for path in sources)
 
     def lines(bar):
@@ -483,9 +464,9 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
 def read_tasks(path):
     """{video id: task id} of a csv in HowTo100M_v1's columns; a video under several tasks keeps the first."""
     tasks = {}
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with open_text(path) as f:
         try:
-            reader = csv.DictReader(f)
+            reader = csv.DictReader(io.TextIOWrapper(f, "utf-8-sig", newline=""))
             if not {"video_id", "task_id"} <= set(reader.fieldnames or []):
                 raise SystemExit(f"{path}: no columns video_id and task_id in its first line")
             for row in reader:

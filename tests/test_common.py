@@ -3,10 +3,12 @@
 Run: python -m pytest -q tests/test_common.py
 """
 import dataclasses
+import gzip
 import json
 
 import numpy as np
 import pytest
+from conftest import stop_line
 
 import common
 from common import Switch, atomic, parse_cli
@@ -50,11 +52,64 @@ def test_cli_converts_by_the_fields_type(argv, field, value):
     (["--use_head", "maybe"], "true or false"), (["--use_head", "auto"], "true or false"),
     (["--resume", "maybe"], "true or false or auto"), (["--preset", "big"], "demo, paper"),
     (["--max_steps", "0"], "1 or more"), (["--lr", "__import__('os')"], "not a valid float"),
-    (["--lr", "nan"], "not a valid float"), (["--lr=inf"], "not a valid float")])
+    (["--lr", "nan"], "not a valid float"), (["--lr=inf"], "not a valid float"),
+    (["--lr", "1e22"], "--lr 1e22: must lie between -10^15 and 10^15"), (["--lr=-1e22"], "must lie between"),
+    (["--max_steps", str(10 ** 22)], "must lie between"), (["--max_steps", "9" * 5000], "not a valid int")])
 def test_cli_mistake_ends_in_one_line(argv, word):
     with pytest.raises(SystemExit) as error:
         parse_cli(Config, PRESETS, argv)
     assert word in str(error.value) and "\n" not in str(error.value)
+
+
+NEEDS = {"use_head": ("out_dir", ("a", "b")), "lr": ("resume", ("false", "auto"))}
+
+
+@pytest.mark.parametrize("argv, says", [
+    (["--use_head=false", "--out_dir=c+b"], ""), (["--use_head"], ""),  # its default, so nothing is lost
+    (["--lr=9", "--resume=auto"], ""), (["--preset=paper", "--resume"], ""),  # not given
+    (["--use_head=false", "--out_dir=c"], "--use_head False: is not read with --out_dir c; leave it out, or "
+     "give --out_dir a or b"), (["--lr=9", "--resume"], "--lr 9.0: is not read with --resume true")])
+def test_flag_that_nothing_reads_is_refused(argv, says):
+    if not says:
+        assert parse_cli(Config, PRESETS, argv, NEEDS)
+        return
+    assert stop_line(parse_cli, Config, PRESETS, argv, NEEDS).startswith(says)
+
+
+# ---------------------------------------------------------------------------- the end of a program
+
+LONG = "/home/" + "x" * 99_999
+
+
+@pytest.mark.parametrize("text, begins, ends", [
+    ("f.txt: no such file", "f.txt: no such file", "f.txt: no such file"),
+    (f"{LONG}: no such file; pack it", "/home/xxx", "xxx: no such file; pack it"),
+    (f"{LONG}, {LONG}: no such file", "/home/xxx", "xxx: no such file"),
+    (f"--model {LONG}: no model there; give one", "--model /home/", "no model there; give one"),
+    (f"--model {'a b ' * 9999}: no model there; give one", "--model a b ", ": no model there; give one"),
+    (f"f.txt, line 3: {LONG}; {'advice ' * 30}end", "f.txt, line 3: /home/x", "advice end"),
+    ("a\nb\tc\r\x1b[31m\x00 \u2028\ud800 \u202e.txt: e", "a b c \\x1b[31m\\x00  \\ud800 \\u202e.txt", "txt: e"),
+    ("a\n" * 5000, "a a a", "a a ")])
+def test_program_ends_in_one_printable_line_that_keeps_name_and_advice(text, begins, ends):
+    for _ in range(2):  # once more changes nothing
+        with pytest.raises(SystemExit) as end, common.one_line_end():
+            raise SystemExit(text)
+        text = end.value.code
+        assert text.startswith(begins) and text.endswith(ends) and len(text) <= 300 and text.isprintable()
+
+
+def test_end_of_a_program_that_is_no_message_stays():
+    @common.one_line_end()
+    def program(error):
+        raise error
+    for error, code in ((SystemExit(3), 3), (SystemExit(), None), (KeyboardInterrupt(), "interrupted"),
+                        (IsADirectoryError(21, "Is a directory", "a\nb"), "a b: Is a directory")):
+        with pytest.raises(SystemExit) as end:
+            program(error)
+        assert end.value.code == code
+    for error in (ValueError("a mistake of ours"), OSError(5, "of no file")):
+        with pytest.raises(type(error)):
+            program(error)
 
 
 def test_cli_help_shows_every_flag_with_its_comment(capsys):
@@ -122,7 +177,12 @@ def test_atomic_write_leaves_the_old_file_whatever_happens(tmp_path):
 @pytest.mark.parametrize("content, match", [
     (None, "cannot be read .No such file.*; give that"), (b"", "is empty; give that"),
     (b"caf\xe9 {", "line 1: not UTF-8"), (b"{", "line 1: broken JSON"), (b"[" * 100_000, "broken JSON"),
-    (b"[1]", "holds a JSON list, no object; give that")])
+    (b"[1]", "holds a JSON list, no object; give that"),
+    (b" <!DOCTYPE html>\n<p>404", "is a web page, perhaps of a failed download; give that"),
+    (b"<html lang=en>", "is a web page"), (b"PAR1", "is parquet"), (b"PK\x03\x04", "is zip, not text; unpack it"),
+    (b"version https://git-lfs.github.com/spec/v1\noid 1", "a pointer of git-lfs"),
+    ("{}".encode("utf-16"), "is UTF-16"), (gzip.compress(b"{}")[:-9], "damaged gzip"),
+    (gzip.compress(b" " * 20_000_000), "unfolds to more than 100 times its size")])
 def test_json_that_cannot_be_read_is_one_line(tmp_path, content, match):
     path = tmp_path / "x.json"
     if content is not None:
@@ -130,6 +190,11 @@ def test_json_that_cannot_be_read_is_one_line(tmp_path, content, match):
     with pytest.raises(SystemExit, match=match) as error:
         common.read_json(path, "give that")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_gzipped_json_is_read(tmp_path):
+    (tmp_path / "x.json").write_bytes(gzip.compress(b'\xef\xbb\xbf{"a": 1}'))
+    assert common.read_json(tmp_path / "x.json") == {"a": 1}
 
 
 def test_table_is_aligned():

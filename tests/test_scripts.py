@@ -11,12 +11,12 @@ import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER, stop_at
+from conftest import QUICK_STUDENT, QUICK_TEACHER, stop_at, stop_line
 from test_ddp import flat, log_lines
 
 import adapt_xdbert
@@ -32,7 +32,7 @@ import teacher
 from parts.vocab import load_vocab
 from parts.weights import load_bert, load_mlm_head, save_bert
 from prepare.packing import pack_text
-from run import run_script, set_seed
+from run import Interrupt, lr_at, run_script, set_seed, steps_of
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = [name for name in distill.ITEMS if name != "mlm"]
@@ -277,6 +277,32 @@ def test_full_disk_elsewhere_and_full_memory_are_one_line(monkeypatch):
         run(lambda cfg: int("x"))
 
 
+def test_every_program_ends_in_one_short_line_whatever_it_is_given(monkeypatch, tmp_path):
+    odd = "\x1b[2J" + "no\nsuch\tname " * 9000 + "end"
+    ends = [functools.partial(commands.main, argv) for argv in (
+        [odd], ["text", odd, "--vocab", "v", "--out", "o.h5"], ["vocab", odd, "--out", odd],
+        ["videos", *(x for name in ("captions", "feat2d", "csv", "vocab", "out") for x in (f"--{name}", odd))],
+        ["demo", "--out", odd], ["demo", "--seed", odd], ["demo", "--seed", str(10 ** 22)],
+        ["vocab", __file__, "--size", str(10 ** 9), "--out", str(tmp_path / "v")],
+        ["vocab", __file__, "--size=-5", "--out", str(tmp_path / "v")])]
+    ends += [functools.partial(analyze.main, argv) for argv in (
+        [odd], ["table", odd], ["curves", odd, "--out", str(tmp_path / "x.png")], ["curves", "--out", f"{odd}/x"])]
+
+    def script(main, module, argv):
+        monkeypatch.setattr(sys, "argv", ["script.py", *argv])
+        run_script(main, module.Config, module.PRESETS)
+    for main, module, flags in (
+            (chain.teacher, teacher, ("videos", "objective", "model")), (chain.distill, distill, ("objective", "lr")),
+            (chain.distill, distill, ("train",)), (chain.adapt_xdbert, adapt_xdbert, ("language", "freeze")),
+            (chain.finetune, finetune, ("tasks", "score", "warmup_steps"))):
+        for flag in flags:
+            more = [f"--gold={odd}"] * (flag == "score") + ["--objective=none"] * (flag == "train")
+            ends.append(functools.partial(script, main, module, [f"--{flag}", odd, *more]))
+        ends.append(functools.partial(script, main, module, [odd]))
+    for end in ends:
+        assert len(line := stop_line(end)) <= 300 and line.isprintable()
+
+
 # ---------------------------------------------------------------------------- the main job
 
 
@@ -421,7 +447,7 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
     scripts = {"distill.py": distill, "teacher.py": teacher, "finetune.py": finetune, "bench.py": bench,
                "adapt_xdbert.py": adapt_xdbert}
     if module := scripts.get(script):
-        assert common.parse_cli(module.Config, module.PRESETS, flags)
+        assert common.parse_cli(module.Config, module.PRESETS, flags, getattr(module, "NEEDS", {}))
         return
     module, called = {"data.py": commands, "analyze.py": analyze}[script], []
     for name in ("make_demo", "train_vocab", "pack_text", "pack_xtext", "pack_videos",
@@ -438,6 +464,57 @@ def test_readme_names_every_script():
 
 
 # ---------------------------------------------------------------------------- mistakes
+
+
+NUMBERS = [(module, f.name, f.type) for module in (teacher, distill, adapt_xdbert, finetune, bench)
+           for f in fields(module.Config) if f.type in (int, float)]
+
+
+@pytest.mark.parametrize("module, name, kind", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_number_of_absurd_size_is_one_line(module, name, kind):
+    for value in ("1" + "0" * 22, "-1" + "0" * 22, "9" * 5000, *["1e22", "-1e22", "1e400", "1e-400x"] * (kind is float)):
+        says = stop_line(common.parse_cli, module.Config, module.PRESETS, [f"--{name}={value}"])
+        assert says.startswith(f"--{name} ")
+
+
+def test_numbers_that_would_take_all_memory_or_run_over_are_one_line():
+    for module in (teacher, distill, adapt_xdbert, finetune):
+        for name, (least, most) in common.LIMITS.items():
+            for value in (least - 1, most + 1) if hasattr(module.Config, name) else ():
+                says = stop_line(common.parse_cli, module.Config, module.PRESETS, [f"--{name}={value:.0f}"])
+                assert f"--{name} " in says
+        for name in ("max_steps", "max_minutes", "warmup_steps", "epochs", "weight_decay", "grad_clip"):
+            assert f"--{name} " in stop_line(common.parse_cli, module.Config, module.PRESETS, [f"--{name}=-1"])
+        # what is the largest that may be given stays within numbers, clock and text
+        cfg = common.parse_cli(module.Config, module.PRESETS, ["--max_steps=0", f"--epochs={10 ** 15}",
+                                                               f"--max_minutes={10 ** 15}", f"--seed={-10 ** 15}"])
+        steps, _ = steps_of(cfg, 10 ** 12)
+        assert Interrupt(cfg.max_minutes).deadline > 1e15 and common.duration(1e3 * steps) and lr_at(3, cfg.lr, 9, steps) >= 0
+        set_seed(cfg.seed, 0)
+
+
+IGNORED = [(teacher, "--objective mlm --w_ct 2"), (teacher, "--objective clip --mask_rate 0.2"),
+           (teacher, "--margin 2"), (teacher, "--negatives one --temperature 2"), (teacher, "--epochs 3"),
+           (distill, "--objective nst --w_crd 2"), (distill, "--objective crd --nst_kernel poly"),
+           (distill, "--objective none --head none"), (distill, "--crd_momentum 0.9"), (distill, "--epochs 2"),
+           (distill, "--objective nst --soft_tau 3"), (adapt_xdbert, "--objective mlm --no_clip --clip x"),
+           (adapt_xdbert, "--objective mlm --cliptc_rate 0.2"), (finetune, "--model x --like y"),
+           (finetune, "--cross x --like y"), (finetune, "--max_steps 9 --epochs 2")]
+
+
+@pytest.mark.parametrize("module, flags", IGNORED, ids=lambda x: getattr(x, "__name__", x))
+def test_flag_that_would_be_ignored_is_refused(module, flags):
+    assert " is not read with --" in stop_line(common.parse_cli, module.Config, module.PRESETS, flags.split(),
+                                               module.NEEDS)
+
+
+def test_needs_name_flags_and_values_that_exist():
+    for module in (teacher, distill, adapt_xdbert, finetune):
+        for name, (other, values) in module.NEEDS.items():
+            assert hasattr(module.Config, name)
+            for value in values:
+                flags = [f"--{other}={value}", *["--no_clip", "--objective=mlm"] * (value == "True")]
+                assert common.parse_cli(module.Config, module.PRESETS, flags)
 
 
 @pytest.mark.parametrize("flags, match", [

@@ -432,7 +432,7 @@ def test_score_says_which_questions_of_1_1_have_no_prediction(files, capsys):
 @pytest.mark.parametrize("content, says", [
     (None, "cannot be read (No such file or directory); give"), (b"", "is empty; give"),
     (b'{"a": "x"', "broken JSON"), (b'["x"]', "holds a JSON list, no object; give"),
-    (b"[" * 100_000, "broken JSON"), (b"\xff\xfe\xff", "not UTF-8"),
+    (b"[" * 100_000, "broken JSON"), (b"\xff\xff\xff", "not UTF-8"), (b"\xff\xfe\xff", "is UTF-16"),
     ("folder", "cannot be read (Is a directory)")])
 def test_score_of_a_wrong_file_names_it(files, which, content, says):
     if content is None:

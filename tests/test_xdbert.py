@@ -278,7 +278,7 @@ def test_training_flags_choose_the_preset():
 @pytest.mark.parametrize("flags, words", [
     (dict(objective="mlm+nst"), "some of mlm"), (dict(objective="mlm+mlm"), "--objective"),
     (dict(no_clip=True), "--no_clip .* needs"), (dict(freeze="video"), "--freeze video"),
-    (dict(segments=0), "--segments"), (dict(mask_rate=15.0), "at most 1"), (dict(dropout=1.0), "--dropout"),
+    (dict(segments=0), "--segments"), (dict(mask_rate=15.0), "from 0 to 1"), (dict(dropout=1.0), "--dropout"),
     (dict(objective="mlm", no_clip=True, freeze="language"), "--freeze"),
     (dict(preset="paper", train=""), "--preset paper needs --train"), (dict(warmup_steps=1.5), "--warmup_steps"), (dict(max_steps=0), "--epochs"),
     (dict(eval_every=3, log_every=2, save_every=2), "--eval_every"), (dict(mask_split="1/2/3"), "--mask_split")])
