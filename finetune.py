@@ -481,11 +481,15 @@ def check_examples(task, start, train, evals, cfg):
         flag = "--cross" if start.beside else "--model"
         raise SystemExit(f"{flag} {start.name}: its vocabulary does not know {100 * train.unknown:.0f} % of "
                          f"{task.title}'s tokens; choose a model for these texts")
-    skipped = sum(examples.skipped for examples in (train, *evals.values()))
+    skipped, short = (sum(getattr(examples, name) for examples in (train, *evals.values()))
+                      for name in ("skipped", "short"))
     notes = [f"{train.truncated:,} cut to {cfg.max_length} tokens" if train.truncated else "",
              f"{train.clip_truncated:,} cut to twice {start.beside[0].positions} of CLIP's tokens a sentence"
              if train.clip_truncated else "",
-             f"{skipped:,} without gold label left out" if skipped else ""]
+             f"{skipped:,} without gold label left out" if skipped else "",
+             f"{short:,} rows that lack columns left out" if short else "",
+             *(f"evaluated on {Path(examples.source).name}" for examples in evals.values()
+               if Path(examples.source).name in task.instead.values())]
     if task.kind == "span":
         notes += [f"{train.moved:,} answers not at their answer_start",
                   f"{train.missing:,} not in their context, left out"]

@@ -107,7 +107,7 @@ class Examples:
             rows.labels, np.float32 if task.kind == "regress" else np.int64)[keep]
         self.ids = [rows.ids[i] for i in keep]
         self.extra = {name: [values[i] for i in keep] for name, values in rows.extra.items()}
-        self.skipped, self.source = rows.skipped, source
+        self.skipped, self.short, self.source = rows.skipped, rows.short, source
 
     def lay_out(self, ids, vocab, begin, sizes, special):
         """begin, sizes: (first, second) places in the flat ids and lengths, (n,) or (n, K) each."""
@@ -230,7 +230,7 @@ class SquadExamples(Examples):
         self.ids = [self.questions[i] for i in of]
         self.total, self.starts, self.ends = total, tokens["starts"], tokens["ends"]
         self.unanswerable, self.source = task.unanswerable, source
-        self.extra, self.skipped, self.labels = {}, 0, None
+        self.extra, self.skipped, self.short, self.labels = {}, 0, 0, None
         states = rows.extra.get("answer", [])
         self.moved, self.missing = states.count("moved"), states.count("missing")
         if rows.labels is None:

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +33,12 @@ class Task:
     labels: tuple = ()  # words of the classes, in the order of their ids; files hold the words or the ids
     label: str = "label"  # column of the label
     unsure: str = ""  # label of rows on which the annotators did not agree: they are left out
+    ragged: bool = False  # rows that lack columns are left out, as in the reference code
     metrics: tuple = ("accuracy",)  # names in METRICS, the first is the one that tables show
     train: str = "train.tsv"
     evals: dict = field(default_factory=lambda: {"": "dev.tsv"})  # the first is required, others if there
     tests: dict = field(default_factory=dict)  # unlabelled sets, if there
+    instead: dict = field(default_factory=dict)  # {file: another one, where the folder has none of the keys}
     outputs: dict = field(default_factory=lambda: {"": "predictions.txt"})  # a submission's file, by set
     form: tuple = ("", "{label}")  # of a submission: its first line, and the line of an example
     header: tuple = ()  # columns of a file that does not name them
@@ -79,7 +82,7 @@ class Rows:
     """What a file holds. second: None for single texts, for choice a list of candidates each.
 
     labels: class ids or scores, for span (first character, the one behind the last), None where unlabelled.
-    skipped: rows that were left out because their annotators did not agree.
+    skipped: rows that were left out because their annotators did not agree; short: because they lack columns.
     """
     first: list
     second: list
@@ -87,6 +90,7 @@ class Rows:
     ids: list
     extra: dict = field(default_factory=dict)
     skipped: int = 0
+    short: int = 0
 
 
 # ---------------------------------------------------------------------------- readers
@@ -95,12 +99,18 @@ class Rows:
 def reader(items):
     """Makes a reader, (task, path, labelled) -> Rows, of a generator (task, path) of a file's rows.
 
-    A row is (where: its place for errors, id or None = its number from 0, texts, label or None, {extra}).
+    A row is (where: its place for errors, id or None = its number from 0, texts or None where it lacks some,
+    label or None, {extra}).
     """
     @functools.wraps(items)
     def read(task, path, labelled):
         found = Rows([], [] if len(task.text) > 1 else None, [] if labelled else None, [])
-        for number, (where, name, (first, *others), label, extra) in enumerate(items(task, path)):
+        for number, (where, name, texts, label, extra) in enumerate(items(task, path)):
+            if texts is None and labelled:
+                found.short += 1
+                continue
+            if texts is None:
+                raise SystemExit(f"{where}: lacks columns, but a test set must be whole; fetch it anew")
             if labelled and label is None:
                 raise SystemExit(f"{where}: has no {task.label}, so it is an unlabelled test split; train "
                                  f"and evaluate {task.title} on files with labels")
@@ -110,6 +120,7 @@ def reader(items):
             if labelled:
                 found.labels.append(label if task.kind == "span" else task.label_of(label, where))
             found.ids.append(str(number) if name is None else name)
+            first, *others = texts
             found.first.append(first)
             if others:
                 found.second.append(others if task.kind == "choice" else others[0])
@@ -117,6 +128,9 @@ def reader(items):
                 found.extra.setdefault(key, []).append(value)
         if not found.first:
             raise SystemExit(f"{path}: holds no row" + " with a gold label" * bool(found.skipped))
+        if not labelled and "{id}" in task.form[1] and len(twice := Counter(found.ids)) < len(found.ids):
+            raise SystemExit(f"{path}: two rows have the id {twice.most_common(1)[0][0]}; a submission tells "
+                             "rows apart by it, so give each its own")
         return found
     return read
 
@@ -129,7 +143,7 @@ def read_lines_of(path):
 
 def read_fields(path):
     """[(line number, fields)] of a .csv file, or of a .tsv file, in which quotes mean nothing."""
-    if path.suffix != ".csv":
+    if Path(path.name.removesuffix(".gz")).suffix != ".csv":
         return [(n, line.split("\t")) for n, line in read_lines_of(path)]
     rows, line = [], 1
     table = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
@@ -163,12 +177,16 @@ def read_table(task, path):
     if missing:
         raise SystemExit(f"{path}: has no column {', '.join(missing)}, its first line is "
                          f"{' '.join(header)[:80]!r}; give the official file of {task.title}")
-    wrong = [(line, len(fields)) for line, fields in rows if len(fields) != len(header)]
-    if wrong:  # QQP's official files have some
+    wrong = [(line, len(fields)) for line, fields in rows
+             if len(fields) != len(header) and not (task.ragged and len(fields) < len(header))]
+    if wrong:
         raise SystemExit(f"{path}, line {wrong[0][0]}: {wrong[0][1]} fields where the header has "
                          f"{len(header)}, and {len(wrong) - 1} more such lines; mend or delete them (for a "
                          f".tsv file `awk -F'\\t' 'NF == {len(header)}'` prints the others)")
     for line, fields in rows:
+        if len(fields) < len(header):
+            yield f"{path}, line {line}", None, None, None, {}
+            continue
         row = dict(zip(header, fields))
         first, *others = [row[name] for name in text]
         if task.stem:
@@ -181,8 +199,8 @@ def read_table(task, path):
 
 
 def labels_beside(path):
-    """Path of PIQA's labels of X.jsonl: X-labels.lst."""
-    return path.with_name(f"{path.stem}-labels.lst")
+    """Path of PIQA's labels of X.jsonl or X.jsonl.gz: X-labels.lst."""
+    return path.with_name(f"{Path(path.name.removesuffix('.gz')).stem}-labels.lst")
 
 
 @reader
@@ -305,7 +323,7 @@ TASKS = {task.name: task for task in (
     glue("sst2", "SST-2", ("sentence",), ("negative", "positive")),
     glue("qnli", "QNLI", ("question", "sentence"), ENTAILMENT, form=WORDS),
     glue("qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate"), label="is_duplicate",
-         metrics=("accuracy", "f1")),
+         metrics=("accuracy", "f1"), ragged=True),  # line breaks cut some rows of its official files
     glue("mnli", "MNLI", ("sentence1", "sentence2"), ("entailment", "neutral", "contradiction"), form=WORDS,
          label="gold_label", unsure="-", extra=(*DIAGNOSTIC, "Label"),
          evals={"": "dev_matched.tsv", "mm": "dev_mismatched.tsv",
@@ -320,7 +338,8 @@ TASKS = {task.name: task for task in (
          tests={"": "test.csv"}, outputs={"": "predictions.csv"}, form=("pred", "{label}")),
     glue("rte", "RTE", ("sentence1", "sentence2"), ENTAILMENT, form=WORDS),
     glue("mrpc", "MRPC", ("#1 String", "#2 String"), ("not_equivalent", "equivalent"), label="Quality",
-         metrics=("accuracy", "f1")),
+         metrics=("accuracy", "f1"),  # the original corpus has no dev split: its test split is evaluated on
+         instead={"train.tsv": "msr_paraphrase_train.txt", "dev.tsv": "msr_paraphrase_test.txt"}),
     glue("stsb", "STS-B", ("sentence1", "sentence2"), (), "regress", label="score", bounds=(0, 5),
          metrics=("pearson", "spearman"), form=("index\tprediction", "{id}\t{score:.3f}")),
     glue("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), metrics=("matthews",),
@@ -353,16 +372,24 @@ DEMO_TASKS = tuple(name for name, task in TASKS.items() if task.demo)
 
 
 def find_file(task, data_dir, name, required=True):
-    """Path of one of a task's files: in its folder in data_dir, glue/ or glue_data/, or in data_dir itself
-    where that is the task's folder. Without one: None, or if required SystemExit that says where to get it.
+    """Path of one of a task's files, gzipped or not: in its folder in data_dir, glue/ or glue_data/, or in
+    data_dir itself where that is the task's folder. Without one: None, or if required SystemExit that says
+    where to get it.
     """
     folders = [Path(data_dir, above, task.folder) for above in ("", "glue", "glue_data")]
     folders += [Path(data_dir)] if Path(data_dir).resolve().name == Path(task.folder).name else []
-    paths = [Path(os.path.normpath(folder / name)) for folder in folders]
+    paths = [folder / file for file in (name, f"{name}.gz") for folder in folders]
+    paths += [folder / task.instead[name] for folder in folders if name in task.instead
+              and not any((folder / file).exists() for file in task.instead)]
+    paths = [Path(os.path.normpath(path)) for path in paths]
     path = next((path for path in paths if path.is_file()), None)
     if path is None and required:
-        raise SystemExit(f"{paths[0]}: no such file; get {task.title} from {task.source} and give the folder "
-                         f"that holds {task.folder}/ as --data_dir")
+        if Path(data_dir).is_file():
+            raise SystemExit(f"--data_dir {data_dir}: is a file; give the folder that holds {task.folder}/")
+        folder = next((path for path in paths if path.is_dir()), None)
+        what = f"{folder}: is a folder" if folder else f"{paths[0]}: no such file"
+        raise SystemExit(f"{what}; get {task.title} from {task.source} and give the folder that holds "
+                         f"{task.folder}/ as --data_dir")
     return path
 
 

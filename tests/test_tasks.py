@@ -4,6 +4,7 @@ files are found where they lie, and that submissions have their benchmark's form
 Run: python -m pytest -q tests/test_tasks.py
 """
 import csv
+import gzip
 import json
 import random
 from types import SimpleNamespace
@@ -234,8 +235,10 @@ def test_files_are_found_in_every_place_and_missing_ones_named(tmp_path):
      "line 4: label '2'; those of SST-2 are negative, positive (or 0 to 1)"),
     ("sst2", "f.tsv", "text\tlabel\ngood\t1\n", "has no column sentence"),
     ("rte", "f.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tneutral\n", "line 2: label 'neutral'"),
-    ("qqp", "f.tsv", table(GLUE["qqp"][0], ["1"] * 6, ["1"] * 4, ["1"] * 2),
-     "line 3: 4 fields where the header has 6, and 1 more"),
+    ("rte", "f.tsv", table(GLUE["rte"][0], ["1"] * 4, ["1"] * 3, ["1"] * 2),
+     "line 3: 3 fields where the header has 4, and 1 more"),
+    ("qqp", "f.tsv", table(GLUE["qqp"][0], ["1"] * 4, ["1"] * 7), "line 3: 7 fields where the header has 6"),
+    ("qqp", "f.tsv", table(GLUE["qqp"][0], ["1"] * 4), "holds no row"),
     ("stsb", "f.tsv", table(GLUE["stsb"][0], [*"012345678", "5.5"]),
      "line 2: label '5.5'; those of STS-B are numbers from 0 to 5"),
     ("stsb", "f.tsv", table(GLUE["stsb"][0], [*"012345678", "nan"]), "label 'nan'"),
@@ -272,6 +275,73 @@ def test_piqa_mistakes_name_file_and_line(lines, labels, says, tmp_path):
     path = put(tmp_path / "train.jsonl", "\n".join(['{"goal": "g", "sol1": "a", "sol2": "b"}', *lines]))
     put(tmp_path / "train-labels.lst", labels)
     assert stop_line(rows, "piqa", path).startswith(f"{tmp_path}/{says}")
+
+
+def test_qqp_rows_that_lack_columns_are_left_out_and_counted(tmp_path):
+    header, lines, (first, second), labels, ids = GLUE["qqp"]
+    # a line break inside of a question leaves two short rows
+    path = put(tmp_path / "train.tsv", table(header, lines[0], ["4", "8", "9", "why"], ["now ?", "then ?", "1"], lines[1]))
+    found = rows("qqp", path)
+    assert (found.first, found.second, found.labels, found.ids, found.short) == (first, second, labels, ids, 2)
+    test = put(tmp_path / "test.tsv", table(["id", "question1", "question2"], ["0", "a", "b"], ["1", "a"]))
+    assert "test.tsv, line 3: lacks columns, but a test set must be whole" in stop_line(rows, "qqp", test, False)
+
+
+def test_two_rows_of_one_id_are_refused_where_a_submission_is_told_apart_by_it(tmp_path):
+    head, (one, two) = GLUE["rte"][:2]
+    path = put(tmp_path / "f.tsv", table(head, one, [one[0], *two[1:]]))
+    assert rows("rte", path).ids == ["0", "0"]  # nothing is lost where labels are known
+    path = put(path, table(head[:3], one[:3], [one[0], *two[1:3]]))
+    assert "f.tsv: two rows have the id 0;" in stop_line(rows, "rte", path, labelled=False)
+    path = put(tmp_path / "f.csv", "sent1,sent2,ending0,ending1,ending2,ending3\n" + 2 * "a,b,c,d,e,f\n")
+    assert rows("swag", path, labelled=False).ids == ["0", "1"]
+
+
+LAYOUTS = {"sst2": ("train.tsv", "sentence\tlabel\na cat\t1\n"), "swag": (
+    "train.csv", "sent1,sent2,ending0,ending1,ending2,ending3,label\na,b,c,d,e,f,1\n"),
+    "tracie": ("tracie_train_uniform_prior.txt", "event: a story: b\tanswer: positive\n"),
+    "piqa": ("train.jsonl", '{"goal": "g", "sol1": "a", "sol2": "b"}\n'),
+    "squad2": ("train-v2.0.json", squad_text(["cat"]))}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_files_of_tasks_may_be_gzipped_and_what_is_no_text_is_named(name, tmp_path):
+    file, content = LAYOUTS[name]
+    task, folder = TASKS[name], tmp_path / TASKS[name].folder
+    put(folder / "train-labels.lst", "1\n")
+    plain = rows(name, put(folder / file, content))
+    assert rows(name, put(folder / file, gzip.compress(content.encode()))) == plain  # whatever its name says
+    (folder / file).rename(folder / f"{file}.gz")
+    path = find_file(task, tmp_path, file)
+    assert path == folder / f"{file}.gz" and rows(name, path) == plain
+    for bad, says in ((b"PAR1", "is parquet"), (b"PK\x03\x04", "is zip"), (content.encode("utf-16"), "is UTF-16"),
+                      (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+                      (b"<!DOCTYPE html>\n<html>\n404", "is a web page"),
+                      (gzip.compress(content.encode())[:-9], "damaged gzip")):
+        line = stop_line(rows, name, put(path, bad))
+        assert line.startswith(f"{path}: ") and says in line
+
+
+def test_original_mrpc_stands_in_where_there_is_none_of_glues_files(tmp_path):
+    header, lines, texts, labels, ids = GLUE["mrpc"]
+    task, folder = TASKS["mrpc"], tmp_path / "MRPC"
+    for name in ("train", "test"):
+        put(folder / f"msr_paraphrase_{name}.txt", "\ufeff" + table(header, *lines).replace("\n", "\r\n"))
+    train, dev = find_file(task, tmp_path, task.train), evaluation_files(task, tmp_path)[""]
+    assert (train.name, dev.name) == ("msr_paraphrase_train.txt", "msr_paraphrase_test.txt")
+    found = rows("mrpc", dev)
+    assert ((found.first, found.second), found.labels, found.ids) == (texts, labels, ids)
+    put(folder / "dev.tsv", table(header, *lines))  # GLUE's is a part of the original training set
+    assert find_file(task, tmp_path, "dev.tsv") == folder / "dev.tsv"
+    assert "train.tsv: no such file" in stop_line(find_file, task, tmp_path, "train.tsv")
+
+
+def test_folder_in_the_place_of_a_file_and_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "RTE" / "train.tsv").mkdir(parents=True)
+    assert "RTE/train.tsv: is a folder; get RTE from" in stop_line(find_file, TASKS["rte"], tmp_path, "train.tsv")
+    path = put(tmp_path / "train.tsv", "x")
+    assert f"--data_dir {path}: is a file; give the folder that holds RTE/" == stop_line(
+        find_file, TASKS["rte"], path, "train.tsv")
 
 
 COUNTS = {  # rows of the real files; without "-" all of the official ones
