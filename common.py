@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import gzip
 import inspect
+import io
 import json
 import math
 import os
@@ -311,6 +312,33 @@ NO_TEXT = {b"\xfd7zXZ": ("xz", "unpack it first"), b"BZh": ("bzip2", "unpack it 
            b"version https://git-lfs": ("a pointer of git-lfs", "fetch the file itself with `git lfs pull`")}
 
 
+class Unpacked(io.RawIOBase):
+    """A gzipped file; SystemExit where it unfolds to more than 100 times its size: text does to 3 to 10."""
+
+    def __init__(self, path):
+        self.path, self.file, self.most = path, gzip.open(path), 100 * (os.path.getsize(path) + (1 << 16))
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def seek(self, *where):
+        return self.file.seek(*where)
+
+    def readinto(self, buffer):
+        size = self.file.readinto(buffer)
+        if self.tell() > self.most:
+            raise SystemExit(f"{self.path}: unfolds to more than 100 times its size, as no text does; unpack "
+                             "it first if it is right")
+        return size
+
+    def close(self):
+        self.file.close()
+        super().close()
+
+
 @contextlib.contextmanager
 def open_text(path):
     """A text file as a binary stream, unpacked where it is gzipped; SystemExit names what is no text."""
@@ -320,28 +348,18 @@ def open_text(path):
         if head.startswith(magic):
             raise SystemExit(f"{path}: is {what}, not text; {advice}")
     try:
-        with (gzip.open if head.startswith(b"\x1f\x8b") else open)(path, "rb") as f:
+        packed = head.startswith(b"\x1f\x8b")
+        with io.BufferedReader(Unpacked(path), 1 << 16) if packed else open(path, "rb") as f:
             yield f
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SystemExit(f"{path}: damaged gzip ({error}); fetch it anew") from None
-
-
-def check_unpacked(path, read):
-    """SystemExit where a gzipped file has unfolded to so much that it is no text: that has 3 to 10 times."""
-    if read > 100 * (os.path.getsize(path) + (1 << 16)):
-        raise SystemExit(f"{path}: unfolds to more than 100 times its size, as no text does; unpack it first "
-                         "if it is right")
 
 
 def read_text(path, advice="fetch it anew"):
     """Text of a UTF-8 file, gzipped or not, without its byte-order mark; SystemExit where there is none."""
     try:
         with open_text(path) as f:
-            parts = []
-            while part := f.read(1 << 20):
-                parts.append(part)
-                check_unpacked(path, f.tell())
-            text = b"".join(parts).decode("utf-8-sig")
+            text = f.read().decode("utf-8-sig")
     except OSError as error:
         raise SystemExit(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except UnicodeDecodeError as error:

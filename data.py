@@ -77,7 +77,8 @@ def open_packed(path, kind="", vocab=None):
     """
     import h5py
     if not Path(path).is_file():
-        raise SystemExit(f"{path}: no such file; pack it with `python data.py {kind or 'text'} ...`")
+        what = "is a folder, no packed file" if Path(path).is_dir() else "no such file"
+        raise SystemExit(f"{path}: {what}; pack it with `python data.py {kind or 'text'} ...`")
     try:
         with h5py.File(path, "r") as f:
             attributes = {name: value if isinstance(value, str) else value.item()

@@ -76,6 +76,9 @@ def caption_texts(path):
     """The pieces of a caption.json."""
     for video, row, size in read_captions(path):
         _, _, texts, problem = caption_rows(row)
+        if problem and video == "info":
+            raise SystemExit(f"{path}: annotations of COCO, not {{video id: captions}}; write its captions to "
+                             "a text file, one a line and a blank line behind those of an image")
         if problem:
             raise SystemExit(f"{path}: {video}: {problem}")
         yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size
@@ -392,7 +395,8 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
     check_files([csv_file] if Path(captions).is_dir() else [captions, csv_file], out)
     for folder in folders:
         if not folder.is_dir():
-            raise SystemExit(f"{folder}: no such folder of features")
+            what = "a file; give the folder" if folder.exists() else "no such folder"
+            raise SystemExit(f"{folder}: {what} of features, <video id>.npy each")
     vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
     tasks = read_tasks(csv_file)
     widths, seconds = sample_features(folders, list(tasks))
@@ -481,17 +485,29 @@ def read_tasks(path):
 
 
 def sample_features(folders, videos):
-    """-> (most frequent width in each folder, mean seconds a video), from about 100 files over the list."""
+    """-> (most frequent width in each folder, mean seconds a video), from about 100 files over the list.
+
+    SystemExit where a folder's arrays agree in their first axis and not in their last: channels come first.
+    """
     widths, lengths = [], []
     for folder in folders:
-        found = Counter()
-        for video in videos[::len(videos) // 100 + 1]:
-            array, _ = read_features(folder / f"{video}.npy", mmap_mode="r")
-            if array is not None:
-                found[array.shape[1]] += 1
-                lengths += [len(array)] if folder == folders[0] else []
-        widths.append(found.most_common(1)[0][0] if found else 0)
+        found = (read_features(feature_file(folder, video), mmap_mode="r")[0]
+                 for video in videos[::len(videos) // 100 + 1])
+        shapes = [array.shape for array in found if array is not None]
+        rows, columns = (Counter(axis).most_common() for axis in zip(*shapes or [(0, 0)]))
+        if len(rows) == 1 and 2 * columns[0][1] <= len(shapes):
+            raise SystemExit(f"{folder}: all arrays have {rows[0][0]} rows, and from {min(columns)[0]} to "
+                             f"{max(columns)[0]} columns; (seconds, channels) is wanted: where channels come "
+                             "first, save each array's transpose")
+        widths.append(columns[0][0])
+        lengths += [shape[0] for shape in shapes] if folder == folders[0] else []
     return widths, float(np.mean(lengths)) if lengths else 0.0
+
+
+def feature_file(folder, video):
+    """Path of a video's features: <video id>.npy, or named after the video's file as <video id>.mp4.npy."""
+    paths = [folder / f"{video}{suffix}.npy" for suffix in ("", ".mp4", ".webm", ".mkv")]
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def read_features(path, mmap_mode=None):
@@ -519,10 +535,11 @@ def video_frames(folders, video, widths):
     """
     parts, problems = [], []
     for folder, width in zip(folders, widths):
-        path = folder / f"{video}.npy"
+        path = feature_file(folder, video)
         array, problem = read_features(path)
         if array is not None and array.shape[1] != width:
-            problem = ("mis-shaped", f"{path}: {array.shape[1]} channels, the others have {width}")
+            problem = ("mis-shaped", f"{path}: {array.shape[1]} channels, the others have {width}"
+                       + "; its channels come first: transpose it" * (len(array) == width))
         if not problem:
             with np.errstate(over="ignore"):
                 array = array.astype(np.float16)

@@ -63,6 +63,7 @@ def test_blocks_refuse_what_they_cannot_read(shards, vocab, tmp_path):
     pack_text([tmp_path / "s1.txt"], other, tmp_path / "s2.h5")
     assert "s2.h5: packed with another vocabulary" in stop_line(data.TextBlocks, shards, 12)
     assert "no such file" in stop_line(data.TextBlocks, str(tmp_path / "x*.h5"), 12)
+    assert f"{tmp_path}: is a folder, no packed file; pack it" in stop_line(data.TextBlocks, str(tmp_path), 12)
     assert "too few" in stop_line(data.TextBlocks, str(tmp_path / "s0.h5"), 1003)
     assert "too few" in stop_line(data.TextBlocks, str(tmp_path / "s0.h5"), 1100, "val")
     assert "--block_size 2" in stop_line(data.TextBlocks, shards, 2)

@@ -6,11 +6,13 @@ Run: python -m pytest -q tests/test_examples.py
 import dataclasses
 import errno
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import finetune
 from common import keyed_integers, keyed_uniform
 from conftest import stop_line, tiny_clip_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, TaskModel
@@ -19,7 +21,7 @@ from parts.examples import (ANSWER_TOKENS, EVAL_TOKENS, QUESTION_TOKENS, WINDOW_
 from parts.tasks import TASKS, Rows, read_lines
 from parts.vocab import SPECIALS, Vocab
 from test_metrics import squad
-from test_tasks import MNLI_HEAD, put, rows, table
+from test_tasks import GLUE, MNLI_HEAD, put, rows, table
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'\"-:;()汶川"
 VOCAB = Vocab([*SPECIALS, *LETTERS, *(f"##{letter}" for letter in LETTERS), "the", "cat", "dog", "sat", "ran",
@@ -130,6 +132,18 @@ def test_rows_without_gold_label_are_counted(tmp_path):
     path = put(tmp_path / "dev.tsv", table([*MNLI_HEAD, "gold_label"], [*row, "neutral"], [*row, "-"]))
     examples = load_examples(TASKS["mnli"], path, VOCAB, 32, "", "dev")
     assert len(examples) == 1 and examples.skipped == 1
+
+
+def test_what_is_not_trained_on_is_said(tmp_path, capsys):
+    header, lines = GLUE["qqp"][:2]
+    path = put(tmp_path / "train.tsv", table(header, *lines, ["4", "8", "9", "why"]))
+    qqp = load_examples(TASKS["qqp"], path, VOCAB, 32, "", "train")
+    finetune.check_examples(TASKS["qqp"], SimpleNamespace(beside=(), name="x"), qqp, {"": qqp}, finetune.Config())
+    assert "QQP: 2 training examples, 2 to evaluate on, 2 rows that lack columns left out\n" in capsys.readouterr().out
+    path = put(tmp_path / "msr_paraphrase_test.txt", table(GLUE["mrpc"][0], *GLUE["mrpc"][1]))
+    mrpc = load_examples(TASKS["mrpc"], path, VOCAB, 32, "", "dev")
+    finetune.check_examples(TASKS["mrpc"], SimpleNamespace(beside=(), name="x"), mrpc, {"": mrpc}, finetune.Config())
+    assert ", evaluated on msr_paraphrase_test.txt\n" in capsys.readouterr().out
 
 
 def test_lines_of_standard_input_become_batches():

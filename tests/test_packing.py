@@ -142,6 +142,8 @@ def test_first_bytes_tell_how_text_is_laid_out(vocab, tmp_path, name, content, p
     (gzip.compress(b"the cat " * 999)[:40], "damaged gzip"), (b"\x1f\x8b\x08nothing", "damaged gzip"),
     (b'{"text": "a cat"}\n{"text": 3}\n', 'line 2: not a JSON object with a "text"'),
     (b'{"text": "a cat"}\n{"text": "a', "line 2: not a JSON object"), (b'{"id": 3}\n', "line 1: not a JSON"),
+    (b'{"info": {"year": 2014}, "images": [], "annotations": [{"image_id": 1, "id": 2, "caption": "A cat."}]}',
+     "annotations of COCO, .*; write its captions to a text file"),
     (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not a JSON")])
 def test_what_is_no_text_is_named(vocab, tmp_path, content, says):
     path = tmp_path / "a.txt"
@@ -413,6 +415,43 @@ def test_skip_bad_leaves_out_just_the_broken(vocab, tmp_path, capsys):
     assert maps["caption_offsets"].tolist() == [0, 3, 5, 8] and np.isfinite(maps["frames"]).all()
 
 
+def test_features_named_after_the_videos_file_are_read(vocab, tmp_path):
+    pack_videos(vocab=vocab, **howto(tmp_path / "a"))
+    files = howto(tmp_path / "b")
+    for name, suffix in (("v0", ".mp4"), ("v1", ".webm"), ("v2", ".mkv")):
+        (files["feat2d"] / f"{name}.npy").rename(files["feat2d"] / f"{name}{suffix}.npy")
+    np.save(files["feat2d"] / "v3.mp4.npy", np.zeros(3))  # beside v3.npy, which counts
+    pack_videos(vocab=vocab, **files)
+    assert (tmp_path / "a" / "videos.h5").read_bytes() == (tmp_path / "b" / "videos.h5").read_bytes()
+
+
+def test_transposed_features_and_a_file_in_a_folders_place_are_said(vocab, tmp_path, capsys):
+    args, f2 = howto(tmp_path), tmp_path / "f2"
+    np.save(f2 / "v1.npy", np.zeros((4, 10)))
+    assert "(1 mis-shaped)" in stop_line(pack_videos, vocab=vocab, **args)
+    assert "v1.npy: 10 channels, the others have 4; its channels come first: transpose it" in capsys.readouterr().out
+    for v in range(4):
+        np.save(f2 / f"v{v}.npy", np.zeros((4, 10 + v)))
+    assert stop_line(pack_videos, vocab=vocab, skip_bad=True, **args) == (
+        f"{f2}: all arrays have 4 rows, and from 10 to 13 columns; (seconds, channels) is wanted: where channels "
+        "come first, save each array's transpose")
+    file = args["captions"]
+    assert f"{file}: a file; give the folder of features" in stop_line(
+        pack_videos, vocab=vocab, **args | {"feat2d": file})
+    assert f"{f2}: is a folder; give the files in it" in stop_line(pack_videos, vocab=vocab, **args | {"csv_file": f2})
+    assert f"{f2}: is a folder" in stop_line(pack_text, [f2], vocab, tmp_path / "o.h5")
+
+
+def test_lists_of_videos_and_captions_may_be_gzipped(vocab, tmp_path):
+    pack_videos(vocab=vocab, **howto(tmp_path / "a"))
+    files = howto(tmp_path / "b")
+    for name in ("captions", "csv_file"):
+        files[name].write_bytes(gzip.compress(files[name].read_bytes()))
+    pack_videos(vocab=vocab, **files)
+    assert (tmp_path / "a" / "videos.h5").read_bytes() == (tmp_path / "b" / "videos.h5").read_bytes()
+    assert pack_text([files["captions"]], vocab, tmp_path / "t.h5")["documents"] == 4
+
+
 def test_problems_on_screen_are_bounded_and_all_in_the_file(vocab, tmp_path, capsys):
     args = howto(tmp_path, [f"v{i}" for i in range(60)])
     for i in range(50):
@@ -442,6 +481,9 @@ def test_2d_alone_and_videos_without_words(vocab, tmp_path, capsys):
     ("csv_file", "video_id,task_id\nv0,abc\n", "line 2"),
     ("csv_file", "video_id,task_id\n,3\n", "no video_id"),
     ("csv_file", "video_id,task_id\n", "names no video"),
+    ("captions", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("captions", "PAR1", "is parquet"),
+    ("csv_file", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("csv_file", "PK\x03\x04", "is zip"),
+    ("captions", "<!DOCTYPE html>", "not a JSON object"), ("csv_file", "<!DOCTYPE html>", "no columns video_id"),
 ])
 def test_malformed_lists_end_in_one_line(vocab, tmp_path, name, content, says):
     args = howto(tmp_path)

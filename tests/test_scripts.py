@@ -353,6 +353,10 @@ def test_demo_with_a_teacher_that_saw_no_video_prints_its_table(demo, teacher_co
                                            data_dir=str(demo), out_dir=str(tmp_path / "run")))
     out = capsys.readouterr().out
     assert "material" in results["probes"] and "fills in" in out and "text-to-video" not in out
+    videos = str(demo / "demo-s0" / "videos.h5")
+    cfg = distill.Config(**QUICK_STUDENT, objective="nst", teacher=str(tmp_path / "mlm"), videos=videos,
+                         data_dir=str(demo), out_dir=str(tmp_path / "other"))
+    refused(f"--videos {videos}: nothing reads them, as --teacher .* has no video encoder", lambda: chain.distill(cfg))
 
 
 # ---------------------------------------------------------------------------- commands
