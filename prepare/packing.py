@@ -77,8 +77,8 @@ def caption_texts(path):
     for video, row, size in read_captions(path):
         _, _, texts, problem = caption_rows(row)
         if problem and video == "info":
-            raise SystemExit(f"{path}: annotations of COCO, not {{video id: captions}}; write its captions to "
-                             "a text file, one a line and a blank line behind those of an image")
+            raise SystemExit(f"{path}: annotations of COCO, not {{video id: captions}}; write its captions "
+                             "to a text file, one a line and a blank line behind those of an image")
         if problem:
             raise SystemExit(f"{path}: {video}: {problem}")
         yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size

@@ -116,7 +116,7 @@ def test_of_a_token_that_stands_twice_the_last_line_counts(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, content, says", [
     ("vocab.txt", b"[PAD]\nthe\ncat\n", "has no [UNK] [CLS]"),
-    ("vocab.txt", b"\xff\xfe\x00", "line 1: not UTF-8"), ("vocab.txt", b"\n", "is empty"),
+    ("vocab.txt", b"\xff\xff\x00", "line 1: not UTF-8"), ("vocab.txt", b"\n", "is empty"),
     ("tokenizer.json", b"{", "line 1: broken JSON"),
     ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {}}}', "WordPiece"),
     ("config.json", b"[]", "no object"), ("x.h5", b"\x89HDF", "not a packed file"),
