@@ -39,6 +39,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  what an optimizer imports: seconds
 import torch.distributed as dist  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,7 +98,7 @@ def commands(data):
         "distill": QUICK_STUDENT | STEPS | eval_every | dict(grad_every=6, train=world / "corpus.h5",
                                                              teacher=teacher),
         "adapt_xdbert": QUICK_ADAPTATION | STEPS | eval_every | dict(
-            train=world / "pairs.h5", language=teacher, clip=data / "clip"),
+            block_size=24, train=world / "pairs.h5", language=teacher, clip=data / "clip"),
         "finetune": STEPS | dict(tasks="sst2", data_dir=data / "glue", model=teacher, lr=1e-3, max_length=32,
                                  seeds=2)}
     found = {script: [f"--{name}={value}" for name, value in flags.items()]
@@ -392,9 +393,9 @@ class Round:
     def __init__(self, args, whole, number):
         self.rng = rng = random.Random(f"{args.seed}/{number}")
         self.number, self.whole = number, whole
-        self.script = args.script or pick(rng, SCRIPTS)
-        self.ranks = args.ranks or pick(rng, {1: 3, 2: 2})
-        self.kind = args.kind or pick(rng, KINDS)
+        drawn = pick(rng, SCRIPTS), pick(rng, {1: 3, 2: 2}), pick(rng, KINDS)
+        asked = args.script, args.ranks, args.kind
+        self.script, self.ranks, self.kind = (a or b for a, b in zip(asked, drawn))
         self.real = rng.random() < args.real
         self.folder = args.work / f"round{args.seed}-{number}"
         self.cwd, self.told, self.counts = self.folder / "cwd", [], collections.Counter()
