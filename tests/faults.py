@@ -2,19 +2,20 @@
 
     python tests/faults.py --rounds 100 --seed 0                         # of every kind, two at once
     python tests/faults.py --rounds 20 --script distill --ranks 2 --kind save
-    python tests/faults.py --rounds 1 --seed 0 --first 37                # repeats round 37 of seed 0
+    python tests/faults.py --rounds 1 --seed 0 --first 37                # round 37 of seed 0 again
 
-A round starts one of the four scripts, each with 24 steps and 4 saves, and disturbs it once to three times:
-    moment     a signal to one process or all of them, at any time
-    operation  a signal exactly before the n-th operation on a file
-    save       SIGKILL before an operation on checkpoint or model, or with half of the file written
-    torn       SIGKILL with half a line in a text file that was just opened, or half of a tensor file
-    full       no space left at the n-th operation that needs some
-    damage     any of these; then the newest checkpoint is damaged, in one of nine ways
-After each it starts the same command again (--resume auto, at times --resume). In the end weights,
-checkpoint, log, results and the list of files must equal those of a run that nobody disturbed, bit for bit but
-for times; on the way each process that was not killed must end by itself, in one line. Processes are forks of
-this one, which has PyTorch loaded; --real is the share of rounds that start `python` or `torchrun` instead.
+A round starts one of the four scripts, with 24 steps and 4 saves, and disturbs it once to three times:
+    moment     a signal to one process, or to all, at any time
+    operation  a signal exactly before an operation on a file
+    save       SIGKILL before an operation on a checkpoint or a model, or with half of the file written
+    torn       SIGKILL with half a line in a text file that was just opened, or with half of a tensor file
+    full       no space left at an operation that needs some
+    damage     a signal as above; then the newest checkpoint is damaged in one of nine ways
+Then the same command is started again (--resume auto, at times --resume), with or without the dead processes
+still in the table of processes. In the end weights, checkpoint, log, results and the list of files must equal
+those of a run that nobody disturbed, bit for bit but for times; nothing may be trained again that was saved;
+and each process that was not killed must end by itself, in one line. Processes are forks of this one, which
+has PyTorch loaded; of moment and damage a share (--real) starts `python` or `torchrun` instead. Linux only.
 """
 import argparse
 import collections
@@ -25,6 +26,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import runpy
 import shutil
 import signal
@@ -38,29 +40,30 @@ import zipfile
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402, F401  what an optimizer imports: seconds
 import torch.distributed as dist  # noqa: E402
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-torch.set_num_threads(1)
-import safetensors.torch  # noqa: E402
-from conftest import QUICK_STUDENT, QUICK_TEACHER  # noqa: E402
+from conftest import QUICK_STUDENT, QUICK_TEACHER  # noqa: E402  sets one thread, too
 from test_ddp import QUICK_ADAPTATION, flat, pairs_and_tower  # noqa: E402
 
 from parts.machine import peak_flops  # noqa: E402
 from prepare import chain  # noqa: E402, F401  what the scripts import
 from prepare.world import make_demo  # noqa: E402
-from run import code_hash  # noqa: E402
+from run import CHECKPOINTS, code_hash  # noqa: E402
 
 STEPS = dict(max_steps=24, save_every=6, log_every=1, batch_size=8, device="cpu")
-KINDS = {"moment": 4, "operation": 4, "save": 4, "torn": 2, "full": 3, "damage": 4}  # how often
-SCRIPTS = {"distill": 3, "teacher": 2, "adapt_xdbert": 2, "finetune": 2}
+SCRIPTS = {"distill": 3, "teacher": 2, "adapt_xdbert": 2, "finetune": 2}  # how often
+KINDS = {"moment": 4, "operation": 4, "save": 4, "torn": 2, "full": 3, "damage": 5}
 SIGNALS = {"SIGKILL": 3, "SIGTERM": 2, "SIGINT": 1}
 WAYS = ("empty", "half", "last byte", "bit of a tensor", "bytes of the directory", "zeros", "text",
         "another script's", "missing record")
-LIMIT = 60  # seconds in which a process must end when its peer has died
+SAVES = ("checkpoint.pt", "best.pt", "/model/")  # in the paths of what belongs to a save
+NEEDS_SPACE = ("open", "os.mkdir", "os.rename", "save")
+HEARD = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync", "save")
+LIMIT = 60  # seconds in which a process must end when another one of its group has
 TIMES = ("seconds", "finished", "examples_per_s", "tokens_per_s", "mfu", "memory_mb")
 
 
@@ -69,181 +72,162 @@ def pick(rng, weights):
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
-# ---------------------------------------------------------------------------- commands
-
-
 def commands(data):
-    """{script: its flags}, on files in the folder `data`, which are made where they are missing."""
-    world, teacher = data / "world", data / "teacher"
-    if not (data / "commands.json").exists():
-        make_demo(data / "demo" / "demo-s0", 0)
-        world.mkdir()
-        for name in ("corpus.h5", "videos.h5"):  # without raw/ beside them no probes are computed
-            shutil.copy(data / "demo" / "demo-s0" / name, world)
-        pairs, clip = pairs_and_tower(data / "demo" / "demo-s0", data)
-        shutil.copy(pairs, world / "pairs.h5")
-        for split, source, rows in (("train", "train", 96), ("dev", "dev", 24), ("test", "dev_seen", 8)):
-            lines = (data / f"demo/demo-s0/raw/tasks/mishap/{source}.tsv").read_text().splitlines()[1:rows + 1]
-            texts = [line.split("\t")[:2] for line in lines]
-            table = [["index", "sentence"], *([str(i), text] for i, (text, _) in enumerate(texts))]
-            if split != "test":
-                table = [["sentence", "label"], *texts]
-            (data / "glue" / "SST-2").mkdir(parents=True, exist_ok=True)
-            (data / "glue" / "SST-2" / f"{split}.tsv").write_text(
-                "".join("\t".join(row) + "\n" for row in table))
-    videos = dict(videos=world / "videos.h5")
-    eval_every = dict(eval_every=6)
-    found = {
-        "teacher": QUICK_TEACHER | STEPS | eval_every | videos,
-        "distill": QUICK_STUDENT | STEPS | eval_every | dict(grad_every=6, train=world / "corpus.h5",
-                                                             teacher=teacher),
-        "adapt_xdbert": QUICK_ADAPTATION | STEPS | eval_every | dict(
-            block_size=24, train=world / "pairs.h5", language=teacher, clip=data / "clip"),
-        "finetune": STEPS | dict(tasks="sst2", data_dir=data / "glue", model=teacher, lr=1e-3, max_length=32,
-                                 seeds=2)}
+    """{script: its flags}, on files in the folder `data`, which are made where it is new."""
+    if (data / "commands.json").exists():
+        return json.loads((data / "commands.json").read_text())
+    demo, world, teacher = make_demo(data / "demo" / "demo-s0", 0), data / "world", data / "teacher"
+    world.mkdir()
+    pairs, clip = pairs_and_tower(demo, data)
+    for name in ("corpus.h5", "videos.h5", Path(pairs).name):  # without raw/ beside them no probes are computed
+        shutil.copy(demo / name, world)
+    (data / "glue" / "SST-2").mkdir(parents=True)
+    for split, source, n in (("train", "train", 96), ("dev", "dev", 24), ("test", "dev_seen", 8)):
+        rows = (demo / "raw" / "tasks" / "mishap" / f"{source}.tsv").read_text().splitlines()[1:n + 1]
+        head = "sentence\tlabel"
+        if split == "test":
+            head, rows = "index\tsentence", [f"{i}\t{row.split(chr(9))[0]}" for i, row in enumerate(rows)]
+        (data / "glue" / "SST-2" / f"{split}.tsv").write_text("\n".join([head, *rows, ""]))
+    steps = STEPS | dict(eval_every=6)
+    found = {"teacher": QUICK_TEACHER | steps | dict(videos=world / "videos.h5"),
+             "distill": QUICK_STUDENT | steps | dict(grad_every=6, train=world / "corpus.h5", teacher=teacher),
+             "adapt_xdbert": QUICK_ADAPTATION | steps | dict(block_size=24, train=world / Path(pairs).name,
+                                                             language=teacher, clip=clip),
+             "finetune": STEPS | dict(tasks="sst2", data_dir=data / "glue", model=teacher, lr=1e-3,
+                                      max_length=32, seeds=2)}
     found = {script: [f"--{name}={value}" for name, value in flags.items()]
              for script, flags in found.items()}
-    if not teacher.exists():
-        launch = Launch("teacher", [*found["teacher"], f"--out_dir={teacher}"], 1, data)
-        assert launch.wait() == [0], launch.output()
+    launch = Launch("teacher", [*found["teacher"], f"--out_dir={teacher}"], 1, data / "made")
+    assert launch.wait() == [0], launch.output()
     (data / "commands.json").write_text(json.dumps(found))
     return found
 
 
 # ---------------------------------------------------------------------------- a process and its faults
 
-SAVES = ("checkpoint.pt", "best.pt", "model.safetensors", "/model/")
-NEEDS_SPACE = ("open", "os.mkdir", "os.rename", "save")
-
 
 class Faults:
-    """Counts operations on files below the working folder, and strikes at the n-th.
+    """Notes operations on files below the working folder, a line each, and strikes at the n-th or the next
+    of `events`. how: signal, torn, or full."""
 
-    how: count, signal, torn or full; journal: a file for a line an operation.
-    """
-
-    def __init__(self, journal, n=0, how="count", number=signal.SIGKILL, to_all=False):
-        self.journal, self.n, self.how, self.number, self.to_all = journal, n, how, number, to_all
-        self.count, self.inside, self.root = 0, False, os.getcwd() + "/"
+    def __init__(self, log, n=0, events=HEARD, how="signal", number=signal.SIGKILL, to_all=False):
+        self.log, self.n, self.events, self.how, self.number, self.to_all = log, n, events, how, number, to_all
+        self.count, self.inside, self.root = 0, False, f"{os.getcwd()}/"
 
     def arm(self):
-        """Hears Python's audit events, and makes audit events of what has none: torch, safetensors, fsync."""
-        torch.save = self.watched(torch.save, 1)
-        safetensors.torch.serialize_file = self.watched(safetensors.torch.serialize_file, 1)
-        os.fsync = lambda f: self.hear("os.fsync", (os.readlink(f"/proc/self/fd/{f}"),))
+        """Hears Python's audit events, and makes such of what has none: writers of tensors, and fsync."""
+        torch.save = self.writer(torch.save)
+        safetensors.torch.serialize_file = self.writer(safetensors.torch.serialize_file)
+        os.fsync = lambda f: self.hear("os.fsync", [os.readlink(f"/proc/self/fd/{f}")])
         sys.addaudithook(self.hear)
 
     def hear(self, event, args):
-        if self.inside or event not in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync"):
+        if self.inside or event not in HEARD or isinstance(args[0], int):
             return
-        if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR) or isinstance(args[0], int):
+        if event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR):
             return
         path = os.path.join(self.root, os.fsdecode(args[0]))
-        if path.startswith(self.root) and self.due(event, path.removeprefix(self.root)):
-            self.strike(lambda: self.half(path) if event == "open" else None)
+        if path.startswith(self.root) and self.due(event, path):
+            if self.how == "full":
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if self.how == "torn":
+                with open(path, "a") as f:
+                    f.write('{"step": 4')
+            self.kill()
 
-    def watched(self, save, place):
-        def call(*args, **kw):
-            path = os.fspath(args[place])
+    def writer(self, save):
+        """torch.save or safetensors' writer, of which a fault leaves half a file."""
+        def call(value, to, **kw):
+            path = os.path.join(self.root, getattr(to, "name", to))
             if not self.due("save", path):
-                return save(*args, **kw)
-            if self.how == "full":  # what the library makes of it is part of the test
-                args = [*args[:place], "/dev/full", *args[place + 1:]]
-                return save(*args, **kw)
-
-            def half():
-                save(*args, **kw)
-                os.truncate(path, os.path.getsize(path) // 2)
-            self.strike(half)
-            return save(*args, **kw)
+                return save(value, to, **kw)
+            if self.how == "signal":
+                self.kill()
+                return save(value, to, **kw)
+            save(value, f"{self.log}.size", **kw)
+            before = resource.getrlimit(resource.RLIMIT_FSIZE)
+            half = os.path.getsize(f"{self.log}.size") // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))  # the kernel refuses what is beyond
+            try:
+                return save(value, to, **kw)
+            finally:
+                if self.how == "torn":
+                    self.kill()
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
         return call
-
-    def half(self, path):
-        with open(path, "a") as f:
-            f.write('{"step": 4')
 
     def due(self, event, path):
         self.count += 1
+        struck = bool(self.n) and self.count >= self.n and event in self.events
         self.inside = True
-        with open(self.journal, "a") as f:
-            f.write(f"{event} {path}\n")
+        with open(f"{self.log}.journal", "a") as f:
+            f.write(f"{event} {path.removeprefix(self.root)}{' STRUCK' * struck}\n")
         self.inside = False
-        return self.count == self.n and self.how != "count"
+        if struck:
+            self.n = 0
+        return struck
 
-    def strike(self, half):
-        self.inside = True
-        Path(f"{self.journal}.struck").touch()
-        if self.how == "full":
-            self.inside = False
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        if self.how == "torn":
-            half()
+    def kill(self):
         if self.to_all:
             os.killpg(0, self.number)
         os.kill(os.getpid(), self.number)
-        self.inside = False
 
 
 class Launch:
-    """One start of a command with 1 or 2 processes, in the folder `cwd`; logs go beside it."""
+    """One start of a command with 1 or 2 processes in the folder `cwd`; its logs go beside that.
 
-    def __init__(self, script, flags, ranks, cwd, faults=(), real=False):
-        self.cwd, self.real, self.ended = Path(cwd), real, {}
-        self.cwd.mkdir(parents=True, exist_ok=True)
-        n = next(n for n in itertools.count() if not Path(f"{cwd}.log{n}.0").exists())
-        self.log = f"{cwd}.log{n}"
-        if real:
-            start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run",
-                                                         "--standalone", f"--nproc_per_node={ranks}"]
-            with open(f"{self.log}.0", "w") as f:
-                self.process = subprocess.Popen(
-                    [*start, str(ROOT / f"{script}.py"), *flags], stdout=f, stderr=f, cwd=cwd,
-                    start_new_session=True)
-            self.pids = [self.process.pid]
-            return
+    faults: of the main process. real: as `python` or `torchrun`, not as forks.
+    """
+
+    def __init__(self, script, flags, ranks, cwd, faults=None, real=False):
+        self.real, self.pids, self.ended = real, [], {}
+        cwd.mkdir(parents=True, exist_ok=True)
+        self.log = next(f"{cwd}.{n}" for n in itertools.count() if not Path(f"{cwd}.{n}.rank0").exists())
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
-        self.pids = []
+        if real:
+            torchrun = ["-m", "torch.distributed.run", f"--master_port={port}", f"--nproc_per_node={ranks}"]
+            with open(f"{self.log}.rank0", "w") as f:
+                self.process = subprocess.Popen(
+                    [sys.executable, *torchrun * (ranks > 1), str(ROOT / f"{script}.py"), *flags], stdout=f,
+                    stderr=f, cwd=cwd, start_new_session=True)
+            self.pids.append(self.process.pid)
+            return
         for rank in range(ranks):
-            alone = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
-            sys.stdout.flush()
+            group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             pid = os.fork()
             if not pid:
-                self.become(script, flags, rank, alone, dict(faults) if rank == 0 else {})
+                self.become(script, flags, rank, group if ranks > 1 else {}, cwd, faults or {})
             self.pids.append(pid)
-            with contextlib.suppress(OSError):  # both sides do it: neither may be late
+            with contextlib.suppress(OSError):  # here and there: neither may be late
                 os.setpgid(pid, self.pids[0])
 
-    def become(self, script, flags, rank, environment, faults):
+    def become(self, script, flags, rank, group, cwd, faults):
         """The child: runs the script as `python script.py` does, and ends as that would. Never returns."""
-        status = 70
+        status = 1
         try:
             with contextlib.suppress(OSError):
                 os.setpgid(0, self.pids[0] if self.pids else 0)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            log = os.open(f"{self.log}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for f in (1, 2):
-                os.dup2(log, f)
-            os.chdir(self.cwd)
-            os.environ.update(environment)
-            sys.argv = [f"{script}.py", *flags]
-            init = dist.init_process_group
+            log = os.open(f"{self.log}.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.chdir(cwd)
+            os.environ.update({name: str(value) for name, value in group.items()})
+            init, sys.argv = dist.init_process_group, [f"{script}.py", *flags]
 
             def joined(*args, **kw):
                 init(*args, **kw)
                 Path(f"{self.log}.joined{rank}").touch()
             dist.init_process_group = joined
-            Faults(f"{self.log}.journal{rank}", **faults).arm()
+            if rank == 0:
+                Faults(self.log, **faults).arm()
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
             status = 0
         except SystemExit as end:
             status = end.code if isinstance(end.code, int) else 1
             if isinstance(end.code, str):
                 print(end.code, flush=True)
-                if "\n" in end.code or len(end.code) > 300 or not end.code:
-                    print("NOT ONE LINE", flush=True)
         except KeyboardInterrupt:  # before the script could have caught it
             status = 130
         except BaseException:
@@ -253,72 +237,57 @@ class Launch:
                 sys.stdout.flush()
             os._exit(status)
 
-    def children(self):
-        """The processes that torchrun started."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
+    def signal(self, seconds, number, to_all, rng):
+        """Sends a signal after so many seconds, counted from when the processes know each other."""
+        ready = [Path(f"{self.log}.joined{rank}") for rank in range(len(self.pids))] * (len(self.pids) > 1)
+        ready, began = [Path(f"{self.log}.rank0")] if self.real else ready, None
+        while not began or time.monotonic() < began + seconds:
+            if self.poll():
+                return ""
+            if not began and all(path.exists() and (path.stat().st_size or not self.real) for path in ready):
+                began = time.monotonic()
+            time.sleep(0.002)
+        alive, workers = [pid for pid in self.pids if pid not in self.ended], []
+        for path in Path("/proc").glob("[0-9]*/stat") if self.real else ():  # torchrun's
             with contextlib.suppress(OSError):
                 if int(path.read_text().rpartition(")")[2].split()[1]) == self.pids[0]:
-                    found.append(int(path.parent.name))
-        return found
-
-    def disturb(self, seconds, number, to_all, rng):
-        """Sends a signal after so many seconds, counted from when the processes know each other."""
-        began, first = time.monotonic(), len(self.pids) > 1
-        ready = [Path(f"{self.log}.joined{rank}") for rank in range(len(self.pids))] if first else []
-        if self.real:
-            ready = [Path(f"{self.log}.0")]
-        while not all(path.exists() and (not self.real or path.stat().st_size) for path in ready):
-            if self.poll() or time.monotonic() - began > LIMIT:
-                return False
-            time.sleep(0.002)
-        began = time.monotonic()
-        while time.monotonic() - began < seconds:
-            if self.poll():
-                return False
-            time.sleep(0.002)
-        alive = [pid for pid in self.pids if pid not in self.ended]
-        if self.real:
-            workers = self.children()
-            alive = [*alive, *workers] if to_all or not workers else [rng.choice(workers)]
-        for pid in alive if to_all else [rng.choice(alive)]:
+                    workers.append(int(path.parent.name))
+        for pid in [*alive, *workers] if to_all else [rng.choice(workers or alive)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-        return True
+        return f"after {seconds:.2f} s"
 
     def poll(self):
-        """Whether all have ended."""
+        """Whether all have ended; they stay in the table of processes."""
         for pid in self.pids:
-            if pid not in self.ended:
-                found, status = os.waitpid(pid, os.WNOHANG)
-                if found:
-                    self.ended[pid] = os.waitstatus_to_exitcode(status)
+            if pid not in self.ended and (end := os.waitid(
+                    os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+                self.ended[pid] = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
         return len(self.ended) == len(self.pids)
 
     def wait(self):
-        """Exit statuses by rank, negative for a signal; "hung" where a process had to be killed."""
+        """Exit statuses by rank, negative for a signal; "hung" where this had to end a process."""
         began, first, hung = time.monotonic(), None, []
         while not self.poll():
-            now = time.monotonic()
-            first = first or (now if self.ended else None)
-            if now - (first or began) > (LIMIT if first else 4 * LIMIT):
+            first = first or time.monotonic() * bool(self.ended)
+            if time.monotonic() > (first + LIMIT if first else began + 4 * LIMIT) and not hung:
                 hung = [pid for pid in self.pids if pid not in self.ended]
                 for pid in hung:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.005)
         return ["hung" if pid in hung else self.ended[pid] for pid in self.pids]
 
+    def bury(self):
+        while self.pids:
+            os.waitpid(self.pids.pop(), 0)
+
     def output(self):
-        return "".join(path.read_text(errors="replace") for rank in range(len(self.pids))
-                       if (path := Path(f"{self.log}.{rank}")).exists())
+        return "".join(Path(f"{self.log}.rank{rank}").read_text(errors="replace")
+                       for rank in range(2) if Path(f"{self.log}.rank{rank}").exists())
 
     def journal(self):
-        path = Path(f"{self.log}.journal0")
+        path = Path(f"{self.log}.journal")
         return [line.split(" ", 1) for line in path.read_text().splitlines()] if path.exists() else []
-
-    def struck(self):
-        """The operation at which a fault struck, or None."""
-        return self.journal()[-1] if Path(f"{self.log}.journal0.struck").exists() else None
 
 
 # ---------------------------------------------------------------------------- damage and comparison
@@ -327,25 +296,23 @@ class Launch:
 def damage(path, way, rng, other):
     """Damages a checkpoint in one of WAYS; other: a whole checkpoint of another script."""
     content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: archive.read(record) for record in archive.infolist()}
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
     if way == "bit of a tensor":
-        with zipfile.ZipFile(path) as archive:
-            record = max(archive.infolist(), key=lambda record: record.file_size)
-        content[record.header_offset + 200 + rng.randrange(record.file_size - 200)] ^= 1 << rng.randrange(8)
+        at = content.find(records[largest.filename], largest.header_offset)
+        content[at + rng.randrange(largest.file_size)] ^= 1 << rng.randrange(8)
     elif way == "bytes of the directory":
-        begin = content.find(b"PK\x01\x02")
-        for _ in range(8):
-            content[rng.randrange(begin, len(content))] ^= rng.randrange(1, 256)
-    elif way == "missing record":
-        with zipfile.ZipFile(path) as archive:
-            records = {record.filename: archive.read(record) for record in archive.infolist()}
+        for at in rng.sample(range(content.find(b"PK\x01\x02"), len(content)), 8):
+            content[at] ^= rng.randrange(1, 256)
+    path.write_bytes({"empty": b"", "half": content[:len(content) // 2], "last byte": content[:-1],
+                      "zeros": bytes(len(content)), "text": b"no checkpoint\n",
+                      "another script's": other.read_bytes()}.get(way, content))
+    if way == "missing record":
         del records[rng.choice([name for name in records if "/data" in name])]
         with zipfile.ZipFile(path, "w") as archive:
             for name, part in records.items():
                 archive.writestr(name, part)
-        return
-    path.write_bytes({"empty": b"", "half": content[:len(content) // 2], "last byte": content[:-1],
-                      "zeros": bytes(len(content)), "text": b"no checkpoint\n",
-                      "another script's": other.read_bytes()}.get(way, content))
 
 
 def timeless(value):
@@ -358,30 +325,23 @@ def timeless(value):
 def content_of(path):
     """What of a file must be equal in every run of a command."""
     if path.name == "config.json" and (path.parent / "log.jsonl").exists():
-        config = json.loads(path.read_text())
-        return config["hashes"], {**config["config"], "resume": ""}
-    if path.suffix == ".json":
-        return timeless(json.loads(path.read_text()))
-    if path.name == "log.jsonl":
-        return [timeless(json.loads(line)) for line in path.read_text().splitlines()]
-    if path.suffix == ".pt":
-        state = flat(torch.load(path, weights_only=True))
-        return {name: x.numpy().tobytes() if torch.is_tensor(x) else x for name, x in state.items()
-                if name not in ("/seconds", "/config/resume")}
-    return None if path.suffix == ".prev" else path.read_bytes()
+        found = json.loads(path.read_text())
+        return found["hashes"], found["config"] | {"resume": ""}
+    if path.suffix in (".json", ".jsonl"):
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        return [timeless(json.loads(line)) for line in lines]
+    if path.suffix not in (".pt", ".prev"):
+        return path.read_bytes()
+    state = flat(torch.load(path, weights_only=True))  # the one before must be readable, but may be of any step
+    return path.suffix == ".pt" and {
+        name: x.numpy().tobytes() if torch.is_tensor(x) else x for name, x in state.items()
+        if name not in ("/seconds", "/config/resume")}
 
 
 def leaves(folder):
     """{path: content_of} of all that a run leaves."""
     return {str(path.relative_to(folder)): path.is_file() and content_of(path)
             for path in sorted(folder.rglob("*"))}
-
-
-def unlike(a, b):
-    """What of two `leaves` differs, in words; "" where nothing does."""
-    if a.keys() != b.keys():
-        return f"files: missing {sorted(a.keys() - b.keys())}, stray {sorted(b.keys() - a.keys())}"
-    return ", ".join(f"{name} differs" for name in a if a[name] != b[name])
 
 
 # ---------------------------------------------------------------------------- rounds
@@ -392,21 +352,13 @@ class Round:
 
     def __init__(self, args, whole, number):
         self.rng = rng = random.Random(f"{args.seed}/{number}")
-        self.number, self.whole = number, whole
-        drawn = pick(rng, SCRIPTS), pick(rng, {1: 3, 2: 2}), pick(rng, KINDS)
-        asked = args.script, args.ranks, args.kind
-        self.script, self.ranks, self.kind = (a or b for a, b in zip(asked, drawn))
-        self.real = rng.random() < args.real
-        self.folder = args.work / f"round{args.seed}-{number}"
-        self.cwd, self.told, self.counts = self.folder / "cwd", [], collections.Counter()
-
-    def command(self):
-        """The flags: --resume auto, or bare where there is a checkpoint to go on from."""
-        run = self.run()
-        can = any((run / name).exists() for name in ("checkpoint.pt", "checkpoint.pt.prev"))
-        begun = can and not (run / "results.json").exists()
-        resume = "--resume" if begun and self.script != "finetune" and self.rng.random() < 0.25 else "--resume=auto"
-        return [*self.whole["commands"][self.script], "--out_dir=run", resume]
+        drawn = pick(rng, SCRIPTS), pick(rng, {1: 3, 2: 2}), pick(rng, KINDS), rng.random() < args.real
+        self.script, self.ranks, self.kind = (
+            asked or found for asked, found in zip((args.script, args.ranks, args.kind), drawn))
+        self.real = drawn[3] and self.kind in ("moment", "damage")
+        self.folder, self.whole = args.work / f"round{args.seed}-{number}", whole
+        self.own = self.script, self.ranks
+        self.cwd, self.told, self.counts, self.launches = self.folder / "cwd", [], collections.Counter(), []
 
     def run(self):
         """The folder of the run that goes on."""
@@ -415,123 +367,147 @@ class Round:
         first, second = (self.cwd / "run" / "sst2" / f"s{seed}" for seed in (0, 1))
         return second if second.exists() else first
 
-    def tell(self, text):
-        self.told.append(text)
+    def start(self, faults=None):
+        """The same command; bare --resume at times, where there is a checkpoint to go on from."""
+        bare = self.script != "finetune" and self.rng.random() < 0.25 and self.saved() is not None
+        flags = [*self.whole["commands"][self.script], "--out_dir=run", "--resume" + "=auto" * (not bare)]
+        self.launches.append(Launch(self.script, flags, self.ranks, self.cwd, faults, self.real))
+        return self.launches[-1]
 
-    def disturbed(self):
-        """Starts the command and disturbs it once; whether something struck."""
+    def bury(self):
+        for launch in self.launches:
+            launch.bury()
+
+    def saved(self):
+        """The step from which an unfinished run must go on, or None."""
+        for path in () if (self.run() / "results.json").exists() else map(self.run().joinpath, CHECKPOINTS):
+            with contextlib.suppress(Exception):
+                return torch.load(path, weights_only=True)["step"]
+        return None
+
+    def fault(self, kind):
+        """Draws (faults of a Launch, signal): at one of the undisturbed run's operations."""
+        rng, events, how = self.rng, HEARD, kind if kind in ("torn", "full") else "signal"
+        name, to_all = pick(rng, SIGNALS), rng.random() < 0.5
+        operations = [(n, event, path) for n, (event, path) in enumerate(self.whole["operations"][self.own], 1)]
+        if kind == "save":
+            operations = [x for x in operations if any(part in f"/{x[2]}" for part in SAVES)]
+        elif kind != "operation":
+            events = ("open", "save") if kind == "torn" else NEEDS_SPACE
+            operations = [x for x in operations if x[1] in events]
+        n, event, _ = rng.choice(operations)
+        if kind == "save" and event == "save":
+            how = rng.choice(["torn", "signal"])
+        name = name if kind == "operation" else "SIGKILL"
+        return dict(n=n, events=events, how=how, number=getattr(signal, name), to_all=to_all), name
+
+    def disturb(self):
+        """Starts the command and disturbs it once; whether that struck."""
         rng, kind = self.rng, self.kind
-        if kind == "damage" or self.real:
-            kind = "moment" if self.real else pick(rng, {"moment": 1, "operation": 1, "save": 1})
-        number, to_all = getattr(signal, name := pick(rng, SIGNALS)), rng.random() < 0.5
-        seconds, faults = rng.random() * self.whole["seconds"][self.script, self.ranks], {}
-        if kind != "moment":
-            operations = [(i, event, path) for i, (event, path) in
-                          enumerate(self.whole["operations"][self.script, self.ranks], 1)]
-            if kind == "save":
-                operations = [x for x in operations if any(name in f"/{x[2]}" for name in SAVES)]
-            if kind in ("torn", "full"):
-                operations = [x for x in operations if x[1] in (
-                    ("open", "save") if kind == "torn" else NEEDS_SPACE)]
-            n, event, _ = rng.choice(operations)
-            how = kind
-            if kind == "save":
-                how, number, name = rng.choice(["torn", "signal"]) if event == "save" else "signal", 9, "SIGKILL"
-            faults = dict(n=n, how="signal" if kind == "operation" else how,
-                          number=9 if kind == "torn" else number, to_all=to_all)
-        launch = Launch(self.script, self.command(), self.ranks, self.cwd, faults, self.real)
+        if self.real:
+            kind = "moment"
+        elif kind == "damage":
+            kind = rng.choice(["moment", "operation", "save"])
         if kind == "moment":
-            struck = launch.disturb(seconds, number, to_all, rng) and f"after {seconds:.2f} s"
-        statuses = launch.wait()
-        if kind != "moment":
-            struck = launch.struck()
-        self.tell(f"{kind} {name if kind in ('moment', 'operation') else ''} {'all' * to_all} {struck} -> {statuses}")
+            name, to_all, launch = pick(rng, SIGNALS), rng.random() < 0.5, self.start()
+            struck = launch.signal(rng.random() * self.whole["seconds"][self.own], getattr(signal, name),
+                                   to_all, rng)
+            statuses = launch.wait()
+        else:
+            faults, name = self.fault(kind)
+            launch, to_all = self.start(faults), faults["to_all"]
+            statuses = launch.wait()
+            struck = next((f"{event} {path.split()[0]}" for event, path in launch.journal()
+                           if path.endswith(" STRUCK")), "")
+        self.told.append(" ".join([kind, name, "to all" * to_all, struck or "too late", f"-> {statuses}"]))
         self.check(launch, statuses)
         if struck:
-            self.counts[kind] += 1
-            if kind in ("moment", "operation", "save"):
-                self.counts[name] += 1
-            if kind != "moment" and any(name in f"/{struck[1]}" for name in SAVES):
-                self.counts["in the save path"] += 1
+            in_save = kind != "moment" and any(part in struck.replace(" ", "/") for part in SAVES)
+            self.counts.update([f"by {kind}", *["in the save path"] * in_save, *[name] * (kind != "full")])
         return bool(struck)
 
     def check(self, launch, statuses):
         """How processes ended: by a signal, well, or in one line."""
-        output = launch.output()
-        if "hung" in statuses:
-            raise AssertionError("a process did not end")
-        if "NOT ONE LINE" in output or "Traceback" in output and not (launch.real and self.ranks > 1):
-            raise AssertionError(f"no single line: {output[-2000:]}")
+        assert "hung" not in statuses, f"a process did not end: {statuses}"
+        for rank, status in enumerate(statuses):
+            lines = Path(f"{launch.log}.rank{rank}").read_text(errors="replace").splitlines()
+            loud = any(line.startswith(("Traceback", "frame #")) for line in lines)
+            if status == 1 and not (launch.real and self.ranks > 1):  # torchrun has a traceback of its own
+                assert not loud and 0 < len(lines[-1]) <= 300, "no single line: " + "\n".join(lines[-30:])
 
-    def damaged(self):
-        """Damages the newest checkpoint, if there is one; what the next output must hold."""
-        path = self.run() / "checkpoint.pt"
-        if not path.exists() or (self.run() / "results.json").exists():
-            return None
-        way, rng = self.rng.choice(WAYS), self.rng
-        other = self.whole["work"] / f"whole-{'teacher' if self.script != 'teacher' else 'distill'}-1"
-        damage(path, way, rng, other / "run" / "checkpoint.pt")
-        self.tell(f"damaged: {way}")
-        self.counts[f"damage: {way}"] += 1
-        before = path.with_name("checkpoint.pt.prev").exists()
-        if way == "another script's":
-            kept, launch = path.read_bytes(), Launch(self.script, self.command(), self.ranks, self.cwd)
-            statuses = launch.wait()
-            self.check(launch, statuses)
-            assert 0 not in statuses and path.read_bytes() == kept, f"another's checkpoint: {launch.output()}"
-            path.unlink()
-            return None
-        return "directory" not in way and ("is damaged" if before else "starts anew")
+    def damage(self):
+        """Damages the newest checkpoint, if there is one; the words that the next start must say."""
+        path, way = self.run() / "checkpoint.pt", self.rng.choice(WAYS)
+        if not path.exists() or self.saved() is None:
+            return ""
+        other = self.whole["work"] / f"whole-{'distill' if self.script == 'teacher' else 'teacher'}-1"
+        damage(path, way, self.rng, other / "run" / "checkpoint.pt")
+        self.told.append(f"damaged: {way}")
+        self.counts[f"damaged: {way}"] += 1
+        if way != "another script's":
+            return "" if "directory" in way else "is damaged"
+        kept, launch = path.read_bytes(), self.start()
+        self.check(launch, statuses := launch.wait())
+        assert 0 not in statuses and path.read_bytes() == kept, f"another's checkpoint: {launch.output()}"
+        path.unlink()
+        return ""
 
     def play(self):
-        """Returns "" or what went wrong."""
-        try:
-            for turn in range(3):
-                struck = self.disturbed()
-                must = self.damaged() if self.kind == "damage" else None
-                if must or turn == 2 or not struck or self.rng.random() < 0.6:
-                    break
-            launch = Launch(self.script, [*self.command()[:-1], "--resume=auto"] if must else self.command(),
-                            self.ranks, self.cwd, real=self.real)
-            statuses = launch.wait()
-            self.check(launch, statuses)
-            output = launch.output()
-            assert statuses == [0] * len(statuses), f"the last start ended with {statuses}: {output[-1000:]}"
-            assert not must or must in output and ("starts anew" in output) == ("anew" in must), output
-            return unlike(self.whole["leaves"][self.script, self.ranks], leaves(self.cwd))
-        except (AssertionError, OSError, ValueError, RuntimeError) as error:
-            return f"{type(error).__name__}: {error}"
+        """Plays the round; AssertionError says what went wrong."""
+        for _ in range(3):
+            struck = self.disturb()
+            must = self.damage() if self.kind == "damage" else ""
+            if self.rng.random() < 0.5:
+                self.bury()
+            if must or not struck or self.rng.random() < 0.6:
+                break
+        step, launch = self.saved(), self.start()
+        statuses = launch.wait()
+        self.check(launch, statuses)
+        output = launch.output()
+        assert statuses == [0] * len(statuses), f"the last start ended with {statuses}: {output[-1000:]}"
+        assert must in output, f"does not say {must}: {output[:2000]}"
+        assert not step or "step      1 " not in output and "starts anew" not in output, f"lost step {step}"
+        a, b = self.whole["leaves"][self.own], leaves(self.cwd)
+        assert a.keys() == b.keys(), f"missing {sorted(a.keys() - b.keys())}, stray {sorted(b.keys() - a.keys())}"
+        unlike = [name for name in a if a[name] != b[name]]
+        assert not unlike, f"other content: {unlike}"
 
 
-def undisturbed(args):
-    """{what: ...} of the runs that all are compared with."""
-    whole = {"commands": commands(args.work), "work": args.work, "seconds": {}, "operations": {}, "leaves": {}}
-    peak_flops(torch.device("cpu"), torch.float32)  # kept for all processes, as is the next
-    code_hash()
-    for script, ranks in itertools.product(SCRIPTS, (1, 2)):
-        if args.script in ("", script) and args.ranks in (0, ranks) or ranks == 1 and args.script != script:
-            cwd = args.work / f"whole-{script}-{ranks}"
-            shutil.rmtree(cwd, ignore_errors=True)
-            began = time.monotonic()
-            launch = Launch(script, [*whole["commands"][script], "--out_dir=run", "--resume=auto"], ranks, cwd)
-            assert launch.wait() == [0] * ranks, launch.output()
-            whole["seconds"][script, ranks] = time.monotonic() - began
-            whole["operations"][script, ranks] = launch.journal()
-            whole["leaves"][script, ranks] = leaves(cwd)
-            print(f"{script}, {ranks} processes: {time.monotonic() - began:.1f} s, {len(launch.journal())} "
-                  "operations on files", flush=True)
+def undisturbed(work):
+    """{what: of the runs that all others are compared with}; makes them."""
+    whole = {"commands": commands(work), "work": work, "seconds": {}, "operations": {}, "leaves": {}}
+    for own in itertools.product(SCRIPTS, (1, 2)):
+        cwd, began = work / f"whole-{own[0]}-{own[1]}", time.monotonic()
+        shutil.rmtree(cwd, ignore_errors=True)
+        Path(f"{cwd}.0.journal").unlink(missing_ok=True)
+        Path(f"{cwd}.0.rank0").unlink(missing_ok=True)
+        launch = Launch(own[0], [*whole["commands"][own[0]], "--out_dir=run", "--resume=auto"], own[1], cwd)
+        assert launch.wait() == [0] * own[1], launch.output()
+        launch.bury()
+        whole["seconds"][own] = time.monotonic() - began
+        whole["operations"][own], whole["leaves"][own] = launch.journal(), leaves(cwd)
+        print(f"{own[0]}, {own[1]} processes: {whole['seconds'][own]:.1f} s, {len(launch.journal())} operations "
+              "on files", flush=True)
     return whole
 
 
-def play(number):
-    one = Round(*SHARED, number)
-    wrong = one.play()
+def played(number):
+    """Plays a round in a process of the pool -> (number, what it was, its counts, what went wrong or "")."""
+    one, wrong = Round(*SHARED, number), ""
+    try:
+        one.play()
+    except (AssertionError, OSError, ValueError, RuntimeError) as error:
+        wrong = f"{'; '.join(one.told)}: {type(error).__name__}: {error}"
+    one.bury()
     if not wrong:
         shutil.rmtree(one.folder)
-    return one.number, one.script, one.ranks, one.kind, one.real, one.counts, one.told, wrong
+    one.counts.update([one.script, f"{one.ranks} processes", f"kind {one.kind}", *["real commands"] * one.real])
+    return number, f"{one.script}, {one.ranks} processes, {one.kind}{', real' * one.real}", one.counts, wrong
 
 
 def main():
+    global SHARED
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -540,29 +516,25 @@ def main():
     parser.add_argument("--script", default="", choices=("", *SCRIPTS))
     parser.add_argument("--ranks", type=int, default=0, choices=(0, 1, 2), help="processes; 0 = either")
     parser.add_argument("--kind", default="", choices=("", *KINDS))
-    parser.add_argument("--real", type=float, default=0.03, help="share of rounds as commands")
-    parser.add_argument("--work", type=Path, default=None, help="folder for runs; empty = a new one")
+    parser.add_argument("--real", type=float, default=0.1, help="share of moment and damage as commands")
+    parser.add_argument("--work", default="", help="folder of the runs, kept; empty = one that goes when all held")
     args = parser.parse_args()
-    own = args.work is None
-    args.work = Path(tempfile.mkdtemp(prefix="faults-")) if own else args.work.resolve()
-    args.work.mkdir(exist_ok=True)
-    began = time.monotonic()
-    global SHARED
-    SHARED = args, undisturbed(args)
+    own, began = args.work or tempfile.mkdtemp(prefix="faults-"), time.monotonic()
+    args.work, keep = Path(own).resolve(), bool(args.work)
+    peak_flops(torch.device("cpu"), torch.float32)  # the forks inherit it, as the next
+    code_hash()
+    SHARED = args, undisturbed(args.work)
     counts, failed = collections.Counter(), []
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         numbers = range(args.first, args.first + args.rounds)
-        for done, (number, script, ranks, kind, real, own_counts, told, wrong) in enumerate(
-                pool.imap_unordered(play, numbers), 1):
-            counts += own_counts + collections.Counter([script, f"{ranks} ranks", f"{kind} rounds"]
-                                                       + ["real commands"] * real)
+        for done, (number, what, found, wrong) in enumerate(pool.imap_unordered(played, numbers), 1):
+            counts += found
             if wrong:
                 failed.append(number)
-                print(f"FAILED round {number} of seed {args.seed}: {script}, {ranks} ranks, {kind}"
-                      f"{', real' * real}: {'; '.join(told)}: {wrong}", flush=True)
+                print(f"FAILED round {number} of seed {args.seed}: {what}: {wrong}", flush=True)
             if done % 50 == 0:
                 print(f"{done} rounds, {time.monotonic() - began:.0f} s, {len(failed)} failed", flush=True)
-    if own and not failed:
+    if not keep and not failed:
         shutil.rmtree(args.work)
     print(f"seed {args.seed}: {args.rounds} rounds from {args.first} on in {time.monotonic() - began:.0f} s; "
           + ", ".join(f"{name} {n}" for name, n in sorted(counts.items()))

@@ -247,7 +247,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, t
 
     def full(state, f):
         if next(calls) == 1:
-            f.write_bytes(b"half")
+            f.write(b"half")
             raise OSError(28, "No space left on device")
         save(state, f)
     with monkeypatch.context() as patch:
