@@ -89,13 +89,14 @@ def end_ranks():
     error = sys.exc_info()[1]
     if error is None:
         return dist.destroy_process_group()
+    code = getattr(error, "code", 1)
     if not isinstance(error, SystemExit):
         traceback.print_exc()
-    elif isinstance(error.code, str):
-        print(error.code, file=sys.stderr)
+    elif isinstance(code, str):
+        print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(error.code if isinstance(getattr(error, "code", 1), int) else 1)
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def keep_freed_memory(keep=True):

@@ -1,4 +1,4 @@
-"""Kills, starves and damages real runs, starts them again, and compares what they leave with undisturbed ones.
+"""Kills, starves and damages real runs, starts them again, and compares what they leave with whole ones.
 
     python tests/faults.py --rounds 100 --seed 0                         # of every kind, two at once
     python tests/faults.py --rounds 20 --script distill --ranks 2 --kind save
@@ -6,7 +6,7 @@
 
 A round starts one of the four scripts, with 24 steps and 4 saves, and disturbs it once to three times:
     moment     a signal to one process, or to all, at any time
-    operation  a signal exactly before an operation on a file
+    operation  a signal to one, all or the other, exactly before an operation of the first on a file
     save       SIGKILL before an operation on a checkpoint or a model, or with half of the file written
     torn       SIGKILL with half a line in a text file that was just opened, or with half of a tensor file
     full       no space left at an operation that needs some
@@ -54,13 +54,12 @@ from prepare import chain  # noqa: E402, F401  what the scripts import
 from prepare.world import make_demo  # noqa: E402
 from run import CHECKPOINTS, code_hash  # noqa: E402
 
-STEPS = dict(max_steps=24, save_every=6, log_every=1, batch_size=8, device="cpu")
+STEPS = dict(max_steps=24, save_every=6, eval_every=6, log_every=1, batch_size=8, device="cpu")
 SCRIPTS = {"distill": 3, "teacher": 2, "adapt_xdbert": 2, "finetune": 2}  # how often
 KINDS = {"moment": 4, "operation": 4, "save": 4, "torn": 2, "full": 3, "damage": 5}
 SIGNALS = {"SIGKILL": 3, "SIGTERM": 2, "SIGINT": 1}
 WAYS = ("empty", "half", "last byte", "bit of a tensor", "bytes of the directory", "zeros", "text",
         "another script's", "missing record")
-SAVES = ("checkpoint.pt", "best.pt", "/model/")  # in the paths of what belongs to a save
 NEEDS_SPACE = ("open", "os.mkdir", "os.rename", "save")
 HEARD = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.fsync", "save")
 LIMIT = 60  # seconds in which a process must end when another one of its group has
@@ -72,29 +71,36 @@ def pick(rng, weights):
     return rng.choices(list(weights), list(weights.values()))[0]
 
 
+def belongs_to_save(path):
+    """Whether an operation is one on a checkpoint or a model, or on what will become one."""
+    return any(part in path for part in ("checkpoint.pt", "best.pt", "/model/"))
+
+
 def commands(data):
     """{script: its flags}, on files in the folder `data`, which are made where it is new."""
     if (data / "commands.json").exists():
         return json.loads((data / "commands.json").read_text())
     demo, world, teacher = make_demo(data / "demo" / "demo-s0", 0), data / "world", data / "teacher"
-    world.mkdir()
     pairs, clip = pairs_and_tower(demo, data)
-    for name in ("corpus.h5", "videos.h5", Path(pairs).name):  # without raw/ beside them no probes are computed
+    world.mkdir()
+    for name in ("corpus.h5", "videos.h5", Path(pairs).name):  # without raw/ beside them nothing is probed
         shutil.copy(demo / name, world)
-    (data / "glue" / "SST-2").mkdir(parents=True)
+    tasks = data / "glue" / "SST-2"
+    tasks.mkdir(parents=True)
     for split, source, n in (("train", "train", 96), ("dev", "dev", 24), ("test", "dev_seen", 8)):
         rows = (demo / "raw" / "tasks" / "mishap" / f"{source}.tsv").read_text().splitlines()[1:n + 1]
         head = "sentence\tlabel"
         if split == "test":
             head, rows = "index\tsentence", [f"{i}\t{row.split(chr(9))[0]}" for i, row in enumerate(rows)]
-        (data / "glue" / "SST-2" / f"{split}.tsv").write_text("\n".join([head, *rows, ""]))
-    steps = STEPS | dict(eval_every=6)
-    found = {"teacher": QUICK_TEACHER | steps | dict(videos=world / "videos.h5"),
-             "distill": QUICK_STUDENT | steps | dict(grad_every=6, train=world / "corpus.h5", teacher=teacher),
-             "adapt_xdbert": QUICK_ADAPTATION | steps | dict(block_size=24, train=world / Path(pairs).name,
-                                                             language=teacher, clip=clip),
-             "finetune": STEPS | dict(tasks="sst2", data_dir=data / "glue", model=teacher, lr=1e-3,
-                                      max_length=32, seeds=2)}
+        (tasks / f"{split}.tsv").write_text("\n".join([head, *rows, ""]))
+    found = {"teacher": QUICK_TEACHER | STEPS | dict(videos=world / "videos.h5"),
+             "distill": QUICK_STUDENT | STEPS | dict(
+                 grad_every=6, train=world / "corpus.h5", teacher=teacher),
+             "adapt_xdbert": QUICK_ADAPTATION | STEPS | dict(
+                 block_size=24, train=world / Path(pairs).name, language=teacher, clip=clip),
+             "finetune": {name: value for name, value in STEPS.items() if name != "eval_every"} | dict(
+                 tasks="sst2", data_dir=tasks.parent, model=teacher, lr=1e-3, max_length=32,
+                 seeds=2)}
     found = {script: [f"--{name}={value}" for name, value in flags.items()]
              for script, flags in found.items()}
     launch = Launch("teacher", [*found["teacher"], f"--out_dir={teacher}"], 1, data / "made")
@@ -108,10 +114,11 @@ def commands(data):
 
 class Faults:
     """Notes operations on files below the working folder, a line each, and strikes at the n-th or the next
-    of `events`. how: signal, torn, or full."""
+    of `events`. how: torn, full, or anything else for a signal alone."""
 
-    def __init__(self, log, n=0, events=HEARD, how="signal", number=signal.SIGKILL, to_all=False):
-        self.log, self.n, self.events, self.how, self.number, self.to_all = log, n, events, how, number, to_all
+    def __init__(self, log, n=0, events=HEARD, how="", number=signal.SIGKILL, to="one"):
+        self.log, self.n, self.events, self.how = log, n, events, how
+        self.number, self.to = number, to
         self.count, self.inside, self.root = 0, False, f"{os.getcwd()}/"
 
     def arm(self):
@@ -141,7 +148,7 @@ class Faults:
             path = os.path.join(self.root, getattr(to, "name", to))
             if not self.due("save", path):
                 return save(value, to, **kw)
-            if self.how == "signal":
+            if self.how not in ("torn", "full"):
                 self.kill()
                 return save(value, to, **kw)
             save(value, f"{self.log}.size", **kw)
@@ -168,9 +175,9 @@ class Faults:
         return struck
 
     def kill(self):
-        if self.to_all:
-            os.killpg(0, self.number)
-        os.kill(os.getpid(), self.number)
+        me, *others = map(int, Path(f"{self.log}.pids").read_text().split())
+        for pid in {"one": [me], "all": [*others, me], "the other": others or [me]}[self.to]:
+            os.kill(pid, self.number)
 
 
 class Launch:
@@ -195,20 +202,18 @@ class Launch:
             self.pids.append(self.process.pid)
             return
         for rank in range(ranks):
-            group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            group = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, MASTER_ADDR="127.0.0.1",
+                         MASTER_PORT=port) if ranks > 1 else {}
             pid = os.fork()
             if not pid:
-                self.become(script, flags, rank, group if ranks > 1 else {}, cwd, faults or {})
+                self.become(script, flags, rank, group, cwd, faults or {})
             self.pids.append(pid)
-            with contextlib.suppress(OSError):  # here and there: neither may be late
-                os.setpgid(pid, self.pids[0])
+        Path(f"{self.log}.pids").write_text(" ".join(map(str, self.pids)))
 
     def become(self, script, flags, rank, group, cwd, faults):
         """The child: runs the script as `python script.py` does, and ends as that would. Never returns."""
         status = 1
         try:
-            with contextlib.suppress(OSError):
-                os.setpgid(0, self.pids[0] if self.pids else 0)
             log = os.open(f"{self.log}.rank{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
@@ -332,7 +337,7 @@ def content_of(path):
         return [timeless(json.loads(line)) for line in lines]
     if path.suffix not in (".pt", ".prev"):
         return path.read_bytes()
-    state = flat(torch.load(path, weights_only=True))  # the one before must be readable, but may be of any step
+    state = flat(torch.load(path, weights_only=True))  # the one before may be of any step
     return path.suffix == ".pt" and {
         name: x.numpy().tobytes() if torch.is_tensor(x) else x for name, x in state.items()
         if name not in ("/seconds", "/config/resume")}
@@ -381,49 +386,41 @@ class Round:
     def saved(self):
         """The step from which an unfinished run must go on, or None."""
         for path in () if (self.run() / "results.json").exists() else map(self.run().joinpath, CHECKPOINTS):
-            with contextlib.suppress(Exception):
-                return torch.load(path, weights_only=True)["step"]
+            with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+                if not archive.testzip():
+                    return torch.load(path, weights_only=True)["step"]
         return None
 
-    def fault(self, kind):
-        """Draws (faults of a Launch, signal): at one of the undisturbed run's operations."""
-        rng, events, how = self.rng, HEARD, kind if kind in ("torn", "full") else "signal"
-        name, to_all = pick(rng, SIGNALS), rng.random() < 0.5
-        operations = [(n, event, path) for n, (event, path) in enumerate(self.whole["operations"][self.own], 1)]
-        if kind == "save":
-            operations = [x for x in operations if any(part in f"/{x[2]}" for part in SAVES)]
-        elif kind != "operation":
-            events = ("open", "save") if kind == "torn" else NEEDS_SPACE
-            operations = [x for x in operations if x[1] in events]
-        n, event, _ = rng.choice(operations)
-        if kind == "save" and event == "save":
-            how = rng.choice(["torn", "signal"])
-        name = name if kind == "operation" else "SIGKILL"
-        return dict(n=n, events=events, how=how, number=getattr(signal, name), to_all=to_all), name
+    def fault(self, kind, name, to):
+        """Faults of a Launch: at one of the undisturbed run's operations."""
+        events = {"torn": ("open", "save"), "full": NEEDS_SPACE}.get(kind, HEARD)
+        n, event = self.rng.choice([
+            (n, event) for n, (event, path) in enumerate(self.whole["operations"][self.own], 1)
+            if event in events and (kind != "save" or belongs_to_save(path))])
+        how = "torn" if kind == "save" and event == "save" and self.rng.random() < 0.5 else kind
+        return dict(n=n, events=events, how=how, number=getattr(signal, name), to=to)
 
     def disturb(self):
         """Starts the command and disturbs it once; whether that struck."""
         rng, kind = self.rng, self.kind
-        if self.real:
-            kind = "moment"
-        elif kind == "damage":
+        if kind == "damage":
             kind = rng.choice(["moment", "operation", "save"])
+        kind = "moment" if self.real else kind
+        name = pick(rng, SIGNALS) if kind in ("moment", "operation") else "SIGKILL"
+        to = rng.choice(["one", "all", "the other"]) if kind == "operation" else rng.choice(["one", "all"])
+        launch = self.start(None if kind == "moment" else self.fault(kind, name, to))
         if kind == "moment":
-            name, to_all, launch = pick(rng, SIGNALS), rng.random() < 0.5, self.start()
-            struck = launch.signal(rng.random() * self.whole["seconds"][self.own], getattr(signal, name),
-                                   to_all, rng)
-            statuses = launch.wait()
-        else:
-            faults, name = self.fault(kind)
-            launch, to_all = self.start(faults), faults["to_all"]
-            statuses = launch.wait()
+            seconds = rng.random() * self.whole["seconds"][self.own]
+            struck = launch.signal(seconds, getattr(signal, name), to == "all", rng)
+        statuses = launch.wait()
+        if kind != "moment":
             struck = next((f"{event} {path.split()[0]}" for event, path in launch.journal()
                            if path.endswith(" STRUCK")), "")
-        self.told.append(" ".join([kind, name, "to all" * to_all, struck or "too late", f"-> {statuses}"]))
+        self.told.append(f"{kind}, {name} to {to}, {struck or 'too late'} -> {statuses}")
         self.check(launch, statuses)
         if struck:
-            in_save = kind != "moment" and any(part in struck.replace(" ", "/") for part in SAVES)
-            self.counts.update([f"by {kind}", *["in the save path"] * in_save, *[name] * (kind != "full")])
+            self.counts.update([f"by {kind}", *["in the save path"] * belongs_to_save(struck),
+                                *[name] * (kind != "full")])
         return bool(struck)
 
     def check(self, launch, statuses):
@@ -440,8 +437,8 @@ class Round:
         path, way = self.run() / "checkpoint.pt", self.rng.choice(WAYS)
         if not path.exists() or self.saved() is None:
             return ""
-        other = self.whole["work"] / f"whole-{'distill' if self.script == 'teacher' else 'teacher'}-1"
-        damage(path, way, self.rng, other / "run" / "checkpoint.pt")
+        other = self.whole["checkpoint"]["distill" if self.script == "teacher" else "teacher"]
+        damage(path, way, self.rng, other)
         self.told.append(f"damaged: {way}")
         self.counts[f"damaged: {way}"] += 1
         if way != "another script's":
@@ -465,29 +462,26 @@ class Round:
         statuses = launch.wait()
         self.check(launch, statuses)
         output = launch.output()
-        assert statuses == [0] * len(statuses), f"the last start ended with {statuses}: {output[-1000:]}"
+        assert not any(statuses), f"the last start ended with {statuses}: {output[-1000:]}"
         assert must in output, f"does not say {must}: {output[:2000]}"
         assert not step or "step      1 " not in output and "starts anew" not in output, f"lost step {step}"
         a, b = self.whole["leaves"][self.own], leaves(self.cwd)
-        assert a.keys() == b.keys(), f"missing {sorted(a.keys() - b.keys())}, stray {sorted(b.keys() - a.keys())}"
-        unlike = [name for name in a if a[name] != b[name]]
-        assert not unlike, f"other content: {unlike}"
+        assert a == b, (f"missing {sorted(a.keys() - b.keys())}, stray {sorted(b.keys() - a.keys())}, "
+                        f"other {[name for name in a.keys() & b.keys() if a[name] != b[name]]}")
 
 
 def undisturbed(work):
     """{what: of the runs that all others are compared with}; makes them."""
-    whole = {"commands": commands(work), "work": work, "seconds": {}, "operations": {}, "leaves": {}}
+    whole = {"commands": commands(work), "seconds": {}, "checkpoint": {}, "operations": {}, "leaves": {}}
     for own in itertools.product(SCRIPTS, (1, 2)):
-        cwd, began = work / f"whole-{own[0]}-{own[1]}", time.monotonic()
-        shutil.rmtree(cwd, ignore_errors=True)
-        Path(f"{cwd}.0.journal").unlink(missing_ok=True)
-        Path(f"{cwd}.0.rank0").unlink(missing_ok=True)
-        launch = Launch(own[0], [*whole["commands"][own[0]], "--out_dir=run", "--resume=auto"], own[1], cwd)
-        assert launch.wait() == [0] * own[1], launch.output()
+        script, ranks, began = *own, time.monotonic()
+        cwd = Path(tempfile.mkdtemp(prefix=f"whole-{script}-{ranks}-", dir=work)) / "cwd"
+        launch = Launch(script, [*whole["commands"][script], "--out_dir=run", "--resume=auto"], ranks, cwd)
+        assert launch.wait() == [0] * ranks, launch.output()
         launch.bury()
-        whole["seconds"][own] = time.monotonic() - began
-        whole["operations"][own], whole["leaves"][own] = launch.journal(), leaves(cwd)
-        print(f"{own[0]}, {own[1]} processes: {whole['seconds'][own]:.1f} s, {len(launch.journal())} operations "
+        whole["seconds"][own], whole["operations"][own] = time.monotonic() - began, launch.journal()
+        whole["leaves"][own], whole["checkpoint"][script] = leaves(cwd), cwd / "run" / "checkpoint.pt"
+        print(f"{script}, {ranks} processes: {whole['seconds'][own]:.1f} s, {len(launch.journal())} operations "
               "on files", flush=True)
     return whole
 
@@ -503,7 +497,8 @@ def played(number):
     if not wrong:
         shutil.rmtree(one.folder)
     one.counts.update([one.script, f"{one.ranks} processes", f"kind {one.kind}", *["real commands"] * one.real])
-    return number, f"{one.script}, {one.ranks} processes, {one.kind}{', real' * one.real}", one.counts, wrong
+    what = f"{one.script}, {one.ranks} processes, {one.kind}{', as a command' * one.real}"
+    return number, what, one.counts, wrong
 
 
 def main():
@@ -517,10 +512,9 @@ def main():
     parser.add_argument("--ranks", type=int, default=0, choices=(0, 1, 2), help="processes; 0 = either")
     parser.add_argument("--kind", default="", choices=("", *KINDS))
     parser.add_argument("--real", type=float, default=0.1, help="share of moment and damage as commands")
-    parser.add_argument("--work", default="", help="folder of the runs, kept; empty = one that goes when all held")
-    args = parser.parse_args()
-    own, began = args.work or tempfile.mkdtemp(prefix="faults-"), time.monotonic()
-    args.work, keep = Path(own).resolve(), bool(args.work)
+    parser.add_argument("--work", default="", help="folder of the runs, kept; empty = a new one")
+    args, began = parser.parse_args(), time.monotonic()
+    keep, args.work = args.work, Path(args.work or tempfile.mkdtemp(prefix="faults-")).resolve()
     peak_flops(torch.device("cpu"), torch.float32)  # the forks inherit it, as the next
     code_hash()
     SHARED = args, undisturbed(args.work)
