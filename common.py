@@ -3,6 +3,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import glob
 import gzip
 import inspect
 import io
@@ -12,8 +13,8 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
-import tempfile
 import zlib
 from pathlib import Path
 
@@ -228,6 +229,17 @@ def duration(seconds):
     return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"
 
 
+def birth(pid):
+    """When a process of this host was started, in ticks since boot, or "" where it does not live."""
+    with contextlib.suppress(OSError):
+        if Path("/proc/self/stat").exists():
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            return "" if state[0] in "ZX" else state[19]  # a zombie has ended, though nobody has asked how
+        os.kill(int(pid), 0)  # asks only
+        return "alive"
+    return ""
+
+
 def clear_up_on_sigterm():
     """Makes SIGTERM leave through every `finally`, as Ctrl-C does, so that nothing half-written stays."""
     def leave(number, frame):
@@ -274,27 +286,39 @@ def atomic(path, keep=""):
     """Yields a scratch path that becomes `path`, a file or a folder, when the block ends well.
 
     Whatever interrupts the block, `path` holds what it held before. keep: suffix under which a former file
-    stays beside it. The scratch path is alone in a folder, whose other content is dropped. SystemExit where
-    the disk is full or read-only.
+    stays beside it. The scratch path is alone in a folder, whose other content is dropped. Those of killed
+    processes are removed. SystemExit where the disk is full or read-only.
     """
-    path = Path(path)
-    scratch = None
+    path, host = Path(path), socket.gethostname()
+    scratch, ready = (path.with_name(f"{path.name}.{host}.{os.getpid()}.{end}") for end in ("tmp", "new.tmp"))
     try:
-        scratch = Path(tempfile.mkdtemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent))
+        for rest in path.parent.glob(f"{glob.escape(f'{path.name}.{host}')}.*.tmp"):
+            pid = rest.name.removeprefix(f"{path.name}.{host}.").partition(".")[0]
+            if pid == str(os.getpid()) or pid.isdecimal() and not birth(pid):
+                remove(rest)
+        scratch.mkdir()
         part = scratch / path.name
         yield part
         if part.is_file():
             with open(part, "rb") as f:
                 os.fsync(f.fileno())
+        os.replace(part, ready)
+        remove(scratch)  # now: a process that is killed when `path` is there leaves nothing beside it
         if keep and path.exists():
             os.replace(path, path.with_name(path.name + keep))
-        os.replace(part, path)
+        os.replace(ready, path)
     except OSError as error:
         raise SystemExit(f"{path}: was not written ({error.strerror or error}); free disk space or choose "
                          "another folder") from None
     finally:
-        if scratch:
-            shutil.rmtree(scratch, ignore_errors=True)
+        for rest in (scratch, ready):
+            remove(rest)
+
+
+def remove(path):
+    """Removes a file or a folder, as far as that is possible; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 def write_json(path, value):

@@ -301,6 +301,8 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     run = Run(replace(cfg, eval_only=False), folder, ranks, trained_on, free=FREE)
     kept = run.finished() if cfg.resume == "auto" or cfg.eval_only else None
     has_model = (folder / "model").exists()
+    if kept:
+        drop_checkpoints(folder, ranks)  # of a process that was killed just before
     if kept and kept["hashes"] == hashes and not cfg.eval_only and (has_model or not cfg.save_models):
         print0(f"reused {folder}")
         return kept
@@ -383,11 +385,16 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
         save_task_model(model, folder / "model", start.vocab, {
             "task": task.name, "labels": list(task.labels), "max_length": cfg.max_length}, *start.beside[1:])
     results = run.finish(results)
-    if ranks.main:
-        for path in folder.glob("checkpoint.pt*"):  # three times the model, and no longer needed
-            path.unlink()
+    drop_checkpoints(folder, ranks)
     return_freed_memory()
     return results
+
+
+def drop_checkpoints(folder, ranks):
+    """Removes what a finished run no longer needs: three times the model."""
+    if ranks.main:
+        for path in folder.glob("checkpoint.pt*"):
+            path.unlink()
 
 
 def memory(model, sequences, train):

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (atomic, clear_up_on_sigterm, duration, hash64, one_line_end, parse_cli, print0, progress,
-                    read_json, write_json)
+from common import (atomic, birth, clear_up_on_sigterm, duration, hash64, one_line_end, parse_cli, print0,
+                    progress, read_json, remove, write_json)
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
@@ -182,16 +182,6 @@ def unlock(folder):
     (folder / "run.lock").unlink(missing_ok=True)
 
 
-def birth(pid):
-    """When a process of this host was started, in ticks since boot, or "" where it does not live."""
-    with contextlib.suppress(OSError):
-        if Path("/proc/self/stat").exists():
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-        os.kill(pid, 0)  # asks only
-        return "alive"
-    return ""
-
-
 @functools.cache
 def code_hash():
     """SHA-256 of all sources of the house but the tests."""
@@ -347,7 +337,8 @@ class Run:
             if folder.exists():
                 lock(folder)
             began = cfg.resume == "auto" and self.same() and not (folder / "results.json").exists()
-            if folder.exists() and not self.resumes and not began:
+            empty = all(path.name == "run.lock" or path.suffix == ".tmp" for path in folder.glob("*"))
+            if folder.exists() and not self.resumes and not began and not empty:
                 n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
                 try:
                     changed = changed_flags(json.loads((folder / "config.json").read_text())["config"], cfg)
@@ -364,8 +355,8 @@ class Run:
                     raise SystemExit(f"{folder / name}: is a folder, where the run writes a file; remove it")
             if (folder / "model").is_file():
                 raise SystemExit(f"{folder}/model: is a file, where the run makes a folder; remove it")
-            for rest in folder.glob("*.tmp"):  # of a killed save
-                shutil.rmtree(rest, ignore_errors=True)
+            for rest in list(folder.rglob("*.tmp")):  # of a killed save, also on another host
+                remove(rest)
             write_json(folder / "config.json", {
                 "format": FORMAT, "config": dataclasses.asdict(cfg), "command": sys.argv, "git": git_state(),
                 "hashes": self.hashes,
@@ -518,8 +509,8 @@ class Run:
         """Writes results.json, with the time at which the run was finished; returns it."""
         results = {"folder": str(self.folder), **results, "format": FORMAT, "finished": time.time()}
         if self.ranks.main:
+            unlock(self.folder)  # first: nobody looks for a lock where results are
             write_json(self.folder / "results.json", results)
-            unlock(self.folder)
         self.ranks.barrier()
         return results
 
@@ -549,8 +540,12 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
     path = Path(folder) / name
     try:
         with atomic(path, keep=".prev") as part:
-            torch.save(state | {"rng": rng} | machine_of(ranks), part)
-    except (SystemExit, RuntimeError) as error:  # a full disk comes as either, by torch version
+            try:  # given a path, torch 2.4 says nothing where the disk is full at the end of the file
+                with part.open("wb") as f:
+                    torch.save(state | {"rng": rng} | machine_of(ranks), f)
+            except RuntimeError as error:
+                raise OSError(str(error).partition("\n")[0]) from None
+    except SystemExit as error:
         kept = next((p for p in (path, Path(f"{path}.prev")) if p.exists()), None)
         raise SystemExit(f"{error}; then " + (f"go on with --resume from {kept}" if kept else
                                               "start the run again: it has no checkpoint yet")) from None
@@ -573,7 +568,10 @@ def load_checkpoint(folder, ranks, name="checkpoint.pt"):
                 broken = archive.testzip()
             if broken:
                 raise ValueError(f"checksum of {broken} differs")
-            return torch.load(path, map_location="cpu", weights_only=True)
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(saved, dict):
+                raise ValueError(f"holds a {type(saved).__name__}")
+            return saved
         except Exception as error:  # whatever a damaged file makes torch raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
             print0(f"{path} is damaged ({reason}); trying the one before it")
@@ -607,8 +605,8 @@ def check_resume(saved, cfg, hashes, fixed):
                          "cannot change; give the old value, or start anew without --resume")
     for what, old in saved["hashes"].items():
         if hashes.get(what) != old:
-            raise SystemExit(f"--resume: {what} is not what the checkpoint was trained on; start anew "
-                             "without --resume")
+            raise SystemExit(f"--resume: the checkpoint belongs to another run: {what} is not what it was "
+                             "trained on; move it away, or start anew without --resume")
 
 
 def restore_rng(saved, ranks):

@@ -353,7 +353,11 @@ def main(cfg):
 
     # ---- finish
     seconds = run.leave_loop()
-    model.load_state_dict(load_checkpoint(run.folder, ranks, "best.pt")["model"])
+    saved = load_checkpoint(run.folder, ranks, "best.pt")
+    if saved["step"] < best["step"]:  # the one before it
+        raise SystemExit(f"{run.folder}/best.pt: the best weights, of step {best['step']}, cannot be read; "
+                         "start anew with --resume false")
+    model.load_state_dict(saved["model"])
     results = {"objective": cfg.objective, "vision": cfg.vision, "steps": step, "best_step": best["step"],
                "vocabulary": train.vocab.hash, "clips": len(val)}
     results |= evaluate(model, val, cfg, ranks)

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -78,9 +79,24 @@ def init_ranks(device="auto"):
 
 
 def end_ranks():
-    """Leaves the process group; for the end of a script."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Leaves the process group; for the end of a script. On an error's way out the process ends here.
+
+    The error holds the model and with it the group, whose end would wait for gloo's threads, while these wait
+    for Python's lock: such a process hangs for good.
+    """
+    if not dist.is_initialized():
+        return
+    error = sys.exc_info()[1]
+    if error is None:
+        return dist.destroy_process_group()
+    code = getattr(error, "code", 1)
+    if not isinstance(error, SystemExit):
+        traceback.print_exc()
+    elif isinstance(code, str):
+        print(code, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def keep_freed_memory(keep=True):

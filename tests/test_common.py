@@ -5,6 +5,10 @@ Run: python -m pytest -q tests/test_common.py
 import dataclasses
 import gzip
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -172,6 +176,22 @@ def test_atomic_write_leaves_the_old_file_whatever_happens(tmp_path):
     assert (tmp_path / "folder" / "file").read_text() == "x"
     with pytest.raises(SystemExit, match="x: was not written"), atomic(tmp_path / "nowhere" / "x"):
         pass
+
+
+def test_atomic_write_removes_what_killed_processes_of_this_host_left(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)  # it has ended and nobody has asked: a zombie
+    host, other = socket.gethostname(), os.getppid()
+    gone = [f"x.json.{host}.{dead.pid}.tmp", f"x.json.{host}.{os.getpid()}.tmp"]
+    kept = [f"x.json.{host}.{other}.tmp", f"x.json.elsewhere.{dead.pid}.tmp", f"x.json.{host}.mine.tmp",
+            f"y.json.{host}.{dead.pid}.tmp"]
+    for name in (*gone, *kept):
+        (tmp_path / name).mkdir()
+    (tmp_path / f"x.json.{host}.{dead.pid}.new.tmp").write_text("ready")
+    with atomic(tmp_path / "x.json") as part:
+        part.write_text("{}")
+    dead.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["x.json", *kept])
 
 
 @pytest.mark.parametrize("content, match", [

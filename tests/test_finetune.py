@@ -398,6 +398,8 @@ def test_killed_run_goes_on_also_where_the_newest_checkpoint_is_damaged(finetune
     run = only(finetune.main(cfg))
     out = capsys.readouterr().out
     assert "is damaged" in out and f"{folder}: goes on from step 2" in out
+    path.write_bytes(b"of a process that was killed before it removed them")
+    assert only(finetune.main(cfg)) == run and not path.exists()
     assert weights(run) == weights(whole) and outcome(run) == outcome(whole) and curve(run) == curve(whole)
 
 

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, keep_freed_memory, memory_report,
+from parts.machine import (PEAK_TFLOPS, Ranks, end_ranks, flops_per_token, keep_freed_memory, memory_report,
                            peak_flops, return_freed_memory)
 from run import (Interrupt, Run, birth, file_hash, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
                  steps_of)
@@ -140,12 +140,15 @@ def test_hostile_checkpoint_is_not_executed(tmp_path):
 def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, {"step": 1}, ALONE)
 
-    def full(state, path):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(SystemExit, match="No space left.*--resume"):
-        save_checkpoint(tmp_path, {"step": 2}, ALONE)
+    for error in (OSError(28, "No space left on device"), RuntimeError("unexpected pos\nframe #0")):
+        def full(state, file):
+            file.write(b"half")
+            raise error
+        monkeypatch.setattr(torch, "save", full)
+        with pytest.raises(SystemExit, match="not written .(No space left|unexpected pos.;).*--resume") as stop:
+            save_checkpoint(tmp_path, {"step": 2}, ALONE)
+        assert "\n" not in str(stop.value)
+    monkeypatch.undo()
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
     assert load_checkpoint(tmp_path, ALONE)["step"] == 1
 
@@ -333,11 +336,46 @@ def test_folder_belongs_to_the_process_that_writes_it(run, tmp_path):
     lock.write_text(json.dumps(holder | {"host": "elsewhere"}))
     with pytest.raises(SystemExit, match="of elsewhere is writing there; .*if it has died, delete .*run.lock"):
         begun(run(resume="auto"))
+    with subprocess.Popen([sys.executable, "-c", ""]) as dead:  # a zombie: nobody has asked how it ended
+        lock.write_text(json.dumps(holder | {"pid": dead.pid, "birth": birth(dead.pid)}))
+        os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+        begun(run(resume="auto"))
     lock.write_text("{")
     last = run(resume="auto")
     begun(last)
     last.finish({})
     assert not lock.exists()
+
+
+def test_folder_without_a_run_in_it_is_taken(run, tmp_path):
+    """A process was killed between making it and writing config.json, or a person made it."""
+    for flags in ({}, dict(resume="auto")):
+        folder = tmp_path / "run"
+        (folder / "model" / "config.json.elsewhere.1.tmp").mkdir(parents=True)
+        (folder / "model").rename(folder / "config.json.elsewhere.2.tmp")
+        (folder / "run.lock").write_text("")
+        begun(run(**flags))
+        assert [path.name for path in tmp_path.iterdir()] == ["run"] and not list(folder.rglob("*.tmp"))
+        folder.rename(tmp_path.with_name(f"{tmp_path.name}-{len(flags)}"))
+
+
+@pytest.mark.parametrize("error, status, line", [
+    (SystemExit("disk full"), 1, "disk full\n"), (SystemExit(0), 0, ""), (ValueError("odd"), 1, "ValueError: odd")])
+def test_error_in_a_group_ends_the_process_at_once(monkeypatch, capsys, error, status, line):
+    """In Python's own end the group waits for threads that wait for Python."""
+    class Left(BaseException):
+        pass
+
+    def leave(code):
+        raise Left(code)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Left) as left:
+        try:
+            raise error
+        finally:
+            end_ranks()
+    assert left.value.args == (status,) and line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, kind", [("checkpoint.pt", "folder"), ("log.jsonl", "folder"), ("model", "file")])

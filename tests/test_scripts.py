@@ -247,7 +247,7 @@ def test_full_disk_is_one_line_and_the_run_goes_on_from_before(distill_config, t
 
     def full(state, f):
         if next(calls) == 1:
-            f.write_bytes(b"half")
+            f.write(b"half")
             raise OSError(28, "No space left on device")
         save(state, f)
     with monkeypatch.context() as patch:
@@ -620,6 +620,19 @@ def test_killed_prerequisite_goes_on_with_the_same_command(distill_config, monke
     assert not Path(cfg.out_dir + ".1").exists()  # it went on, nothing was moved aside
     distill.main(replace(cfg, out_dir=cfg.out_dir + "-whole"))
     assert_same(saved(cfg.out_dir), saved(cfg.out_dir + "-whole"))
+
+
+def test_teacher_whose_best_weights_are_damaged_does_not_take_older_ones(teacher_config, monkeypatch):
+    """They are read again at the end, and by a run that was killed there."""
+    cfg, scores = teacher_config(eval_every=2, save_every=2), itertools.count()
+    monkeypatch.setattr(teacher, "evaluate", lambda *args: {"loss": -next(scores)})  # each is the best
+    with monkeypatch.context() as patch:
+        patch.setattr(teacher, "save", lambda *args: sys.exit("killed"))
+        refused("killed", lambda: teacher.main(cfg))
+    path = Path(cfg.out_dir) / "best.pt"
+    path.write_bytes(path.read_bytes()[:-1])
+    refused("best.pt: the best weights, of step 4, cannot be read; start anew",
+            lambda: teacher.main(replace(cfg, resume="auto")))
 
 
 def test_teacher_without_heads_refuses_what_needs_them(distill_config, teacher_run, tmp_path):

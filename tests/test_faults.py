@@ -1,0 +1,19 @@
+"""Proves that faults.py runs: a few rounds of it. The thousands are counted in docs/reliability.md.
+
+Run: CI=1 python -m pytest -q tests/test_faults.py
+"""
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_disturbed_runs_end_as_undisturbed_ones():
+    command = [sys.executable, str(Path(__file__).with_name("faults.py")), "--rounds", "16", "--seed", "0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.fullmatch(r"seed 0: 16 rounds from 0 on .*; failed: none", done.stdout.splitlines()[-1])
