@@ -47,7 +47,7 @@ from parts import tasks, vocab, weights
 from parts.examples import load_examples, tokenized
 from parts.machine import Ranks
 from prepare import chain, packing
-from run import Run, load_checkpoint, model_folder, read_run
+from run import Run, model_folder, read_run, save_checkpoint
 
 SECONDS, MEMORY, BATCH = 20, 2 << 30, 200
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -156,6 +156,7 @@ def make_runs(folder):
     run.begin(["loss"])
     run.log(step=1, loss=1.0)
     run.save_due(4, True, best={"score": None})
+    save_checkpoint(run.folder, {"model": part.state_dict()}, ALONE, "best.pt")
     run.leave_loop()
     run.finish({"objective": "nst", "vocabulary": VOCAB.hash, "seconds": 1.0, "median": "s0"})
     out = folder / "out" / "distill-nst-s0"
@@ -237,9 +238,12 @@ def read_clip(path):
 
 def read_checkpoint(path):
     part = torch.nn.Linear(3, 2)
-    run = Run(RunConfig(resume="auto"), path.parent, ALONE, {"train": "x"})
-    run.restore(4, model=part, optimizer=torch.optim.AdamW(part.parameters()))
-    run.finished()
+    run = Run(RunConfig(resume="true"), path.parent, ALONE, {"train": "x"})
+    if path.stem == "best":
+        run.load_best(part)
+    else:
+        run.restore(4, model=part, optimizer=torch.optim.AdamW(part.parameters()))
+    torch.set_num_threads(1)
 
 
 def read_run_folder(path):
@@ -314,7 +318,7 @@ READERS = {
     "video encoder": (make_models, "video/*", lambda path: weights.load_video_encoder(path.parent)),
     "fine-tuned model": (make_models, "[cs][lp]a*/[cm]*", lambda path: weights.load_task_model(path.parent)),
     "heads": (make_models, "heads/model/*", lambda path: analyze.aligned_space(path.parents[1], "mlm+crd")),
-    "checkpoint": (make_runs, "run/checkpoint.pt", read_checkpoint),
+    "checkpoint": (make_runs, "run/*.pt", read_checkpoint),
     "run folder": (make_runs, "out/*/*.json", read_run_folder),
     "GLUE's tables": (make_tasks, "*.tsv", read_task),
     "csv tables": (make_tasks, "*.csv", read_task),
@@ -346,7 +350,7 @@ def damage(rng, path):
     mutate = mutators.MUTATORS[suffix] if rng.random() < 0.75 else mutators.bytes_of
     try:
         content = mutate(rng, content)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, OSError, mutators.struct.error):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError, OSError, mutators.struct.error):
         content = mutators.bytes_of(rng, content)
     path.write_bytes(content)
     return mutators.valid_outside(suffix, content)

@@ -23,7 +23,8 @@ NUMBERS = (0, -1, 1, 2, 255, 2 ** 31, 2 ** 32 - 1, 2 ** 53 + 1, 2 ** 63, -2 ** 6
 # texts that become this raw JSON
 RAW = {"@deep": "[" * 100_000 + "]" * 100_000, "@keys": '{"a":' * 50_000 + "1" + "}" * 50_000, "@digits": "9" * 5000,
        "@open": "[" * 100_000, "@huge": "1e999", "@half": r'"\ud800"', "@nul": r'"\u0000"', "@double": '{"a":1,"a":2}',
-       "@wide": "[" + "0," * 100_000 + "0]"}
+       "@wide": "[" + "0," * 100_000 + "0]", "@some": "[" * 900 + "]" * 900, "@more": '{"a":[' * 2000 + "]}" * 2000,
+       "@within": '{"a":[' * 45 + "]}" * 45}
 VALUES = (*TEXTS, *NUMBERS, *RAW, None, True, False, [], {}, [[]], [None], {"": None}, [0, 1], ["a"])
 
 
@@ -205,7 +206,7 @@ def pickle_of(rng, data):
     return b"".join(parts) + rest
 
 
-BOMB = bytes(64 << 20)
+BOMB = bytes(32 << 20)
 
 
 def zip_of(rng, data):
