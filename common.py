@@ -250,7 +250,7 @@ def read_text(path, advice="fetch it anew"):
         with open(path, "rb") as f:
             if os.fstat(f.fileno()).st_size > LARGEST:
                 raise SystemExit(f"{path}: is larger than {LARGEST >> 30} GiB; {advice}")
-            text = f.read(LARGEST).decode("utf-8-sig")
+            text = f.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise SystemExit(f"{path}, line {line}: not UTF-8; convert the file first, for instance with `iconv "

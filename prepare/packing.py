@@ -103,9 +103,20 @@ def caption_texts(path):
         yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size
 
 
+LONGEST = 1 << 26  # bytes of a line of JSON
+
+
+def check_unpacked(path, read):
+    """SystemExit where a gzipped file has unfolded to so much that it is no text: that has 3 to 10 times."""
+    if read > 100 * (Path(path).stat().st_size + (1 << 16)):
+        raise SystemExit(f"{path}: unfolds to more than 100 times its size, as no text does; look into it, and "
+                         "unpack it first if it is right")
+
+
 def json_lines(path, f):
     """The pieces of JSON lines."""
-    for number, line in enumerate(f, 1):
+    for number, line in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
+        check_unpacked(path, f.tell())
         if not line.strip():
             continue
         try:
@@ -140,6 +151,7 @@ def plain_pieces(path, f):
             raise SystemExit(f"{path}: not UTF-8 near byte {read + error.start}; convert it first, for "
                              "instance with `iconv -f latin1 -t utf-8`") from None
         read += len(chunk)
+        check_unpacked(path, read)
         cut = text.rfind("\n") + 1 or text.rfind(" ") + 1 or (len(text) if len(text) > 1 << 22 else 0)
         if not chunk:
             yield text + "\n", 0

@@ -469,7 +469,7 @@ def main(argv=None):
         for found in pool.map(fuzz, names, *zip(*[(share, args.seed, root)] * len(names))):
             print(f"{found['name']:<24}{found['cases']:>7}{found['accepted']:>10}{found['refused']:>9}{found['outer']:>7}"
                   f"{len(found['failures']):>8}{1e3 * found['seconds'] / share:>7.1f}", flush=True)
-            for case, what in found["failures"][:20]:
+            for case, what in found["failures"][:9]:
                 print(f'--reader "{found["name"]}" --case {case} --seed {args.seed}: {what.strip()}', flush=True)
             total = {key: total[key] + found[key] for key in total}
             failures += len(found["failures"])
