@@ -34,8 +34,11 @@ def open_clips(videos, teacher, vocab):
     """
     if not videos or not (teacher / "video_encoder.json").exists():
         return None
-    options = read_json(teacher / "clips.json")
-    features = read_json(teacher / "video_encoder.json")["features"]
+    kinds = {"T": int, "max_frames": int, "vision": str, "val_clips": int, "feat_norm": bool}
+    advice = "train the teacher again"
+    options = read_settings(teacher / "clips.json", kinds, advice)
+    options = {name: options[name] for name in kinds}
+    features = read_settings(teacher / "video_encoder.json", {"features": int}, advice)["features"]
     clips = [data.VideoClips(videos, part=part, **options) for part in ("train", "val")]
     if clips[0].vocab.hash != vocab.hash or clips[0].features != features:
         raise SystemExit(f"--videos {videos}: its vocabulary or its {clips[0].features} channels a frame are "

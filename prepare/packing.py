@@ -109,8 +109,8 @@ LONGEST = 1 << 26  # bytes of a line of JSON
 def check_unpacked(path, read):
     """SystemExit where a gzipped file has unfolded to so much that it is no text: that has 3 to 10 times."""
     if read > 50 * (Path(path).stat().st_size + (1 << 14)):
-        raise SystemExit(f"{path}: unfolds to more than 50 times its size, as no text does; look into it, and "
-                         "unpack it first if it is right")
+        raise SystemExit(f"{path}: unfolds to more than 50 times its size, as no text does; look into it, "
+                         "and unpack it first if it is right")
 
 
 def json_lines(path, f):

@@ -158,6 +158,13 @@ def make_models(folder):
     weights.save_file(state, path / "heads.safetensors")
 
 
+def make_teacher(folder):
+    make_packed(folder)
+    weights.save_video_encoder(folder / "teacher", VideoEncoder(small(max_positions=9), 8, max_frames=9))
+    write(folder / "teacher", clips__json={"T": 9, "max_frames": 9, "vision": "video", "val_clips": 2,
+                                           "feat_norm": False})
+
+
 def make_runs(folder):
     folder.mkdir(parents=True)
     os.chdir(folder)
@@ -332,6 +339,8 @@ READERS = {
     "OpenAI's state dict": (make_clip, "state.pt", read_clip),
     "cross-modal model": (make_models, "cross/cross.*", lambda path: weights.load_xdbert(path.parent)),
     "video encoder": (make_models, "video/*", lambda path: weights.load_video_encoder(path.parent)),
+    "teacher's clips": (make_teacher, "teacher/*.json",
+                        lambda path: analyze.open_clips(path.parents[1] / "videos.h5", path.parent, VOCAB)),
     "fine-tuned model": (make_models, "[cs][lp]a*/[cm]*", lambda path: weights.load_task_model(path.parent)),
     "heads": (make_models, "heads/model/*", lambda path: analyze.aligned_space(path.parents[1], "mlm+crd")),
     "checkpoint": (make_runs, "run/*.pt", read_checkpoint),
