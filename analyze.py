@@ -7,7 +7,6 @@
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
 import argparse
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import common
 import data
 import distill
-from common import print0, read_json, write_json
+from common import parse_json, print0, read_json, read_settings, read_text, write_json
 from model import DistillHead
 from parts.machine import Ranks, init_ranks
 from parts.metrics import mean_state, probes, retrieval, shared_neighbours
@@ -35,8 +34,11 @@ def open_clips(videos, teacher, vocab):
     """
     if not videos or not (teacher / "video_encoder.json").exists():
         return None
-    options = read_json(teacher / "clips.json")
-    features = read_json(teacher / "video_encoder.json")["features"]
+    kinds = {"T": int, "max_frames": int, "vision": str, "val_clips": int, "feat_norm": bool}
+    advice = "train the teacher again"
+    options = read_settings(teacher / "clips.json", kinds, advice)
+    options = {name: options[name] for name in kinds}
+    features = read_settings(teacher / "video_encoder.json", {"features": int}, advice)["features"]
     clips = [data.VideoClips(videos, part=part, **options) for part in ("train", "val")]
     if clips[0].vocab.hash != vocab.hash or clips[0].features != features:
         raise SystemExit(f"--videos {videos}: its vocabulary or its {clips[0].features} channels a frame are "
@@ -247,7 +249,8 @@ def table(runs, device):
 
 def newest_run(out="out"):
     """The folder of the latest distillation with a closing table, by its stored finish time."""
-    found = [(read_json(path.with_name("results.json"))["finished"], path.parent)
+    kinds = {"finished": (int, float)}
+    found = [(read_settings(path.with_name("results.json"), kinds)["finished"], path.parent)
              for path in Path(out).glob("distill-*/table.json")]
     if not found:
         raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd")
@@ -256,7 +259,8 @@ def newest_run(out="out"):
 
 def read_table(run):
     """table.json of a distillation."""
-    return read_json(Path(run) / "table.json", "give the folder of a finished run of distill.py")
+    advice = "give the folder of a finished run of distill.py"
+    return read_settings(Path(run) / "table.json", {"columns": dict, "clips": int}, advice)
 
 
 def grid(rows, columns, width, height):
@@ -271,7 +275,7 @@ def grid(rows, columns, width, height):
 def curves(run, out):
     """PNG of a distillation: its terms, the gradient that each sends, and what each model has learned."""
     closing = read_table(run)
-    lines = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    lines = [parse_json(line) for line in read_text(Path(run) / "log.jsonl").splitlines()]
     terms, gradients, validation = ([line for line in lines if key in line]
                                     for key in ("lr", "gradient_mlm", "val_mlm_loss"))
     if not terms or not gradients:

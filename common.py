@@ -15,8 +15,10 @@ import shutil
 import signal
 import socket
 import sys
+import zipfile
 import zlib
 from pathlib import Path
+from pickletools import genops
 
 import numpy as np
 
@@ -109,6 +111,18 @@ def convert(name, text, kind):
     if kind in (int, float) and abs(value) > FARTHEST:
         raise SystemExit(f"--{name} {text}: must lie between -10^15 and 10^15")
     return value
+
+
+def stored_config(Config, flags, path):
+    """Config of the flags in a run's config.json at `path`; those that it no longer has are left out.
+
+    SystemExit where a value is none that the command line would take.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
+    try:
+        return Config(**{name: convert(name, str(flags[name]), kinds[name]) for name in flags.keys() & kinds})
+    except (ValueError, SystemExit) as error:
+        raise SystemExit(f"{path}: {error}; make the run again") from None
 
 
 def check_fields(cfg, choices, positive):
@@ -322,9 +336,20 @@ def remove(path):
 
 
 def write_json(path, value):
-    """A value as indented JSON, atomically."""
+    """A value as indented JSON, atomically; null for a number that is not finite, which JSON cannot hold."""
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(x) for key, x in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [finite(x) for x in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
     with atomic(path) as part:
-        part.write_text(json.dumps(value, indent=1) + "\n")
+        part.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+LARGEST = 1 << 32  # bytes of a file that is read at once; corpora are not
+DEEPEST = 100  # lists and objects of a JSON inside of each other: what walks through more may fail
+DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN is read as it is written
 
 
 # first bytes of what is no text: (what it is, what to do)
@@ -383,13 +408,16 @@ def read_text(path, advice="fetch it anew"):
     """Text of a UTF-8 file, gzipped or not, without its byte-order mark; SystemExit where there is none."""
     try:
         with open_text(path) as f:
-            text = f.read().decode("utf-8-sig")
-    except OSError as error:
-        raise SystemExit(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+            text = f.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise SystemExit(f"{path}: is larger than {LARGEST >> 30} GiB; {advice}")
+        text = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise SystemExit(f"{path}, line {line}: not UTF-8; convert the file first, for instance with `iconv "
                          "-f latin1 -t utf-8`") from None
+    except (OSError, ValueError) as error:  # the latter of a path with a NUL
+        raise SystemExit(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {advice}") from None
     if not text.strip():
         raise SystemExit(f"{path}: is empty; {advice}")
     if re.match(r"\s*<(!doctype )?html\b", text, re.I):
@@ -397,16 +425,90 @@ def read_text(path, advice="fetch it anew"):
     return text
 
 
+def decode_json(text, at=0):
+    """(the JSON value that begins at text[at], its end); JSONDecodeError where it is malformed or cut off.
+
+    ValueError where it is nested too deep, or has an integer of thousands of digits or half of a surrogate
+    pair, which no text can hold.
+    """
+    try:
+        value, end = DECODER.raw_decode(text, at)
+        if "\\u" in text[at:end]:
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    level, depth = [[value]], 0
+    while level := [x for held in level for x in (held.values() if isinstance(held, dict) else held)
+                    if isinstance(x, (dict, list))]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+    return value, end
+
+
+def parse_json(text):
+    """The value of a text that is JSON; ValueError as decode_json."""
+    value, end = decode_json(text, len(text) - len(text.lstrip()))
+    if text[end:].strip():
+        raise json.JSONDecodeError("Extra data", text, end)
+    return value
+
+
 def read_json(path, advice="fetch it anew"):
     """The object in a JSON file; SystemExit where it is missing, damaged or no object."""
     try:
-        value = json.loads(read_text(path, advice))
-    except (ValueError, RecursionError) as error:
+        value = parse_json(read_text(path, advice))
+    except ValueError as error:
         where = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise SystemExit(f"{path}{where}: broken JSON ({error}); {advice}") from None
     if not isinstance(value, dict):
         raise SystemExit(f"{path}: holds a JSON {type(value).__name__}, no object; {advice}")
     return value
+
+
+def read_settings(path, kinds, advice="fetch it anew"):
+    """read_json of an object that must have the keys of `kinds` {key: type, or types}, with such values."""
+    settings = read_json(path, advice)
+    for key, kind in kinds.items():
+        value = settings.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) and kind is not bool:
+            wrong = repr(value)[:40] if key in settings else "missing"
+            raise SystemExit(f"{path}: {key} is {wrong}; {advice}")
+    return settings
+
+
+def peek_json(path):
+    """The object in a JSON file, {} where none can be read."""
+    with contextlib.suppress(SystemExit):
+        return read_json(path)
+    return {}
+
+
+def check_archive(path):
+    """ValueError where a file of PyTorch's claims more than it holds, so that reading could take any amount
+    of memory: parts are compressed, which PyTorch's never are, or see check_pickle."""
+    size = Path(path).stat().st_size
+    if not zipfile.is_zipfile(path):
+        with open(path, "rb") as f:  # of before PyTorch 1.6: three short pickles, then the tensors'
+            for first in (True, True, True, False):
+                check_pickle(f, size, first)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for part in archive.infolist():
+            if part.compress_type != zipfile.ZIP_STORED or part.file_size > size:
+                raise ValueError(f"{part.filename} is compressed")
+            if part.filename.endswith(".pkl"):
+                check_pickle(archive.read(part), part.file_size)
+
+
+def check_pickle(content, size, integers=True):
+    """ValueError where the memo of a pickle (bytes or a stream) is longer than `size`, or an integer of it is
+    larger, unless `integers` may be."""
+    for opcode, value, _ in genops(content):
+        memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+        if isinstance(value, int) and value > size and (memo or not integers):
+            raise ValueError(f"its memo has a place {value}" if memo else
+                             f"it claims {value} of something, and has {size} bytes")
 
 
 # ---------------------------------------------------------------------------- tables

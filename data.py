@@ -85,6 +85,11 @@ def open_packed(path, kind="", vocab=None):
                           for name, value in f.attrs.items()}
             maps = {name: map_dataset(path, f, name) for name in f}
         tokens = bytes(maps.pop("vocab")).decode().split("\n")
+        if "clip_vocab" in maps:
+            maps["clip_vocab"] = bytes(maps["clip_vocab"]).decode().split("\n")
+        for name, wanted in (ATTRIBUTES | KINDS.get(attributes["kind"], {})).items():
+            if not isinstance(attributes[name], wanted):
+                raise ValueError(f"{name} is {attributes[name]!r}"[:80])
         held, form = attributes["kind"], attributes["format"]
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: not a packed file, or damaged ({error}); pack it anew") from None
@@ -105,6 +110,11 @@ DATASETS = {"vocab": ("u", 1), "sources": ("u", 1), "tokens": ("u", 1), "clip_to
             "clip_counts": ("u", 1), "clip_vocab": ("u", 1), "video_id": ("S", 1), "task": ("i", 1),
             "frames": ("f", 2), "frame_offsets": ("i", 1), "caption_offsets": ("i", 1),
             "token_offsets": ("i", 1), "start": ("f", 1), "end": ("f", 1)}
+
+
+# and of attributes that are read: all, and those of a kind
+ATTRIBUTES = {"kind": str, "format": int, "hash": str, "vocab_hash": str, "lower": int, "strip_accents": int}
+KINDS = {"xtext": {"clip_hash": str}, "videos": {"d2": int, "d3": int}}
 
 
 def map_dataset(path, file, name):
@@ -381,7 +391,7 @@ def stored_clip_vocab(path, attributes, vocab, maps):
     """The vocabulary of a packed file's CLIP side; that is `vocab` where both sides have the same."""
     if attributes["clip_hash"] == vocab.hash:
         return vocab
-    lines = bytes(maps["clip_vocab"]).decode().split("\n")
+    lines = maps.get("clip_vocab", [])
     casing = [bool(attributes[name]) for name in ("clip_lower", "clip_strip_accents") if name in attributes]
     found = Vocab(lines, *casing, str(path)) if casing else CLIPVocab(lines, str(path))
     if found.hash != attributes["clip_hash"]:

@@ -20,7 +20,6 @@ Tasks: sst2 qnli qqp mnli (with mm and GLUE's diagnostics) squad1 squad2 swag, r
 tracie tracie_iid read; the demo's: mishap entailment two_choices four_endings before_after.
 """
 import hashlib
-import json
 import math
 import re
 import sys
@@ -36,7 +35,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from common import Switch, check_fields, duration, print0, progress, table, write_json
+from common import Switch, check_fields, duration, peek_json, print0, progress, table, write_json
 from data import open_vocab
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
@@ -279,11 +278,8 @@ def run_name(folder):
 
 def median_run_of(path):
     """The median run's folder where `path` is that of a task's runs, else the path itself."""
-    try:
-        summary = json.loads((Path(path) / "results.json").read_text())
-        return Path(path) / summary["median"]
-    except (OSError, ValueError, KeyError):
-        return Path(path)
+    median = peek_json(Path(path) / "results.json").get("median")
+    return Path(path) / median if isinstance(median, str) else Path(path)
 
 
 # ---------------------------------------------------------------------------- one run
@@ -479,7 +475,8 @@ def label_test_sets(cfg, task, folder, data_dir, load, ranks):
 
 def middle(metric, values):
     """Index of the median value of a metric; of an even number the worse of the middle two."""
-    return median_run([-value for value in values] if metric == "rmse" else values)
+    values = np.asarray(values, float)  # None, which stands for NaN in results.json, becomes that
+    return median_run(-values if metric == "rmse" else values)
 
 
 def check_examples(task, start, train, evals, cfg):
@@ -506,8 +503,9 @@ def check_examples(task, start, train, evals, cfg):
 
 
 def shown(scores):
-    """{metric: text} of what tables show: no counts and no thresholds."""
-    return {metric: f"{value:.{3 if metric == 'rmse' else 1}f}" for metric, value in scores.items()
+    """{metric: text} of what tables show: no counts and no thresholds. None: NaN, as results.json has it."""
+    return {metric: f"{math.nan if value is None else value:.{3 if metric == 'rmse' else 1}f}"
+            for metric, value in scores.items()
             if not metric.endswith(("total", "thresh"))}
 
 

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (atomic, birth, clear_up_on_sigterm, duration, hash64, one_line_end, parse_cli, print0,
-                    progress, read_json, remove, write_json)
+from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, one_line_end, parse_cli,
+                    parse_json, peek_json, print0, progress, read_json, read_settings, remove, write_json)
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
@@ -126,17 +126,18 @@ def read_run(folder):
     """(config.json, results.json) of a finished run of this format; SystemExit says how to make it again."""
     folder = Path(folder)
     advice = "give the folder of a finished run"
-    config = read_json(folder / "config.json", advice)
+    config = read_settings(folder / "config.json", {"config": dict}, advice)
     if config.get("format") != FORMAT:
+        command = config.get("command")
         raise SystemExit(f"{folder}: a run of format {config.get('format', 1)}, this code reads {FORMAT}; "
-                         f"make it again: {' '.join(map(str, config.get('command', [])))}")
+                         f"make it again: {' '.join(map(str, command)) if isinstance(command, list) else ''}")
     return config, read_json(folder / "results.json", advice)
 
 
 def same_run(before, cfg, hashes, free):
     """Whether a run's config.json has the same format, data, and flags of those that change its result."""
-    return before.get("format") == FORMAT and before["hashes"] == hashes and not changed_flags(
-        before["config"], cfg, free)
+    return before.get("format") == FORMAT and before.get("hashes") == hashes and not changed_flags(
+        before.get("config"), cfg, free)
 
 
 # flags of no influence on the result in any script
@@ -145,8 +146,8 @@ FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", 
 
 def changed_flags(before, cfg, free=()):
     """["--lr was 0.1", ...]: flags that differ from a run's and can change its result. A flag that
-    the run did not know had its default."""
-    free = {*FREE, *free}
+    the run did not know had its default; before: what its file holds, perhaps no flags at all."""
+    free, before = {*FREE, *free}, before if isinstance(before, dict) else {}
     before = {field.name: field.default for field in dataclasses.fields(cfg)} | before
     return [f"--{name} was {before[name]}" for name, value in dataclasses.asdict(cfg).items()
             if name not in free and before[name] != value]
@@ -165,7 +166,7 @@ def lock(folder):
             fcntl.flock(f, fcntl.LOCK_EX)  # two processes that look at once do it one by one
         f.seek(0)
         try:
-            holder = json.loads(f.read())
+            holder = parse_json(f.read())
             here = holder["host"] == own["host"]
             free = holder == own or here and birth(holder["pid"]) != holder["birth"]
         except (ValueError, KeyError, TypeError):  # empty, or cut by a full disk
@@ -248,11 +249,7 @@ class Run:
 
     def same(self):
         """Whether the folder's run has the same flags and data."""
-        try:
-            config = json.loads((self.folder / "config.json").read_text())
-            return same_run(config, self.cfg, self.hashes, self.free)
-        except (OSError, ValueError, KeyError):
-            return False
+        return same_run(peek_json(self.folder / "config.json"), self.cfg, self.hashes, self.free)
 
     def unfinished(self):
         """Whether the folder holds a checkpoint of the same flags and data, from which a run can go on."""
@@ -260,12 +257,8 @@ class Run:
 
     def finished(self):
         """Results of a FINISHED run of the same flags and data in the folder, else None."""
-        results = None
-        with contextlib.suppress(OSError, ValueError):
-            results = json.loads((self.folder / "results.json").read_text())
-        if not self.agreed(results and "finished" in results and self.same()):
-            return None
-        return results
+        results = peek_json(self.folder / "results.json")
+        return results if self.agreed("finished" in results and self.same()) else None
 
     # ------------------------------------------------------------------------ start
 
@@ -278,16 +271,26 @@ class Run:
         self.parts = {name: part for name, part in parts.items() if part is not None}
         if self.resumes or self.cfg.eval_only:
             self.saved = self.read_checkpoint()
-        if self.saved:
-            check_resume(self.saved, self.cfg, self.hashes, self.fixed)
-            for name, part in self.parts.items():
-                if state := self.saved[name]:  # the scaler's is empty but in float16
-                    part.load_state_dict(state)
-            self.start, self.lines = self.saved["step"], self.saved["log_lines"]
         set_seed(self.cfg.seed, 1 + self.ranks.rank)
-        if self.resumes:
-            restore_rng(self.saved, self.ranks)
+        if self.saved:
+            with of_this_run(self.folder):
+                check_resume(self.saved, self.cfg, self.hashes, self.fixed)
+                for name, part in self.parts.items():
+                    if state := self.saved[name]:  # the scaler's is empty but in float16
+                        part.load_state_dict(state)
+                self.start, self.lines = int(self.saved["step"]), int(self.saved["log_lines"])
+                if self.resumes:
+                    restore_rng(self.saved, self.ranks)
         return self.start
+
+    def load_best(self, model, step=0):
+        """Loads the model that was saved as best.pt at `step` or later."""
+        saved = load_checkpoint(self.folder, self.ranks, "best.pt")
+        with of_this_run(self.folder):
+            if saved["step"] < step:  # the one before it
+                raise SystemExit(f"{self.folder}/best.pt: the best weights, of step {step}, cannot be read; "
+                                 "start anew with --resume false")
+            model.load_state_dict(saved["model"])
 
     def read_checkpoint(self):
         """The newest checkpoint; where none is readable --resume auto starts anew, and None is returned."""
@@ -340,10 +343,8 @@ class Run:
             empty = all(path.name == "run.lock" or path.suffix == ".tmp" for path in folder.glob("*"))
             if folder.exists() and not self.resumes and not began and not empty:
                 n = next(i for i in range(1, 10 ** 6) if not folder.with_name(f"{folder.name}.{i}").exists())
-                try:
-                    changed = changed_flags(json.loads((folder / "config.json").read_text())["config"], cfg)
-                except (OSError, ValueError, KeyError):
-                    changed = []
+                before = peek_json(folder / "config.json")
+                changed = changed_flags(before["config"], cfg) if "config" in before else []
                 unlock(folder)
                 folder.rename(folder.with_name(f"{folder.name}.{n}"))
                 because = f" ({', '.join(changed)})" if changed else ""
@@ -568,9 +569,10 @@ def load_checkpoint(folder, ranks, name="checkpoint.pt"):
                 broken = archive.testzip()
             if broken:
                 raise ValueError(f"checksum of {broken} differs")
+            check_archive(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if not isinstance(saved, dict):
-                raise ValueError(f"holds a {type(saved).__name__}")
+                raise ValueError(f"it holds a {type(saved).__name__}")
             return saved
         except Exception as error:  # whatever a damaged file makes torch raise
             reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -579,6 +581,17 @@ def load_checkpoint(folder, ranks, name="checkpoint.pt"):
                 os.replace(path, f"{path}.damaged")
     raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
                      "(finetune.py: with --resume false)")
+
+
+@contextlib.contextmanager
+def of_this_run(folder):
+    """A block that takes over a checkpoint; SystemExit where it does not hold what such a run saves."""
+    try:
+        yield
+    except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise SystemExit(f"{folder}: its checkpoint is none of such a run ({reason}); start anew without "
+                         "--resume (finetune.py: with --resume false)") from None
 
 
 def last_good(folder):

@@ -27,7 +27,7 @@ from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_confi
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_video_encoder
-from run import Run, load_checkpoint, lr_at, micro_batch_size, run_script, save_checkpoint, set_seed, steps_of
+from run import Run, lr_at, micro_batch_size, run_script, save_checkpoint, set_seed, steps_of
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ def main(cfg):
     step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
     best = run.saved["best"] if run.saved else {"score": None, "step": 0, "bad": 0}
     if cfg.eval_only:
-        model.load_state_dict(load_checkpoint(run.folder, ranks, "best.pt")["model"])
+        run.load_best(model)
         scores = evaluate(model, val, cfg, ranks)
         print0(recall_table(scores, len(val)) if sees else f"validation mlm {scores['mlm']:.4f}")
         return scores
@@ -353,11 +353,7 @@ def main(cfg):
 
     # ---- finish
     seconds = run.leave_loop()
-    saved = load_checkpoint(run.folder, ranks, "best.pt")
-    if saved["step"] < best["step"]:  # the one before it
-        raise SystemExit(f"{run.folder}/best.pt: the best weights, of step {best['step']}, cannot be read; "
-                         "start anew with --resume false")
-    model.load_state_dict(saved["model"])
+    run.load_best(model, best["step"])
     results = {"objective": cfg.objective, "vision": cfg.vision, "steps": step, "best_step": best["step"],
                "vocabulary": train.vocab.hash, "clips": len(val)}
     results |= evaluate(model, val, cfg, ranks)

@@ -321,7 +321,7 @@ def squad_questions(content, source):
                 for value in (*texts, *(text for text, _ in answers or ())):
                     if not isinstance(value, str):
                         raise TypeError(f"{value!r} is no text")
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SystemExit(f"{source}: not in SQuAD's form at {where} ({error!r}); fetch it anew") from None
     if not found:
         raise SystemExit(f"{source}: holds no question; fetch it anew")

@@ -3,7 +3,6 @@ import csv
 import functools
 import hashlib
 import io
-import json
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic, print0, read_json, read_text, table, write_json
+from common import atomic, parse_json, print0, read_json, read_text, table, write_json
 from parts.metrics import METRICS, collapse, diagnostic_scores, squad_questions, squad_score
 
 # ---------------------------------------------------------------------------- what a task is
@@ -213,12 +212,12 @@ def read_piqa(task, path):
                          "both anew")
     for (number, line), (label_line, label) in zip(lines, labels):
         try:
-            content = json.loads(line)
+            content = parse_json(line)
             texts = [content[key] for key in task.text]
             "".join(texts)  # all are str
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"{path}, line {number}: not a JSON object with the texts "
-                             f"{', '.join(task.text)}") from None
+                             f"{', '.join(task.text)} ({error})") from None
         where = f"{path} without {beside.name}" if label is None else f"{beside}, line {label_line}"
         yield where, None, texts, label, {}
 

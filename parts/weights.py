@@ -14,7 +14,6 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
-from pickletools import genops
 from types import SimpleNamespace
 
 import torch
@@ -23,12 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from common import atomic, print0, read_json
+from common import atomic, check_archive, check_pickle, print0, read_json, read_settings
 from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, TaskModel,
                    VideoEncoder, init_weights)
 from parts.vocab import load_vocab
 
 AGAIN = "fetch or save the model again"
+LAYERS = 1000  # no model has more, and to build them takes time before one is found to be missing
 
 # ---------------------------------------------------------------------------- names: BERT and ELECTRA
 
@@ -188,7 +188,8 @@ def make_config(values, path, cls=BERTConfig):
     for field in dataclasses.fields(cls):
         value = values.get(field.name, field.default)
         wanted = (int, float) if field.type is float else field.type
-        if isinstance(value, bool) or not isinstance(value, wanted):
+        most = LAYERS if field.name == "layers" else 1 << 24
+        if isinstance(value, bool) or not isinstance(value, wanted) or field.type is int and value > most:
             raise SystemExit(f"{path}: {value!r} is no value for {field.name}; {AGAIN}")
     try:
         return cls(**values)
@@ -252,26 +253,6 @@ def read_tensors(path):
         raise unreadable(path, "damaged, or it holds more than tensors") from None
     except Exception as error:  # whatever a damaged or hostile file makes the two libraries raise
         raise unreadable(path, error) from None
-
-
-def check_archive(path):
-    """ValueError where a zip file's parts are compressed, which PyTorch's never are, or its pickle names a
-    place in its memo that cannot be: either could take any amount of memory."""
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        for part in archive.infolist():
-            if part.compress_type != zipfile.ZIP_STORED or part.file_size > Path(path).stat().st_size:
-                raise ValueError(f"{part.filename} is compressed")
-            if part.filename.endswith(".pkl"):
-                check_pickle(archive.read(part))
-
-
-def check_pickle(content):
-    """ValueError where the memo of a pickle (bytes) would be longer than itself."""
-    for opcode, value, _ in genops(content):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and value > len(content):
-            raise ValueError(f"its memo has a place {value}")
 
 
 def unreadable(path, reason):
@@ -464,9 +445,9 @@ def load_xdbert(folder, dropout=None):
     """The XDBERT that `save_xdbert` wrote."""
     folder = Path(folder)
     path = folder / "cross.json"
-    settings = read_json(path, "adapt it again")
-    layers, pooler = settings.get("layers"), settings.get("pooler")
-    if type(layers) is not int or layers < 1 or type(pooler) is not bool:
+    settings = read_settings(path, {"layers": int, "pooler": bool}, "adapt it again")
+    layers, pooler = settings["layers"], settings["pooler"]
+    if not 1 <= layers <= LAYERS:
         raise SystemExit(f"{path}: not that of an XDBERT; adapt it again")
     model = hollow(XDBERT, load_bert(folder, dropout=dropout), load_clip(folder / "clip"), layers)
     model.pooler = hollow(nn.Linear, model.width, model.width) if pooler else None
@@ -497,11 +478,12 @@ def load_task_model(folder):
 def load_video_encoder(folder):
     """The VideoEncoder that `save_video_encoder` wrote."""
     path = Path(folder) / "video_encoder.json"
-    settings = read_json(path, "train the teacher again")
+    kinds = {"config": dict, "features": int, "max_frames": int}
+    settings = read_settings(path, kinds, "train the teacher again")
     try:
-        config, features, max_frames = (settings[key] for key in ("config", "features", "max_frames"))
-        encoder = hollow(VideoEncoder, make_config(config, path), features, max_frames)
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        encoder = hollow(VideoEncoder, make_config(settings["config"], path), settings["features"],
+                         settings["max_frames"])
+    except (TypeError, RuntimeError) as error:
         raise SystemExit(f"{path}: not those of a video encoder ({error}); train the teacher again") from None
     return fill_own(encoder, Path(folder) / "video_encoder.safetensors", "train the teacher again")
 
@@ -671,7 +653,7 @@ class ArchiveUnpickler(Unpickler):
     def __init__(self, archive):
         self.archive, self.root, self.storages = archive, archive.namelist()[0].split("/")[0] + "/", {}
         content = self.read("data.pkl")
-        check_pickle(content)
+        check_pickle(content, len(content))
         super().__init__(io.BytesIO(content))
 
     def read(self, name):

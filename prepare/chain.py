@@ -3,8 +3,6 @@
 The first four functions are what the scripts run under their main guards; the others make what these need.
 With real data nothing is made.
 """
-import json
-from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import analyze
 import distill as distill_script
 import finetune as finetune_script
 import teacher as teacher_script
-from common import print0, write_json
+from common import peek_json, print0, read_settings, stored_config, write_json
 from data import open_vocab
 from parts.machine import init_ranks
 from parts.tasks import TASKS
@@ -162,23 +160,26 @@ def newest_student(cfg, vocab):
     """
     found = {}
     for path in Path("out").glob("*/results.json"):
-        with suppress(OSError, ValueError, KeyError):  # no distillation, or not a finished one
-            results = json.loads(path.read_text())
-            flags = json.loads(path.with_name("config.json").read_text())["config"]
-            if results["objective"] == "none" or results["vocabulary"] != vocab.hash:
-                continue
-            if Path(flags["teacher"]).name == f"teacher-mlm+ct-s{flags['seed']}":
-                found[results["finished"]] = path.parent, flags
-            elif "-image-" not in path.parent.name:
-                print0(f"passed over {path.parent}: its --teacher belongs to its own world alone")
+        results = peek_json(path)
+        if (results.get("objective") in (None, "none") or results.get("vocabulary") != vocab.hash
+                or type(results.get("finished")) not in (int, float)):
+            continue
+        try:
+            config = read_settings(path.with_name("config.json"), {"config": dict})["config"]
+            student = stored_config(distill_script.Config, config, path.with_name("config.json"))
+        except SystemExit as error:
+            print0(f"passed over {path.parent}: {error}")
+            continue
+        if Path(student.teacher).name == f"teacher-mlm+ct-s{student.seed}":
+            found[results["finished"]] = path.parent, student
+        elif "-image-" not in path.parent.name:
+            print0(f"passed over {path.parent}: its --teacher belongs to its own world alone")
     if not found:
         print0("no distilled student of this world yet: the default one will be made")
         return distill_script.Config(seed=cfg.seed)
-    folder, flags = found[max(found)]
+    folder, student = found[max(found)]
     print0(f"newest student: {folder}")
-    known = {field.name for field in fields(distill_script.Config)}
-    return distill_script.Config(**{name: value for name, value in flags.items() if name in known}
-                                 | {"out_dir": str(folder), "train": "", "videos": "", "teacher": ""})
+    return replace(student, out_dir=str(folder), train="", videos="", teacher="")
 
 
 def demo_rows(cfg):

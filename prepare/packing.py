@@ -3,6 +3,7 @@ import codecs
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import models, trainers
 
-from common import atomic, duration, open_text, print0, progress
+from common import atomic, decode_json, duration, open_text, parse_json, print0, progress
 from data import open_vocab, write_packed
 from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
 
@@ -84,15 +85,18 @@ def caption_texts(path):
         yield "".join(text.replace("\n", " ") + "\n" for text in texts) + "\n", size
 
 
+LONGEST = 1 << 26  # bytes of a line of JSON
+
+
 def json_lines(path, f):
     """The pieces of JSON lines."""
-    for number, line in enumerate(f, 1):
+    for number, line in enumerate(iter(lambda: f.readline(LONGEST), b""), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line.decode("utf-8-sig"))["text"]
+            text = parse_json(line.decode("utf-8-sig"))["text"]
             lines = [part for part in text.split("\n") if part.strip()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise SystemExit(f'{path}, line {number}: not a JSON object with a "text", and the file is no '
                              "caption.json; mend or remove the line") from None
         yield "".join(part + "\n" for part in lines) + "\n", len(line)
@@ -141,22 +145,23 @@ def read_captions(path):
         return
     head = re.compile(r'\s*([{,])\s*("(?:[^"\\]|\\.)*")\s*:\s*')  # { "id":   or   , "id":
     limit = 1 << 24  # characters; no video has so many, so what does not parse by then never will
-    decoder, decode = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
-    text, opening, size = "", "{", 0
+    decoder, text, opening, size = codecs.getincrementaldecoder("utf-8-sig")(), "", "{", 0
     with open_text(path) as f:
         try:
             while (chunk := f.read(1 << 20)) and len(text) < limit:
                 text, size, at = text + decoder.decode(chunk), size + len(chunk), 0
                 while (match := head.match(text, at)) and match[1] == opening:
                     try:
-                        value, end = decode(text, match.end())
+                        value, end = decode_json(text, match.end())
                     except json.JSONDecodeError:  # not whole in the buffer yet
                         break
-                    yield json.loads(match[2]), value, size
+                    yield parse_json(match[2]), value, size
                     opening, size, at = ",", 0, end
                 text = text[at:]
         except UnicodeDecodeError:
             text = "not UTF-8"
+        except ValueError as error:
+            raise SystemExit(f"{path}: the captions of {match[2]}: {error}; mend or remove them") from None
         if "".join(text.split()) != ("}" if opening == "," else "{}"):
             at = max(0, f.tell() - len(chunk) - len(text))
             raise SystemExit(f"{path}: not a JSON object {{video id: captions}}, or malformed or cut off "
@@ -185,6 +190,9 @@ def read_caption_folder(folder):
 # ---------------------------------------------------------------------------- vocabulary
 
 
+UNBROKEN = re.compile(r"\S{1000}")  # no word is so long
+
+
 def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
     """Trains a WordPiece vocabulary of `size` tokens on text or caption.json files -> Vocab and file `out`.
 
@@ -201,7 +209,8 @@ def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
         for path in sources:
             for text, read in read_pieces(path):
                 bar.update(read)
-                yield from text.split("\n")  # lines, so that all cores have work
+                # lines, so that all cores have work; the trainer's time is quadratic in a word's length
+                yield from UNBROKEN.sub(r"\g<0> ", text).split("\n")
 
     def train(what, given, size):
         tokenizer = wordpiece(models.WordPiece(unk_token="[UNK]"), lower, lower)
@@ -476,7 +485,9 @@ def read_tasks(path):
             for row in reader:
                 if not row["video_id"]:
                     raise SystemExit(f"{path}: line {reader.line_num}: no video_id")
-                tasks.setdefault(row["video_id"], int(row["task_id"]))
+                if abs(task := int(row["task_id"])) >= 2 ** 63:
+                    raise ValueError(f"{task} is no number of a task")
+                tasks.setdefault(row["video_id"], task)
         except (ValueError, TypeError, csv.Error) as error:
             raise SystemExit(f"{path}: line {reader.line_num}: task_id: {error}") from None
     if not tasks:
@@ -517,7 +528,7 @@ def read_features(path, mmap_mode=None):
     except FileNotFoundError:
         return None, ("missing", str(path))
     except Exception as error:  # whatever a damaged file makes numpy raise
-        if path.is_file() and not path.stat().st_size:
+        if os.path.isfile(path) and not os.path.getsize(path):
             return None, ("empty", str(path))
         return None, ("damaged", f"{path}: {(str(error) or type(error).__name__).splitlines()[0]}")
     if not isinstance(array, np.ndarray) or array.ndim != 2 or array.dtype.kind != "f":

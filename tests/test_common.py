@@ -202,14 +202,56 @@ def test_atomic_write_removes_what_killed_processes_of_this_host_left(tmp_path):
     (b"<html lang=en>", "is a web page"), (b"PAR1", "is parquet"), (b"PK\x03\x04", "is zip, not text; unpack it"),
     (b"version https://git-lfs.github.com/spec/v1\noid 1", "a pointer of git-lfs"),
     ("{}".encode("utf-16"), "is UTF-16"), (gzip.compress(b"{}")[:-9], "damaged gzip"),
-    (gzip.compress(b" " * 20_000_000), "unfolds to more than 100 times its size")])
+    (gzip.compress(b" " * 20_000_000), "unfolds to more than 100 times its size"),
+    (b'{"a": ' + b"[" * 200 + b"]" * 200 + b"}", "broken JSON .nested too deep.; give that"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "broken JSON .*digits"), (b'{"a": "\\ud83d"}', "surrogates not allowed"),
+    (b'{"a": 1} 2', "line 1: broken JSON .Extra data"), (b"a folder", "cannot be read .Is a directory.; give")])
 def test_json_that_cannot_be_read_is_one_line(tmp_path, content, match):
     path = tmp_path / "x.json"
     if content is not None:
-        path.write_bytes(content)
+        path.mkdir() if content == b"a folder" else path.write_bytes(content)
     with pytest.raises(SystemExit, match=match) as error:
         common.read_json(path, "give that")
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert common.peek_json(path) == {}
+
+
+def test_json_that_people_have_is_read(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_bytes(b'\xef\xbb\xbf \n{"a": [NaN, "\\ud83d\\ude00", "\\\\ud83d"], "b": ' + b"[" * 90 + b"]" * 90 + b"}\n")
+    assert common.read_json(path)["a"] == [None, "\U0001f600", "\\ud83d"]
+
+
+def test_written_json_is_valid_where_numbers_are_not_finite(tmp_path):
+    path = tmp_path / "x.json"
+    common.write_json(path, {"a": float("nan"), "b": [1.5, float("inf")], "c": (True, {"d": -float("inf")})})
+    found = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert found == {"a": None, "b": [1.5, None], "c": [True, {"d": None}]}
+
+
+def test_settings_have_the_types_that_are_asked_for(tmp_path):
+    path, kinds = tmp_path / "x.json", {"layers": int, "pooler": bool, "lr": (int, float)}
+    for changes, says in (({}, ""), ({"layers": True}, "layers is True; make it again"), ({"pooler": 1}, "pooler is 1;"),
+                          ({"lr": "x" * 99}, "lr is 'x{39};"), ({"layers": None}, "layers is None;")):
+        settings = {"layers": 2, "pooler": True, "lr": 1, "more": []} | changes
+        common.write_json(path, settings)
+        if says:
+            with pytest.raises(SystemExit, match=says):
+                common.read_settings(path, kinds, "make it again")
+        else:
+            assert common.read_settings(path, kinds) == settings
+    common.write_json(path, {})
+    with pytest.raises(SystemExit, match="x.json: layers is missing;"):
+        common.read_settings(path, kinds)
+
+
+def test_stored_flags_are_checked_as_those_of_the_command_line():
+    flags = dataclasses.asdict(Config(lr=0.1, resume="auto", use_head=False))
+    assert common.stored_config(Config, flags | {"gone": 3}, "c.json") == Config(lr=0.1, resume="auto", use_head=False)
+    for wrong, says in (({"lr": [1]}, r"--lr \[1\]: not a valid float"), ({"max_steps": 0}, "must be 1 or more"),
+                        ({"use_head": "x"}, "--use_head x: write true or false"), ({"lr": None}, "--lr None")):
+        with pytest.raises(SystemExit, match=f"c.json: .*{says}.*; make the run again"):
+            common.stored_config(Config, flags | wrong, "c.json")
 
 
 def test_gzipped_json_is_read(tmp_path):

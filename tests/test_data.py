@@ -85,6 +85,12 @@ def test_blocks_refuse_what_they_cannot_read(shards, vocab, tmp_path):
         f.create_dataset("tokens", data=tokens, chunks=True)
     assert "bad.h5" in stop_line(data.TextBlocks, str(bad), 12)  # not contiguous
     bad.write_bytes(whole)
+    for name, value in (("hash", None), ("lower", None), ("lower", "yes"), ("vocab_hash", 3), ("kind", [1, 2])):
+        bad.write_bytes(whole)
+        with h5py.File(bad, "a") as f:
+            f.attrs.pop(name) if value is None else f.attrs.update({name: value})
+        assert "bad.h5: not a packed file, or damaged" in stop_line(data.TextBlocks, str(bad), 12)
+    bad.write_bytes(whole)
     with h5py.File(bad, "a") as f:
         f["vocab"][-1] = 65
     assert "damaged" in stop_line(data.TextBlocks, str(bad), 12)

@@ -555,6 +555,8 @@ def test_table_shows_medians_and_marks_collapsed_runs():
     assert re.search(r"^average of 2 tasks +70\.0", text, re.M)
     assert "* RTE s1 collapsed: it did" in text
     assert "average" not in finetune.results_table([made_summary("rte", 60.0)])
+    unknown = finetune.results_table([made_summary("read", 0.5, None, 0.6)])  # None: NaN in results.json
+    assert re.search(r"^READ rmse +0\.600 +0\.500 nan 0\.600", unknown, re.M)
     # of a loss the lower median is the larger one, as in the choice of the median run
     assert re.search(r"^READ rmse +0\.700 ", finetune.results_table([made_summary("read", 0.5, 0.7)]), re.M)
 

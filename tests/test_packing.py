@@ -144,7 +144,11 @@ def test_first_bytes_tell_how_text_is_laid_out(vocab, tmp_path, name, content, p
     (b'{"text": "a cat"}\n{"text": "a', "line 2: not a JSON object"), (b'{"id": 3}\n', "line 1: not a JSON"),
     (b'{"info": {"year": 2014}, "images": [], "annotations": [{"image_id": 1, "id": 2, "caption": "A cat."}]}',
      "annotations of COCO, .*; write its captions to a text file"),
-    (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not a JSON")])
+    (b'{"text": ' + b"[" * 100_000 + b"\n", "line 1: not a JSON"), (b'{"text": "a \\ud83d"}\n', "line 1: not a JSON"),
+    (b'{"v": {"start": [' + b"9" * 5000 + b"]}}", "the captions of \"v\": .*digits"),
+    (b'{"v": {"text": ["\\ud83d"]}}', "the captions of \"v\": .*surrogates"),
+    (gzip.compress(bytes(1 << 22)), "unfolds to more than 100 times its size"),
+    (gzip.compress(b'{"text": "' + b"a" * (1 << 22) + b'"}'), "unfolds to more than 100 times its size")])
 def test_what_is_no_text_is_named(vocab, tmp_path, content, says):
     path = tmp_path / "a.txt"
     path.write_bytes(content)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import stop_line
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, write_json
@@ -231,6 +232,35 @@ def test_checkpoint_and_run_of_another_format_are_refused_with_the_command(run, 
     with pytest.raises(SystemExit, match="run: a run of format 1, this code reads 3; make it again: distill.py --lr 1"):
         read_run(tmp_path / "run")
     assert not run(resume="auto").resumes and run(resume="auto").finished() is None
+
+
+@pytest.mark.parametrize("change", [
+    lambda state: [1, 2], lambda state: {"format": 2}, lambda state: state | {"model": {"other": torch.ones(3)}},
+    lambda state: state | {"model": 3}, lambda state: state | {"step": "ten"}, lambda state: state | {"hashes": None},
+    lambda state: state | {"rng": torch.ones(2)}, lambda state: state | {"config": []}])
+def test_checkpoint_that_is_none_of_such_a_run_is_one_line(run, tmp_path, change):
+    first, path = run(), tmp_path / "run" / "checkpoint.pt"
+    begun(first)
+    first.save_due(10, True)
+    torch.save(change(torch.load(path, weights_only=True)), path)
+    says = stop_line(begun, run(resume="true"))
+    assert str(tmp_path / "run") in says and "start anew without --resume" in says
+    torch.save({"model": {}}, tmp_path / "run" / "best.pt")
+    assert "its checkpoint is none of such a run" in stop_line(first.load_best, part()["model"])
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '{"finished": 1}', '{"config": [], "hashes": 3}', "[" * 9999, "\0"])
+def test_files_of_a_run_that_hold_something_else_are_no_run(run, tmp_path, text):
+    first = run()
+    begun(first)
+    first.finish({"score": math.nan})
+    assert run().finished()["score"] is None
+    (tmp_path / "run" / "config.json").write_text(text)
+    assert run(resume="auto").finished() is None and not run(resume="auto").resumes
+    (tmp_path / "run" / "results.json").write_text(text)
+    assert run().finished() is None
+    begun(run())
+    assert (tmp_path / "run.1").is_dir()
 
 
 def test_second_run_moves_the_first_aside(run, tmp_path):

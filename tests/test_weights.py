@@ -159,6 +159,8 @@ def test_incomplete_or_untied_mlm_head_is_refused(tmp_path):
     (dict(position_embedding_type="relative_key"), "position_embedding_type is 'relative_key'"),
     (dict(hidden_size="24"), "'24' is no value for hidden"), (dict(num_attention_heads=5), "cannot be split"),
     (dict(num_attention_heads=0), "must be at least 1"), (dict(num_hidden_layers=2.5), "2.5 is no value"),
+    (dict(num_hidden_layers=10 ** 9), "1000000000 is no value for layers"),
+    (dict(vocab_size=2 ** 60), "is no value for vocab_size"),
 ])
 def test_wrong_config_is_one_clear_line(tmp_path, settings, said):
     hf_folder(tmp_path, hf_tensors(TINY), **settings)
@@ -363,6 +365,11 @@ def test_small_state_dict_that_claims_much_is_refused(tmp_path):
             content.writestr(name, whole.read(name))
     assert other.stat().st_size < 2 ** 14
     refused(r"not readable \(.* is compressed\)", load_clip, other)
+    torch.save({"token_embedding.weight": torch.zeros(4, 77)}, path, _use_new_zipfile_serialization=False)
+    content = path.read_bytes()
+    assert content.count(b"M4\x01") == 1  # 308 numbers in the storage
+    path.write_bytes(content.replace(b"M4\x01", b"J\0\0\0\x70"))
+    refused(r"not readable \(it claims 1879048192 of something, and has \d+ bytes\)", load_clip, path)
 
 
 def test_place_in_the_memo_that_cannot_be_is_refused_unread(tmp_path):
@@ -649,7 +656,7 @@ def test_xdbert_save_and_load_are_bit_equal(tmp_path, config, pooler):
 
 def test_xdbert_and_video_encoder_files_are_read_strictly(tmp_path):
     cross, encoder = xdbert(pooler=True), VideoEncoder(TINY, 5, max_frames=9)
-    query, no = "cross.text.0.cross.query.bias", "not that of an XDBERT"
+    query, no = "cross.text.0.cross.query.bias", "cross.json: (layers|pooler) is |not that of an XDBERT"
     for name, load, save, first, last, settings in (
             ("cross", load_xdbert, lambda: save_xdbert(cross, tmp_path, vocabulary(), vocabulary()), query,
              "pooler.bias", [
