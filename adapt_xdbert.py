@@ -27,8 +27,9 @@ from common import Switch, check_fields, duration, keyed_integers, print0, read_
 from model import (BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, init_weights, param_groups)
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import probes
-from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
-from parts.weights import load_bert, load_clip, load_mlm_head, save_bert, save_xdbert
+from parts.vocab import OPENAI_CLIP
+from parts.weights import (config_and_vocab, load_bert, load_clip, load_mlm_head, save_bert, save_xdbert,
+                           vocab_of)
 from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
@@ -45,6 +46,7 @@ class Config:
     # models
     language: str = ""  # a run, a Hugging Face folder, or bert-base .. = random weights; empty = the demo's
     clip: str = ""  # OpenAI's file, a folder, a run of teacher.py, or random = ViT-B/32; empty = the demo's
+    quick_gelu: bool = False  # a --clip file that does not tell its activation has OpenAI's
     cross_layers: int = 2  # of the cross-modal encoder
     no_clip: bool = False  # the language encoder alone, with --objective mlm: the fair baseline
     freeze: str = ""  # parts that are not trained: clip, language, or clip,language
@@ -115,7 +117,7 @@ FIXED = ("block_size", "segments", "cross_layers", "no_clip", "freeze", "objecti
          "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
          "schedule_steps", "seed")
 # flags that change no result: hashes tell what data and models are
-FREE = ("preset", "train", "val", "language", "clip", "table")
+FREE = ("preset", "train", "val", "language", "clip", "quick_gelu", "table")
 
 # XDBERT C.1: 1e-4, warm-up 5 %, one epoch, at 512 words and 9 x 77 tokens (Appendix B). The paper planned its
 # learning rate for 40 epochs of about 800 steps of 256 and stopped early: `paper`; `base` plans the one epoch
@@ -247,35 +249,34 @@ def evaluate(model, blocks, cfg, ranks):
 
 
 def open_language(cfg, vocab):
-    """(BERT, its MLMHead or None, hash of its weights) of --language; vocab: that of the packed words."""
+    """(BERT, its MLMHead or None, hash of its weights, its Vocab) of --language; vocab: the packed text's."""
     if cfg.language in LANGUAGE:
         print0(f"--language {cfg.language}: random weights; a folder of that model brings trained ones")
         config = replace(LANGUAGE[cfg.language], vocab_size=vocab.size, dropout=cfg.dropout)
-        return BERT(config, pooler=config.model_type == "bert"), None, cfg.language
+        return BERT(config, pooler=config.model_type == "bert"), None, cfg.language, vocab
     folder = model_folder(cfg.language, "--language")
-    own = load_vocab(folder)
-    if own.hash != vocab.hash:
-        raise SystemExit(f"--train {cfg.train}: packed with another vocabulary ({vocab.size:,} tokens) than "
-                         f"that of --language {cfg.language} ({own.size:,}); pack it again with --vocab "
-                         f"{folder}")
+    own = vocab_of(folder, "--language", vocab)
     language = load_bert(folder, pooler="trained", dropout=cfg.dropout)
-    return language, load_mlm_head(folder, language), file_hash(folder)
+    head = load_mlm_head(folder, language, needed="mlm" in cfg.objective)
+    if head is None and "mlm" in cfg.objective:
+        print0(f"{folder}: has no masked-word head; MLM begins with a random one")
+    return language, head, file_hash(folder), own
 
 
 def open_tower(cfg):
-    """(CLIPText, hash of its weights, hash of its vocabulary) of --clip; None where it is random
-    or unused."""
+    """(CLIPText, hash of its weights, its vocabulary or None where the file has none) of --clip; the tower is
+    None where it is random or unused."""
     if cfg.no_clip or cfg.clip == "random":
-        return None, "" if cfg.no_clip else cfg.clip, ""
+        return None, "" if cfg.no_clip else cfg.clip, None
     if Path(cfg.clip).is_file():  # OpenAI's comes without its tokenizer
-        return load_clip(cfg.clip), file_hash(cfg.clip), OPENAI_CLIP
+        return load_clip(cfg.clip, quick_gelu=cfg.quick_gelu), file_hash(cfg.clip), None
     folder = model_folder(cfg.clip, "--clip")
-    return load_clip(folder), file_hash(folder), load_clip_vocab(folder).hash
+    return load_clip(folder), file_hash(folder), config_and_vocab(folder)[1]
 
 
 def open_parts(cfg):
-    """(PairBlocks to train on and to evaluate on, BERT, its MLMHead or None, CLIPText or None, hashes) that
-    the flags name; one line where they do not fit each other."""
+    """(PairBlocks to train on and to evaluate on, BERT, its MLMHead or None, CLIPText or None, both's
+    vocabularies, hashes) that the flags name; one line where they do not fit each other."""
     tower, tower_hash, own = open_tower(cfg)
     positions = tower.config.positions if tower else CLIPConfig.positions
     train, val = (data.PairBlocks(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, positions)
@@ -287,17 +288,18 @@ def open_parts(cfg):
     if "match" in cfg.objective and len(train) < 2:
         raise SystemExit(f"--train {cfg.train}: one block, but MATCH needs another text; lower --block_size "
                          "or pack more text")
-    language, mlm, language_hash = open_language(cfg, vocab)
+    language, mlm, language_hash, words = open_language(cfg, vocab)
     if cfg.block_size > language.config.max_positions:
         raise SystemExit(f"--block_size {cfg.block_size}: {cfg.language} has {language.config.max_positions} "
                          "positions; give that or less")
-    if tower and (own, tower.config.vocab_size) != (clip_vocab.hash, clip_vocab.size):
+    if tower and ((own.hash if own else OPENAI_CLIP) != clip_vocab.hash
+                  or not own and tower.config.vocab_size != clip_vocab.size):
         raise SystemExit(f"--train {cfg.train}: packed with another tokenizer ({clip_vocab.size:,} tokens) "
                          f"than that of --clip {cfg.clip} ({tower.config.vocab_size:,}); pack it again with "
                          "its --clip_vocab")
     if cfg.clip == "random" and not cfg.no_clip:
         tower = CLIPText(CLIPConfig(vocab_size=clip_vocab.size))
-    return train, val, language, mlm, tower, {
+    return train, val, language, mlm, tower, (words, own or clip_vocab), {
         "corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash,
         "language encoder": language_hash, "CLIP": tower_hash}
 
@@ -376,7 +378,7 @@ def main(cfg):
 
     # ---- data
     set_seed(cfg.seed, 0)
-    train, val, language, mlm, tower, hashes = open_parts(cfg)
+    train, val, language, mlm, tower, vocabs, hashes = open_parts(cfg)
     run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
@@ -469,9 +471,9 @@ def main(cfg):
     if ranks.main:
         model.eval()
         if cfg.no_clip:
-            save_bert(language, run.folder / "model", train.vocab, mlm)
-        else:
-            save_xdbert(model.encoder, run.folder / "model", train.vocab, train.clip_vocab, mlm)
+            save_bert(language, run.folder / "model", vocabs[0], mlm)
+        else:  # a head that was trained on cross-modal states is not the language encoder's
+            save_xdbert(model.encoder, run.folder / "model", *vocabs, None if "mlm" in weights else mlm)
         if latents.exists():  # the demo world
             results["probes"] = probes(language, train, read_json(latents), ranks.device)
     print0(f"made {run.folder}/model in {duration(seconds)}")

@@ -63,7 +63,7 @@ def open_judge(folder, device):
         return judge
     path = model_folder(path, "--teacher")
     judge.bert = load_bert(path).to(device)
-    judge.mlm = load_mlm_head(path, judge.bert)
+    judge.mlm = load_mlm_head(path, judge.bert, needed=False)
     if (path / "video_encoder.safetensors").exists():
         judge.video = load_video_encoder(path).to(device)
         judge.clips = open_clips(cfg.videos, path, train.vocab)

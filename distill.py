@@ -25,8 +25,7 @@ from common import Switch, check_fields, duration, keyed_integers, print0, read_
 from model import BERT, DistillHead, MLMHead, model_config, param_groups
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import masked_word_scores, probes
-from parts.vocab import load_vocab
-from parts.weights import load_bert, load_mlm_head, read_tensors, save_bert, start_from
+from parts.weights import load_bert, load_mlm_head, read_tensors, save_bert, start_from, vocab_of
 from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
@@ -146,17 +145,13 @@ class FrozenTeacher:
 
     def __init__(self, cfg, vocab, device, dtype):
         self.folder = model_folder(cfg.teacher, "--teacher")
-        theirs = load_vocab(self.folder)
-        if theirs.hash != vocab.hash:
-            raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary ({theirs.size:,} tokens) "
-                             f"than the corpus ({vocab.size:,}); pack it again with --vocab "
-                             f"{self.folder}/vocab.txt")
-        self.bert = load_bert(self.folder)
-        self.mlm = load_mlm_head(self.folder, self.bert)
+        self.vocab = vocab_of(self.folder, "--teacher", vocab)
+        self.bert, soft = load_bert(self.folder), "soft" in cfg.objective.split("+")
+        self.mlm = load_mlm_head(self.folder, self.bert) if soft else None  # no other objective reads it
         self.width, self.hash = self.bert.config.hidden, file_hash(self.folder)
         if cfg.block_size > self.bert.config.max_positions:
             raise SystemExit(f"--block_size: the teacher has {self.bert.config.max_positions} positions")
-        if "soft" in cfg.objective.split("+") and self.mlm is None:
+        if soft and self.mlm is None:
             raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word "
                              "distributions; leave soft out or choose another teacher")
         if "voken" in cfg.objective.split("+"):
@@ -337,12 +332,13 @@ def main(cfg):
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     vocab, teacher = train.vocab, None
     if val.vocab.hash != vocab.hash:
-        raise SystemExit(f"--val {cfg.val} is packed with another vocabulary than --train {cfg.train}; "
-                         "pack it again")
+        raise SystemExit(f"--val {cfg.val} has another vocabulary than --train {cfg.train}; pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
     if cfg.objective != "none":
         teacher = FrozenTeacher(cfg, vocab, ranks.device, dtype)
-        hashes["teacher"] = teacher.hash
+        hashes["teacher"], vocab = teacher.hash, teacher.vocab  # their tables have one size
+    elif cfg.init_from:
+        vocab = vocab_of(model_folder(cfg.init_from, "--init_from"), "--init_from", vocab)
     run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
@@ -386,8 +382,7 @@ def main(cfg):
     while True:
         last = step >= max_steps
         if run.eval_due(step, last):
-            scores = evaluate(model, val, cfg, ranks)
-            run.note(step, "val", scores)
+            run.note(step, "val", evaluate(model, val, cfg, ranks))
         run.save_due(step, last)
         if last:
             break

@@ -43,9 +43,9 @@ from parts.machine import init_ranks, memory_report, move, return_freed_memory
 from parts.metrics import median_run
 from parts.tasks import (DEMO_TASKS, TASKS, Task, content_hash, evaluation_files, find_file, measure,
                          read_lines, score, unlabelled_files, write_predictions)
-from parts.vocab import Vocab, load_clip_vocab, load_vocab
-from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
-                           model_type, save_task_model)
+from parts.vocab import Vocab
+from parts.weights import (config_and_vocab, load_bert, load_clip, load_config, load_task_model, load_xdbert,
+                           save_task_model)
 from run import FORMAT, Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
@@ -237,22 +237,11 @@ def open_start(model, like="", demo=None, flag="--model"):
         return Start(name, folder, config, own, weights, beside)
     if like:
         folder = model_folder(like, "--like")
-        return fresh_start(run_name(folder), load_config(folder), load_vocab(folder))
+        load_config(folder)  # refuses CLIP's
+        return fresh_start(run_name(folder), *config_and_vocab(folder, weights=False))
     if demo:
         return fresh_start(demo.name, model_config("demo", vocab.size), vocab)
     raise SystemExit("--model none needs --like FOLDER, whose config.json and vocab.txt are taken")
-
-
-def config_and_vocab(folder):
-    """Of a Hugging Face folder: of BERT or ELECTRA, or of CLIP's text tower."""
-    if model_type(folder) == "clip":
-        config, vocab = load_clip_config(folder), load_clip_vocab(folder)
-    else:
-        config, vocab = load_config(folder), load_vocab(folder)
-    if vocab.size != config.vocab_size:
-        raise SystemExit(f"{folder}: {vocab.size:,} tokens in its vocabulary, {config.vocab_size:,} in its "
-                         "config.json; fetch or save the model again")
-    return config, vocab
 
 
 def positions_of(config):

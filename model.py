@@ -198,7 +198,8 @@ class Embeddings(nn.Module):
         self.project = nn.Linear(width, config.hidden) if config.embedding else nn.Identity()
 
     def forward(self, ids, segments=None):
-        segment = self.segment.weight[0] if segments is None else self.segment(segments)
+        one = segments is None or len(self.segment.weight) == 1  # then all tokens are of segment 0
+        segment = self.segment.weight[0] if one else self.segment(segments)
         x = self.word(ids) + (first_positions(self.position, ids.shape[1], "BERT") + segment)
         return self.project(dropout(self.norm(x), self.dropout, self.training))
 

@@ -103,22 +103,50 @@ def model_folder(path, flag):
     for folder in (Path(path) / "model", Path(path)):
         if (folder / "config.json").exists() and not (folder / "log.jsonl").exists():
             return folder
-    raise SystemExit(f"{flag} {path}: no model there; give the folder of a finished run, or one with "
-                     "config.json and model.safetensors")
+    raise SystemExit(f"{flag} {path}: no model there; "
+                     + advice(path, "give the folder of a finished run, or one with config.json and "
+                                    "model.safetensors"))
 
 
-def file_hash(folder):
-    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them."""
-    names = "", "model.safetensors", "pytorch_model.bin"
-    path = next((Path(folder) / name for name in names if (Path(folder) / name).is_file()), None)
+def advice(path, otherwise):
+    """What to do about a path where nothing is: it may be a name of Hugging Face's hub."""
+    if Path(path).exists() or not re.fullmatch(r"(\w[\w.-]{,40}/)?\w[\w.-]{,60}", str(path).rstrip("/")):
+        return otherwise
+    return ("nothing is fetched from the hub; give a run, or the folder that `huggingface-cli download "
+            f"{path} --local-dir {Path(path).name}` makes")
+
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json",
+           "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def weight_files(folder):
+    """Paths of the weights in a model's folder, of shards behind their index; SystemExit where one lacks."""
+    path = next((Path(folder, name) for name in WEIGHTS if Path(folder, name).is_file()), None)
     if path is None:
-        raise SystemExit(f"{folder}: has no {' and no '.join(names[1:])}; fetch one of them")
-    digest = hashlib.sha256()
-    beside = (Path(folder) / name for name in ("video_encoder.safetensors", "vokens.safetensors"))
-    for part in (path, *filter(Path.is_file, beside)):
-        with part.open("rb") as f:
-            while read := f.read(1 << 20):
-                digest.update(read)
+        raise SystemExit(f"{folder}: has no {' and no '.join(WEIGHTS[::2])}; fetch one of them")
+    if path.suffix != ".json":
+        return [path]
+    shards = read_json(path).get("weight_map")
+    shards = list(dict.fromkeys(shards.values())) if isinstance(shards, dict) else []
+    for name in shards or [None]:
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name):
+            raise SystemExit(f"{path}: {str(name)[:80]!r} is no file of weights in its folder; fetch it anew")
+        if not path.with_name(name).is_file():
+            raise SystemExit(f"{path}: the file {name} is missing beside it; fetch that, too")
+    return [path, *map(path.with_name, shards)]
+
+
+def file_hash(path):
+    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them."""
+    digest, files = hashlib.sha256(), [Path(path)]
+    if not files[0].is_file():
+        beside = (Path(path, name) for name in ("video_encoder.safetensors", "vokens.safetensors"))
+        files = [*weight_files(path), *filter(Path.is_file, beside)]
+    for file in files:
+        with file.open("rb") as f:
+            while part := f.read(1 << 20):
+                digest.update(part)
     return digest.hexdigest()
 
 

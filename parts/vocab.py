@@ -14,10 +14,20 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from common import atomic, print0, read_json, read_text, write_json
+from run import advice
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
 OPENAI_CLIP = "ba973045f396e62c227cd34bb2b425324c450557f07898a7e9876075a0fb58d7"  # hash of OpenAI's own
+BERT_NAMES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS))
+# Hugging Face's classes that are BERT's tokenizer, and those that do what tokenizer.json says
+BERT_CLASSES = [name + fast for name in ("BertTokenizer", "ElectraTokenizer", "DistilBertTokenizer")
+                for fast in ("", "Fast")]
+JSON_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+# settings that change ids, and the values with which they are BERT's own
+BERT_RULES = {"do_lower_case": (True, False), "strip_accents": (None, True, False), "never_split": (None, []),
+              "do_basic_tokenize": (True,), "tokenize_chinese_chars": (True,), "clean_text": (True,),
+              "split_special_tokens": (False,), "auto_map": (None,)}
 BERT_SOURCE = "give a BERT vocab.txt or tokenizer.json, or train one with `python data.py vocab`"
 CLIP_SOURCE = "OpenAI's is clip/bpe_simple_vocab_16e6.txt.gz of https://github.com/openai/CLIP"
 
@@ -36,8 +46,11 @@ class Tokens:
 
     @cached_property
     def hash(self):
-        """SHA-256 of the tokens in id order and the rules."""
-        return hashlib.sha256("\n".join([*self.tokens, self.rules]).encode()).hexdigest()
+        """SHA-256 of the tokens in id order and the rules, without names that `padded` gave."""
+        size = self.size
+        while size and self.tokens[size - 1] == f"[unused{size - 1}]":
+            size -= 1
+        return hashlib.sha256("\n".join([*self.tokens[:size], self.rules]).encode()).hexdigest()
 
     def encode(self, texts: list) -> list:
         """List of str -> list of lists of ids, without a start and an end token."""
@@ -102,14 +115,18 @@ class Vocab(Tokens):
         """Ids -> text, special tokens included."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
 
+    def padded(self, rows):
+        """The same with names for a model's further rows. No text has them, so the hash is the same."""
+        names = [f"[unused{i}]" for i in range(self.size, rows)]
+        return dataclasses.replace(self, tokens=self.tokens + names) if names else self
+
     def save(self, folder):
         """Writes vocab.txt and tokenizer_config.json, as Hugging Face's AutoTokenizer reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / "vocab.txt") as part:
             part.write_text("".join(token + "\n" for token in self.tokens), encoding="utf-8")
-        names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIALS))
-        write_json(folder / "tokenizer_config.json", names | {
+        write_json(folder / "tokenizer_config.json", BERT_NAMES | {
             "tokenizer_class": "BertTokenizer", "do_lower_case": self.lower,
             "strip_accents": self.strip_accents, "model_max_length": 512})
 
@@ -126,28 +143,92 @@ def wordpiece(model, lower, strip_accents):
 def load_vocab(path) -> Vocab:
     """Vocab from a vocab.txt, a tokenizer.json, or a folder that holds one of them.
 
-    Casing: by tokenizer.json's normalizer, else by the tokenizer_config.json beside vocab.txt, else lower
-    case unless some token has an upper-case letter. SystemExit where the tokenizer is not BERT's.
+    In a model's folder the ids are those of Hugging Face's AutoTokenizer, and SystemExit says which setting
+    would make others. Casing: by tokenizer_config.json, as there. Without a class of tokenizer by
+    tokenizer.json, or lower case unless some token of vocab.txt has an upper-case letter.
     """
-    path = file_in(path, ("tokenizer.json", "vocab.txt"), "neither vocab.txt nor tokenizer.json")
+    path = file_in(path, ("tokenizer.json", "vocab.txt"), "neither vocab.txt nor tokenizer.json", BERT_SOURCE)
+    settings, kind, rows = settings_beside(path)
     if path.suffix == ".json":
-        return vocab_from_json(path, read_json(path, BERT_SOURCE))
-    tokens = read_text(path, BERT_SOURCE).replace("\r\n", "\n").removesuffix("\n").split("\n")
-    config = path.with_name("tokenizer_config.json")
-    config = read_json(config) if config.exists() else {}
-    cased = any(token != token.lower() for token in tokens if not token.startswith("["))
-    return Vocab(tokens, config.get("do_lower_case", not cased), config.get("strip_accents"), str(path))
+        content = read_json(path, BERT_SOURCE)
+        named = SPECIALS if kind in BERT_CLASSES else [BERT_NAMES[x] for x in settings if x in BERT_NAMES]
+        try:
+            tokens, *casing = read_wordpiece(path, content, named)
+        except (TypeError, AttributeError, KeyError):  # lists for objects, numbers for texts
+            raise SystemExit(f"{path}: not in the form of a tokenizer.json; {BERT_SOURCE}") from None
+    else:
+        # Hugging Face's reader, too, drops white space at the end of a line, in Rust's sense
+        tokens = [line.rstrip(SPACE) for line in read_text(path, BERT_SOURCE).removesuffix("\n").split("\n")]
+        casing = [all(token == token.lower() for token in tokens if not token.startswith("[")), None]
+        if kind in JSON_CLASSES:
+            raise SystemExit(f"{path}: its {kind} needs a tokenizer.json; fetch that, too")
+    if kind in BERT_CLASSES and not casing[0] and "do_lower_case" not in settings:
+        raise SystemExit(f"{path}: is cased, but no tokenizer_config.json says so, and then transformers "
+                         'lowers the case; write {"do_lower_case": false}, or true, into one beside it')
+    if kind in BERT_CLASSES or path.suffix != ".json":
+        casing = settings.get("do_lower_case", casing[0]), settings.get("strip_accents")
+    if rows is not None and rows < len(tokens):
+        raise SystemExit(f"{path.parent}: {len(tokens):,} tokens in its vocabulary, {rows:,} in its "
+                         f"config.json: the last have no vectors; give the {path.name} of its training")
+    return Vocab(tokens, *casing, str(path))
 
 
-def file_in(path, names, missing):
-    """The path; of a folder the first of `names` that it holds. missing: said where it holds none of them."""
+SPACE = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200b)))
+
+
+def settings_beside(path):
+    """(settings, class of tokenizer or "", rows of the model's table or None) from the json files beside a
+    vocabulary; SystemExit where AutoTokenizer would take other ids from them than BERT's."""
+    def beside(name):
+        other = path.with_name(name)
+        return read_json(other) if other.is_file() and other != path else {}
+    model, settings = beside("config.json"), beside("tokenizer_config.json")
+    kind = settings.get("tokenizer_class") or model.get("tokenizer_class") or (
+        "BertTokenizer" if model.get("model_type") in ("bert", "electra") else "")
+    wrong = [("tokenizer_config.json or config.json", "tokenizer_class", kind)] * (
+        kind not in ("", *BERT_CLASSES, *JSON_CLASSES))
+    wrong += [("added_tokens.json", token, number) for token, number in beside("added_tokens.json").items()]
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings |= (found := beside(file))
+        wrong += [(file, name, value) for name, value in found.items() if not is_berts(name, value)]
+    for file, name, value in wrong:
+        raise SystemExit(f"{path.parent}/{file}: {name[:40]} is {repr(value)[:80]}, which makes other ids "
+                         "than those of a plain BERT tokenizer; choose another model")
+    rows = model.get("vocab_size")
+    return settings, kind, rows if type(rows) is int else None
+
+
+def is_berts(name, value):
+    """Whether a setting of a tokenizer leaves the ids of a text those of BERT's."""
+    if name in BERT_RULES:
+        return any(value is allowed or value == allowed == [] for allowed in BERT_RULES[name])
+    if name in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+        return all(map(is_special, value.values() if isinstance(value, dict) else value or []))
+    if name in BERT_NAMES or name.endswith("_token") and isinstance(value, (str, dict)):
+        return is_special(value, BERT_NAMES.get(name))
+    return True
+
+
+def is_special(token, name=None):
+    """Whether a token of a settings file, a str or a dict, is one of SPECIALS (the one of that name), found
+    in texts as it stands: not as a word of its own alone, and not behind the change to lower case."""
+    token = token if isinstance(token, dict) else {"content": token, "special": True}
+    return token.get("content") in ([name] if name else SPECIALS) and not token.get("single_word") and not (
+        token.get("normalized", not token.get("special")))
+
+
+def file_in(path, names, missing, source):
+    """The path; of a folder the first of `names` that it holds. missing: said where it holds none of them;
+    source: where to get one."""
     path = Path(path)
+    if not path.exists():
+        raise SystemExit(f"{path}: cannot be read (no such file or folder); {advice(path, source)}")
     if not path.is_dir():
         return path
     for name in names:
         if (path / name).exists():
             return path / name
-    raise SystemExit(f"{path}: holds {missing}")
+    raise SystemExit(f"{path}: holds {missing}; {source}")
 
 
 def check_parts(path, whose, parts, advice):
@@ -157,8 +238,11 @@ def check_parts(path, whose, parts, advice):
             raise SystemExit(f"{path}: not {whose} tokenizer, which has {what}; {advice}")
 
 
-def vocab_from_json(path, content):
-    """Vocab from the content of a tokenizer.json; SystemExit where it is not BERT's WordPiece."""
+def read_wordpiece(path, content, named):
+    """(tokens, lower, strip_accents) of a tokenizer.json; SystemExit where it is not BERT's WordPiece.
+
+    named: special tokens that are found in texts also where `added_tokens` leaves them out.
+    """
     parts = [content.get(k) for k in ("model", "normalizer", "pre_tokenizer")]
     model, norm, pre = (part if isinstance(part, dict) else {} for part in parts)
     ids = model.get("vocab")
@@ -166,15 +250,19 @@ def vocab_from_json(path, content):
         "a WordPiece model": model.get("type", "WordPiece") == "WordPiece" and isinstance(ids, dict),
         "continuing pieces that start with ##": model.get("continuing_subword_prefix") == "##",
         "words of at most 100 characters": model.get("max_input_chars_per_word") == 100,
+        "[UNK] for unknown words": model.get("unk_token") == "[UNK]",
         "BERT's normalizer": norm.get("type") == "BertNormalizer",
         "BERT's cleaning of text": norm.get("clean_text") and norm.get("handle_chinese_chars"),
         "BERT's pre-tokenizer": pre.get("type") == "BertPreTokenizer"}, BERT_SOURCE)
     tokens = sorted(ids, key=ids.get)
-    added = [t["content"] for t in content.get("added_tokens", []) if ids.get(t["content"]) != t["id"]]
-    if added or [ids[t] for t in tokens] != list(range(len(tokens))):
+    added = content.get("added_tokens", [])
+    others = [t["content"] for t in added if ids.get(t["content"]) != t["id"] or not is_special(t)]
+    if others or [ids[t] for t in tokens] != list(range(len(tokens))):
         raise SystemExit(f"{path}: its ids are not 0 to {len(tokens) - 1}, or tokens were added to it "
-                         f"({' '.join(added[:3])}); give the vocab.txt instead")
-    return Vocab(tokens, bool(norm.get("lowercase")), norm.get("strip_accents"), str(path))
+                         f"({' '.join(others[:3])[:80]}); give the vocab.txt instead")
+    check_parts(path, "BERT's", {"special tokens in added_tokens": {
+        *(t["content"] for t in added), *named} >= set(SPECIALS)}, BERT_SOURCE)
+    return tokens, bool(norm.get("lowercase")), norm.get("strip_accents")
 
 
 # ---------------------------------------------------------------------------- CLIP's BPE
@@ -281,12 +369,12 @@ def load_clip_vocab(path):
     path: OpenAI's merges, gzipped or not; Hugging Face's tokenizer.json or merges.txt; a vocab.txt; a folder
     that holds one of them.
     """
-    path = file_in(path, CLIP_FILES, f"no vocabulary of CLIP ({', '.join(CLIP_FILES)}); {CLIP_SOURCE}")
+    path = file_in(path, CLIP_FILES, f"no vocabulary of CLIP ({', '.join(CLIP_FILES)})", CLIP_SOURCE)
     if path.suffix == ".json":
         content = read_json(path, CLIP_SOURCE)
         model = content.get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
-            return vocab_from_json(path, content)
+            return load_vocab(path)
         try:
             return clip_vocab_from_json(path, content)
         except (TypeError, AttributeError, KeyError):  # lists for objects, numbers for texts

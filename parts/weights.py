@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from common import atomic, check_archive, check_pickle, print0, read_json, read_settings
 from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, TaskModel,
                    VideoEncoder, init_weights)
-from parts.vocab import load_vocab
+from parts.vocab import Vocab, load_clip_vocab, load_vocab
+from run import weight_files
 
 AGAIN = "fetch or save the model again"
 LAYERS = 1000  # no model has more, and to build them takes time before one is found to be missing
@@ -73,6 +74,9 @@ HF_CONFIG = SIZES | {"max_position_embeddings": "max_positions", "type_vocab_siz
                      "pad_token_id": "pad_id", "initializer_range": "init_std"}
 # settings with one value that our models can represent; a config.json may leave them out
 HF_SETTINGS = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False}
+# what ElectraForMultipleChoice reads beside them
+SUMMARY = {"summary_type": "first", "summary_use_proj": True, "summary_activation": "gelu",
+           "summary_proj_to_labels": False}
 # {model_type: {kind of task: (class, its name of the pooler, of the head)}}
 HF_CLASSES = {
     "bert": {"encoder": ("BertModel", "pooler.dense", ""),
@@ -151,8 +155,12 @@ def model_type(folder):
 def load_config(folder):
     """BERTConfig of a Hugging Face folder; SystemExit where model.py has no such BERT."""
     path = Path(folder) / "config.json"
-    settings = read_json(path, AGAIN)
-    values = our_values(settings, path, tuple(HF_CLASSES), HF_CONFIG, HF_SETTINGS)
+    settings, fixed = read_json(path, AGAIN), HF_SETTINGS
+    if settings.get("hidden_act") == "gelu_python":  # the same in another order
+        settings["hidden_act"] = "gelu"
+    if settings.get("architectures") == ["ElectraForMultipleChoice"]:
+        fixed = fixed | SUMMARY
+    values = our_values(settings, path, tuple(HF_CLASSES), HF_CONFIG, fixed)
     if settings.get("embedding_size") != settings.get("hidden_size"):
         values["embedding"] = settings.get("embedding_size")
     return make_config(values | {"model_type": settings["model_type"]}, path)
@@ -163,7 +171,7 @@ def load_clip_config(folder):
     path = Path(folder) / "config.json"
     settings = read_json(path, AGAIN)
     if settings.get("model_type") == "clip":  # both towers
-        text = settings.get("text_config")
+        text = settings.get("text_config_dict") or settings.get("text_config")  # the first wins, as in theirs
         if not isinstance(text, dict):
             raise SystemExit(f"{path}: has no text_config; choose another model")
         width = settings.get("projection_dim", CLIPConfig.projection)
@@ -195,6 +203,37 @@ def make_config(values, path, cls=BERTConfig):
         return cls(**values)
     except ValueError as error:
         raise SystemExit(f"{path}: {error}; {AGAIN}") from None
+
+
+def config_and_vocab(folder, weights=True):
+    """(config, vocabulary) of a Hugging Face folder of BERT, ELECTRA or CLIP's text tower, of one size.
+
+    A table may have more rows than BERT's vocabulary has tokens, often a round number: those get names.
+    SystemExit where it has fewer, and where config.json has another number than the weights, if those count.
+    """
+    if model_type(folder) == "clip":
+        config, vocab = load_clip_config(folder), load_clip_vocab(folder)
+    else:
+        config, vocab = load_config(folder), load_vocab(folder)
+    tensors = read_folder(folder)[1] if weights else {}
+    rows = next((len(table) for name, table in tensors.items()
+                 if name.endswith(("word_embeddings.weight", "token_embedding.weight"))), config.vocab_size)
+    if isinstance(vocab, Vocab) and vocab.size < rows == config.vocab_size:
+        return config, vocab.padded(rows)
+    if not vocab.size == config.vocab_size == rows:
+        raise SystemExit(f"{folder}: {vocab.size:,} tokens in its vocabulary, {config.vocab_size:,} in its "
+                         f"config.json, {rows:,} in its weights; fetch or save the model again")
+    return config, vocab
+
+
+def vocab_of(folder, flag, text):
+    """The vocabulary of a model's folder, of its size; SystemExit names the flag where it is not that of the
+    packed text, `text`."""
+    _, vocab = config_and_vocab(folder)
+    if vocab.hash != text.hash:
+        raise SystemExit(f"{flag} {folder} reads another vocabulary ({vocab.size:,} tokens) than the packed "
+                         f"text ({text.size:,}); pack it again with --vocab {folder}")
+    return vocab
 
 
 def load_task(folder):
@@ -237,6 +276,9 @@ def load_task(folder):
 def read_tensors(path):
     """{name: tensor} of a .safetensors or .bin file."""
     try:
+        with path.open("rb") as f:
+            if f.read(23) == b"version https://git-lfs":
+                raise ValueError("it is a git-lfs pointer: `git lfs pull` brings the file itself")
         if path.suffix == ".safetensors":
             return load_file(path)
         check_archive(path)
@@ -262,12 +304,14 @@ def unreadable(path, reason):
 
 
 def read_folder(folder):
-    """(path, {name: tensor}) of the weights in a Hugging Face folder."""
-    paths = [Path(folder) / name for name in ("model.safetensors", "pytorch_model.bin")]
-    path = next((p for p in paths if p.exists()), None)
-    if path is None:
-        raise SystemExit(f"{folder}: has no model.safetensors and no pytorch_model.bin; fetch one of them")
-    return path, read_tensors(path)
+    """(path, {name: tensor}) of the weights in a Hugging Face folder; of shards the path of their index."""
+    (path, *shards), tensors = weight_files(folder), {}
+    for shard in shards or [path]:
+        part = read_tensors(shard)
+        if double := tensors.keys() & part.keys():
+            raise SystemExit(f"{shard}: the tensor {min(double)} stands in another shard, too; {AGAIN}")
+        tensors |= part
+    return path, tensors
 
 
 def read_bert(folder, config):
@@ -286,13 +330,16 @@ def read_bert(folder, config):
     return path, tensors
 
 
-def read_clip(path):
+def read_clip(path, quick_gelu):
     """(CLIPConfig, path of the weights, {name: tensor}, clip_names) of the text tower at `path`."""
     path = Path(path)
     openai, ignored = not path.is_dir(), CLIP_IGNORED if path.is_dir() else OPENAI_IGNORED
     if openai:
         tensors = read_openai(path)
         config = openai_config(tensors, path)
+        if not quick_gelu and "input_resolution" not in tensors:
+            raise SystemExit(f"{path}: does not tell its activation; give --quick_gelu where it is OpenAI's "
+                             "or one of open_clip's whose name ends in quickgelu; others cannot be read")
         tensors["text_projection"] = tensors["text_projection"].T  # ours is the weight of a linear map
     else:
         config, (path, stored) = load_clip_config(path), read_folder(path)
@@ -399,43 +446,52 @@ def load_bert(folder, pooler=False, dropout=None):
 def start_from(bert, head, folder, vocab):
     """Loads the BERT of `folder`, and its MLM head if it has one, into `bert` and `head` (two-stage).
 
-    vocab: the Vocab of the words that are read. SystemExit where vocabulary or shape differ.
+    vocab: the Vocab of the words that are read; of rows beyond it both may have more or less. SystemExit
+    where vocabulary or shape differ.
     """
+    vocab_of(folder, "--init_from", vocab)
     source, config = load_bert(folder), bert.config
-    if load_vocab(folder).hash != vocab.hash:
-        raise SystemExit(f"--init_from {folder} reads another vocabulary than the corpus; pack it again with "
-                         f"--vocab {folder}/vocab.txt")
-    if dataclasses.replace(source.config, dropout=config.dropout, init_std=config.init_std) != config:
+    same = dict(dropout=config.dropout, init_std=config.init_std, vocab_size=config.vocab_size)
+    if dataclasses.replace(source.config, **same) != config:
         raise SystemExit(f"--init_from {folder}: its shape is not the student's ({config.layers} layers of "
                          f"{config.hidden}); give --model to match")
-    bert.load_state_dict(source.state_dict())
-    if own := load_mlm_head(folder, source):
-        head.load_state_dict(own.state_dict())
+    own = load_mlm_head(folder, source)
+    if own is None:
+        print0(f"{folder}: has no masked-word head; the student's begins with random weights")
+    for part, begin in ((bert, source), (head, own or head)):
+        state = part.state_dict()
+        for name, value in begin.state_dict().items():
+            state[name][:len(value)] = value[:len(state[name])]
 
 
-def load_mlm_head(folder, bert):
-    """The MLMHead of a Hugging Face folder, tied to its `bert`; None where it has none."""
+def load_mlm_head(folder, bert, needed=True):
+    """The MLMHead of a Hugging Face folder, tied to its `bert`; None where it has none, and where it is not
+    `needed` and is incomplete or untied."""
     path, tensors = read_bert(folder, bert.config)
     names = tensor_names(HEAD_NAMES[bert.config.model_type])
-    if not any(name in tensors for ours, (name,) in names.items() if ours != "weight"):
+    own = [name in tensors for ours, (name,) in names.items() if ours != "weight"]
+    untied = [names for names in TIED.items() if names[0] in tensors and names[1] in tensors
+              and not torch.equal(tensors[names[0]], tensors[names[1]])]
+    if not any(own) or not needed and (untied or not all(own)):
         return None
-    for copy, original in TIED.items():
-        if copy in tensors and original in tensors and not torch.equal(tensors[copy], tensors[original]):
-            raise SystemExit(f"{path}: {copy} differs from {original}, but only a tied decoder can be read; "
-                             "choose another model")
+    for copy, original in untied:
+        raise SystemExit(f"{path}: {copy} differs from {original}, but only a tied decoder can be read; "
+                         "choose another model")
     head = hollow(MLMHead, bert.width, bert.embeddings.word.weight, bert.config.layer_norm_eps)
     fill(head, names, tensors, path)
     head.weight = bert.embeddings.word.weight
     return head
 
 
-def load_clip(path, dropout=None):
+def load_clip(path, dropout=None, quick_gelu=False):
     """CLIP's text tower from a Hugging Face folder or from OpenAI's file.
 
     A folder: of CLIPModel (its image tower is ignored), CLIPTextModelWithProjection, or CLIPTextModel, whose
     projection is the identity. A file: state dict (.pt, .pth, .bin, .safetensors) or TorchScript archive.
+    quick_gelu: the user's word for a file without the three constants of OpenAI's: open_clip's files have the
+    same names, and most of them need plain GELU.
     """
-    config, path, tensors, names = read_clip(path)
+    config, path, tensors, names = read_clip(path, quick_gelu)
     if dropout is not None:
         config = dataclasses.replace(config, dropout=dropout)
     return fill(hollow(CLIPText, config), names, tensors, path)
