@@ -511,6 +511,14 @@ def check_pickle(content, size, integers=True):
                              f"it claims {value} of something, and has {size} bytes")
 
 
+def hub_advice(path, otherwise):
+    """What to do about a path where nothing is: it may be a name of Hugging Face's hub."""
+    if Path(path).exists() or not re.fullmatch(r"(\w[\w.-]{,40}/)?\w[\w.-]{,60}", str(path).rstrip("/")):
+        return otherwise
+    return ("nothing is fetched from the hub; give a run, or the folder that `huggingface-cli download "
+            f"{path} --local-dir {Path(path).name}` makes")
+
+
 # ---------------------------------------------------------------------------- tables
 
 

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, one_line_end, parse_cli,
-                    parse_json, peek_json, print0, progress, read_json, read_settings, remove, write_json)
+from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
+                    one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json, read_settings, remove,
+                    write_json)
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
@@ -104,16 +105,8 @@ def model_folder(path, flag):
         if (folder / "config.json").exists() and not (folder / "log.jsonl").exists():
             return folder
     raise SystemExit(f"{flag} {path}: no model there; "
-                     + advice(path, "give the folder of a finished run, or one with config.json and "
+                     + hub_advice(path, "give the folder of a finished run, or one with config.json and "
                                     "model.safetensors"))
-
-
-def advice(path, otherwise):
-    """What to do about a path where nothing is: it may be a name of Hugging Face's hub."""
-    if Path(path).exists() or not re.fullmatch(r"(\w[\w.-]{,40}/)?\w[\w.-]{,60}", str(path).rstrip("/")):
-        return otherwise
-    return ("nothing is fetched from the hub; give a run, or the folder that `huggingface-cli download "
-            f"{path} --local-dir {Path(path).name}` makes")
 
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json",

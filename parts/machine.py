@@ -12,6 +12,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from common import one_line
+
 # ---------------------------------------------------------------------------- processes
 
 
@@ -93,7 +95,7 @@ def end_ranks():
     if not isinstance(error, SystemExit):
         traceback.print_exc()
     elif isinstance(code, str):
-        print(code, file=sys.stderr)
+        print(one_line(code), file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)

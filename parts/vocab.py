@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from common import atomic, print0, read_json, read_text, write_json
-from run import advice
+from common import atomic, hub_advice, print0, read_json, read_text, write_json
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CLIP_SPECIALS = ("<|startoftext|>", "<|endoftext|>")
@@ -222,7 +221,7 @@ def file_in(path, names, missing, source):
     source: where to get one."""
     path = Path(path)
     if not path.exists():
-        raise SystemExit(f"{path}: cannot be read (no such file or folder); {advice(path, source)}")
+        raise SystemExit(f"{path}: cannot be read (no such file or folder); {hub_advice(path, source)}")
     if not path.is_dir():
         return path
     for name in names:

@@ -18,11 +18,11 @@ import torch
 from conftest import stop_line
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import Switch, write_json
+from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
 from parts.machine import (PEAK_TFLOPS, Ranks, end_ranks, flops_per_token, keep_freed_memory, memory_report,
                            peak_flops, return_freed_memory)
-from run import (Interrupt, Run, birth, file_hash, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
+from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
                  steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
@@ -235,7 +235,7 @@ def test_checkpoint_and_run_of_another_format_are_refused_with_the_command(run, 
 
 
 @pytest.mark.parametrize("change", [
-    lambda state: [1, 2], lambda state: {"format": 2}, lambda state: state | {"model": {"other": torch.ones(3)}},
+    lambda state: [1, 2], lambda state: {"format": FORMAT}, lambda state: state | {"model": {"other": torch.ones(3)}},
     lambda state: state | {"model": 3}, lambda state: state | {"step": "ten"}, lambda state: state | {"hashes": None},
     lambda state: state | {"rng": torch.ones(2)}, lambda state: state | {"config": []}])
 def test_checkpoint_that_is_none_of_such_a_run_is_one_line(run, tmp_path, change):
