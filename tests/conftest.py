@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -210,6 +211,21 @@ def tiny_electra(tiny_bert, tmp_path_factory):
     folder = tmp_path_factory.mktemp("electra") / "tiny_electra"
     save_bert(bert, folder, vocab)
     return folder
+
+
+def widened(folder, target, rows=6):
+    """A copy of a model's folder whose table of words has more rows than its vocabulary, as padded ones have."""
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(folder, target)
+    tensors = load_file(target / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("word_embeddings.weight", "predictions.bias", "lm_head.bias", "token_embedding.weight")):
+            more = torch.full((rows, *tensors[name].shape[1:]), 0.02)
+            tensors[name] = torch.cat([tensors[name], more])
+    save_file(tensors, target / "model.safetensors")
+    content = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(content | {"vocab_size": content["vocab_size"] + rows}))
+    return target
 
 
 def tiny_clip_vocab():

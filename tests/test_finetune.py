@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, stop_at, tiny_tower, tuning_config,
-                      write_table)
+                      widened, write_table)
 from safetensors.torch import load_file, save_file
 from test_ddp import log_lines
 from test_scripts import refused
@@ -34,8 +34,8 @@ from parts.examples import decide, load_examples
 from parts.machine import Ranks
 from parts.tasks import DEMO_TASKS, DIAGNOSTIC, TASKS, find_file, measure, write_predictions
 from parts.vocab import CLIPVocab, load_clip_vocab, load_vocab
-from parts.weights import (load_bert, load_clip, load_clip_config, load_task_model, load_xdbert, save_bert,
-                           save_clip, save_video_encoder)
+from parts.weights import (load_bert, load_clip, load_clip_config, load_config, load_task_model, load_xdbert,
+                           save_bert, save_clip, save_video_encoder)
 from prepare import chain
 
 ONE = Ranks(0, 1, torch.device("cpu"))
@@ -811,6 +811,25 @@ def test_predict_takes_many_lines_and_names_the_bad_one(trained, capsys):
         wrong = [*lines[:at], "two\tfields", *lines[at + 1:]]
         refused(f"standard input, line {at + 1}: 2 fields where 1 are wanted", lambda: predict(folder, wrong))
     refused("standard input, line 3: .*empty", lambda: predict(folder, ["good", "bad", " ", "good"]))
+
+
+@pytest.mark.parametrize("encoder, task", [("bert", "rte"), ("bert", "squad1"), ("bert", "swag"),
+                                           ("electra", "rte")])
+def test_padded_model_of_one_segment_is_fine_tuned_and_predicts(tune, tiny_tasks, request, tmp_path, encoder,
+                                                               task):
+    """Two kinds of models that others made: a table of more rows than words, and one segment for all."""
+    folder = widened(request.getfixturevalue(f"tiny_{encoder}"), tmp_path / "wide")
+    tensors = load_file(folder / "model.safetensors")
+    name = "embeddings.token_type_embeddings.weight"
+    save_file(tensors | {name: tensors[name][:1].clone()}, folder / "model.safetensors")
+    rewritten("config.json", settings_with(type_vocab_size=1))(folder)
+    run = only(tune(task, model=str(folder), max_steps=2, log_every=1, save_every=2))
+    saved = Path(run["folder"], "model")
+    assert load_config(saved).vocab_size == load_vocab(saved).size == load_vocab(folder).size + 6
+    lines, _ = lines_and_answers(task, tiny_tasks)
+    assert len(predict(run["folder"], lines)) == len(lines)
+    fresh = only(tune(task, model="none", like=str(folder), max_steps=1, log_every=1, save_every=1))
+    assert load_config(Path(fresh["folder"], "model")).vocab_size == load_vocab(folder).size + 6
 
 
 def test_predict_on_a_context_without_tokens_has_no_answer(trained):

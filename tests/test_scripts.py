@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK_STUDENT, QUICK_TEACHER, stop_at, stop_line
+from conftest import QUICK_STUDENT, QUICK_TEACHER, stop_at, stop_line, widened
+from safetensors.torch import load_file, save_file
 from test_ddp import flat, log_lines
 
 import adapt_xdbert
@@ -30,7 +32,7 @@ import finetune
 import teacher
 
 from parts.vocab import load_vocab
-from parts.weights import load_bert, load_mlm_head, save_bert
+from parts.weights import config_and_vocab, load_bert, load_mlm_head, save_bert
 from prepare.packing import pack_text
 from run import Interrupt, lr_at, run_script, set_seed, steps_of
 
@@ -643,6 +645,66 @@ def test_teacher_without_heads_refuses_what_needs_them(distill_config, teacher_r
     refused("no masked-word head", lambda: distill.main(bare(objective="soft")))
     refused("no video encoder", lambda: distill.main(bare(objective="voken")))
     distill.main(bare(objective="nst+crd"))
+
+
+@pytest.mark.parametrize("objective", ["soft", "nst+crd", "none"])
+def test_models_with_more_rows_than_words_distil_and_start_a_student(distill_config, teacher_run, tmp_path,
+                                                                     objective):
+    """The student has the size of the teacher's table, else of the one that it starts from."""
+    model, small = teacher_run / "model", load_vocab(teacher_run / "model")
+    wide = widened(model, tmp_path / "wide")
+    begins = (model, widened(model, tmp_path / "wider", 9)) if objective == "soft" else (wide,)
+    for begin in begins:
+        cfg = distill_config(objective=objective, teacher="" if objective == "none" else str(wide), max_steps=1,
+                             init_from=str(begin), lr=1e-9, out_dir=str(tmp_path / begin.name / "run"))
+        distill.main(cfg)
+        config, vocab = config_and_vocab(Path(cfg.out_dir) / "model")
+        assert config.vocab_size == vocab.size == small.size + 6 and vocab.hash == small.hash
+        table = load_bert(Path(cfg.out_dir) / "model").embeddings.word.weight[:small.size]
+        torch.testing.assert_close(table, load_bert(model).embeddings.word.weight, rtol=0, atol=1e-6)
+    if objective == "soft":
+        results = analyze.measure_teacher(analyze.open_judge(cfg.out_dir, torch.device("cpu")), "cpu")
+        assert results["mlm_loss"] > 0
+
+
+def test_fewer_rows_than_words_are_one_line_before_any_work(distill_config, teacher_run, tmp_path):
+    shutil.copytree(teacher_run / "model", tmp_path / "model")
+    path = tmp_path / "model" / "vocab.txt"
+    n = len(path.read_text().splitlines())
+    path.write_text(path.read_text() + "\n")  # a blank line
+    for flags in (dict(teacher=str(tmp_path / "model")),
+                  dict(objective="none", teacher="", init_from=str(tmp_path / "model"))):
+        refused(f"{n + 1:,} tokens in its vocabulary, {n:,} in its config.json",
+                lambda: distill.main(distill_config(**flags)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_teachers_head_counts_only_where_words_are_compared(distill_config, teacher_run, tmp_path):
+    shutil.copytree(teacher_run / "model", tmp_path / "untied")
+    path = tmp_path / "untied" / "model.safetensors"
+    tensors = load_file(path)
+    table = tensors["bert.embeddings.word_embeddings.weight"]
+    save_file(tensors | {"cls.predictions.decoder.weight": table + 1}, path)
+    flags = dict(teacher=str(tmp_path / "untied"), max_steps=1)
+    refused("only a tied decoder can be read", lambda: distill.main(distill_config(objective="soft", **flags)))
+    cfg = distill_config(objective="nst+crd", **flags)
+    distill.main(cfg)
+    assert analyze.open_judge(cfg.out_dir, torch.device("cpu")).mlm is None
+
+
+def test_student_that_starts_from_a_model_without_head_says_so(distill_config, teacher_run, tmp_path, capsys):
+    save_bert(load_bert(teacher_run / "model"), tmp_path / "bare", load_vocab(teacher_run / "model"))
+    distill.main(distill_config(objective="none", init_from=str(tmp_path / "bare"), max_steps=1))
+    assert "bare: has no masked-word head; the student's begins with random weights" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/electra-small-discriminator"])
+def test_name_of_the_hub_is_one_line_that_says_how_to_fetch(distill_config, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    refused(f"--teacher {name}: no model there; nothing is fetched .*huggingface-cli download {name} "
+            f"--local-dir {name.split('/')[-1]}`", lambda: distill.main(distill_config(teacher=name)))
+    Path("here").mkdir()
+    refused("--teacher here: no model there; give the folder", lambda: distill.main(distill_config(teacher="here")))
 
 
 def test_nan_loss_stops_with_step_and_term(distill_config):

@@ -152,6 +152,166 @@ def test_tokenizer_json_of_others_is_refused_where_ids_would_differ(vocab, tmp_p
         assert says in stop_line(load_vocab, tmp_path)
 
 
+# ---------------------------------------------------------------------------- settings beside a vocabulary
+
+SMALL = [*SPECIALS, "the", "The", "cat", "##s", "中", "国", "中国", "é", "e", "[", "]", "sep", "##p", "mask",
+         "!", "<", "unk", ">", "<unk>", "##at", "c"]
+TEXT = "The the é cats 中国 中 [SEP] [sep] x[MASK]y <unk>!"
+REST = [7, 8, 9, 10, 9, 3, 14, 16, 15, 1, 4, 1, 20, 21, 22, 19]
+UNCASED, CASED = [5, 5, 13, *REST], [6, 5, 12, *REST]
+HF = {"config": {"model_type": "bert", "vocab_size": len(SMALL)}}
+
+
+def says(**settings):
+    return HF | {"tokenizer_config": settings}
+
+
+def token(content="[SEP]", **flags):
+    return {"content": content, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False,
+            **flags}
+
+
+LOWER = says(do_lower_case=True)
+
+
+def tokenizer_json(lower, change=lambda content: content):
+    return change(json.loads(Vocab(SMALL, lower, lower).tokenizer.to_str()))
+
+
+def written(folder, files, vocabulary=SMALL):
+    """A folder of `<name>.json` with that content, and of a vocab.txt where there is no tokenizer.json."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    if "tokenizer" not in files:
+        (folder / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
+    return folder
+
+
+def with_added(content):
+    return content | {"added_tokens": [*content["added_tokens"], token("cat", id=7, special=False)]}
+
+
+# files beside a vocabulary: the ids of TEXT, as transformers 5.24's AutoTokenizer has them, or what is said
+BESIDE = [
+    (LOWER, UNCASED), (says(do_lower_case=False), CASED), ({}, CASED),
+    (HF, "is cased, but no tokenizer_config.json says so"),
+    (says(do_lower_case=False, strip_accents=True), [6, 5, 13, *REST]),
+    (says(do_lower_case=True, strip_accents=False), [5, 5, 12, *REST]),
+    *((says(do_lower_case=False, tokenizer_class=name), CASED) for name in (
+        "BertTokenizer", "BertTokenizerFast", "ElectraTokenizer", "ElectraTokenizerFast",
+        "DistilBertTokenizer")),
+    *((says(do_lower_case=False, tokenizer_class=name), f"tokenizer_class is '{name}'") for name in (
+        "BertJapaneseTokenizer", "RobertaTokenizer", "Foo")),
+    (says(do_lower_case=False, tokenizer_class="PreTrainedTokenizerFast"), "needs a tokenizer.json"),
+    ({"config": HF["config"] | {"tokenizer_class": "BertJapaneseTokenizer"}}, "tokenizer_class is"),
+    (says(do_lower_case=False, tokenize_chinese_chars=False), "tokenize_chinese_chars is False"),
+    (says(do_lower_case=False, do_basic_tokenize=False), "do_basic_tokenize is False"),
+    (says(do_lower_case=False, do_basic_tokenize=True, never_split=None, tokenize_chinese_chars=True), CASED),
+    (says(do_lower_case=False, never_split=["The"]), "never_split is ['The']"),
+    (says(do_lower_case="false"), "do_lower_case is 'false'"),
+    (says(do_lower_case=None), "do_lower_case is None"),
+    (says(do_lower_case=False, split_special_tokens=True), "split_special_tokens is True"),
+    (says(do_lower_case=True, unk_token="<unk>"), "unk_token is '<unk>'"),
+    (says(do_lower_case=True, pad_token=None), "pad_token is None"),
+    (says(do_lower_case=True, bos_token="[CLS]", eos_token=None), UNCASED),
+    (says(do_lower_case=True, bos_token="cat"), "bos_token is 'cat'"),
+    (says(do_lower_case=True, additional_special_tokens=["cat"]), "additional_special_tokens is ['cat']"),
+    (says(do_lower_case=True, additional_special_tokens=[]), UNCASED),
+    (says(do_lower_case=True, added_tokens_decoder={"3": token(special=True, rstrip=True)}), UNCASED),
+    (says(do_lower_case=True, added_tokens_decoder={"7": token("cat", special=True)}),
+     "added_tokens_decoder is"),
+    (LOWER | {"special_tokens_map": {"unk_token": "[UNK]", "sep_token": token(lstrip=True)}}, UNCASED),
+    (LOWER | {"special_tokens_map": {"unk_token": "<unk>"}}, "special_tokens_map.json: unk_token is '<unk>'"),
+    *((LOWER | {"special_tokens_map": {"sep_token": token(**{flag: True})}}, "sep_token is {")
+      for flag in ("normalized", "single_word")),
+    (LOWER | {"added_tokens": {"<new>": len(SMALL)}}, "added_tokens.json: <new> is 26"),
+    (LOWER | {"added_tokens": {}}, UNCASED),
+    # of a tokenizer.json AutoTokenizer takes but the vocabulary, where a class of BERT's is said
+    (LOWER | {"tokenizer": tokenizer_json(False)}, UNCASED),
+    (says(do_lower_case=False) | {"tokenizer": tokenizer_json(True)}, CASED),
+    (says(tokenizer_class="PreTrainedTokenizerFast") | {"tokenizer": tokenizer_json(False)}, CASED),
+    ({"tokenizer": tokenizer_json(False)}, CASED), (HF | {"tokenizer": tokenizer_json(True)}, UNCASED),
+    (HF | {"tokenizer": tokenizer_json(False)}, "is cased, but no tokenizer_config.json says so"),
+    (LOWER | {"tokenizer": tokenizer_json(True, with_added)}, "tokens were added to it (cat)"),
+    ({"tokenizer": tokenizer_json(True) | {"added_tokens": []}}, "special tokens in added_tokens"),
+    ({"tokenizer": tokenizer_json(True) | {"added_tokens": [1]}}, "not in the form of a tokenizer.json"),
+    (LOWER | {"tokenizer": tokenizer_json(True) | {"added_tokens": []}}, UNCASED),
+]
+
+
+@pytest.mark.parametrize("files, expected", BESIDE)
+def test_settings_beside_a_vocabulary_are_honoured_or_refused(tmp_path, files, expected):
+    written(tmp_path, files)
+    if isinstance(expected, str):
+        line = stop_line(load_vocab, tmp_path)
+        assert expected in line and len(line) <= 300 and ";" in line
+    else:
+        assert load_vocab(tmp_path).encode([TEXT]) == [expected]
+
+
+def test_accepted_folders_have_the_ids_of_autotokenizer(tmp_path):
+    """Those above, and 300 whose settings are drawn: each is refused, or equal on nasty texts."""
+    transformers = pytest.importorskip("transformers")
+    rng, accepted = np.random.default_rng(0), 0
+    parts = [*SMALL, *HARD, "\u0301", "ß", "İ", "[ SEP ]", "😀", "\x1c", "\u3000", "\t", "a" * 101]
+    settings = [files["tokenizer_config"] for files, _ in BESIDE if "tokenizer_config" in files]
+    drawn = [files for files, _ in BESIDE if "config" in files]
+    for _ in range(300):
+        chosen = {"do_lower_case": bool(rng.random() < 0.5)}
+        for i in rng.integers(0, len(settings), rng.integers(0, 3)):
+            chosen |= settings[i]
+        files = says(**chosen)
+        if rng.random() < 0.4:
+            files["tokenizer"] = tokenizer_json(bool(rng.random() < 0.5))
+        if rng.random() < 0.3:
+            files["special_tokens_map"] = {"sep_token": token(), "unk_token": "[UNK]"}
+        drawn.append(files)
+    for i, files in enumerate(drawn):
+        folder = written(tmp_path / str(i), files)
+        try:
+            ours = load_vocab(folder)
+        except SystemExit:
+            continue
+        texts = [TEXT, *("".join(rng.choice(parts, rng.integers(1, 9))) for _ in range(20))]
+        theirs = transformers.AutoTokenizer.from_pretrained(folder)
+        assert theirs(texts, add_special_tokens=False)["input_ids"] == ours.encode(texts), files
+        accepted += 1
+    assert accepted > 100
+
+
+def test_end_of_a_line_is_no_part_of_a_token(tmp_path):
+    """As in Hugging Face's reader, whose ids these are."""
+    (tmp_path / "vocab.txt").write_text(" \n".join(SMALL) + "\t\u3000\n", encoding="utf-8")
+    assert load_vocab(tmp_path / "vocab.txt").tokens == SMALL
+
+
+@pytest.mark.parametrize("more", ["", "more\nwords", "[unused0]"])
+def test_more_lines_than_rows_is_one_line_with_both_numbers(tmp_path, more):
+    written(tmp_path, says(do_lower_case=True), [*SMALL, more])
+    n = len(SMALL) + len(more.split("\n"))
+    for path in (tmp_path, tmp_path / "vocab.txt"):  # also where it is packed with
+        assert f"{n} tokens in its vocabulary, {len(SMALL)} in its config.json" in stop_line(load_vocab, path)
+
+
+def test_names_of_further_rows_change_neither_ids_nor_hash(vocab, tmp_path):
+    wide = vocab.padded(vocab.size + 3)
+    assert wide.size == vocab.size + 3 == len(set(wide.tokens)) and wide.tokens[:-3] == vocab.tokens
+    assert wide.hash == vocab.hash != Vocab([*vocab.tokens, "more"]).hash
+    assert vocab.padded(vocab.size) is vocab
+    assert wide.encode([*HARD, *wide.tokens[-3:]]) == vocab.encode([*HARD, *wide.tokens[-3:]])
+    wide.save(tmp_path)
+    assert load_vocab(tmp_path).tokens == wide.tokens and load_vocab(tmp_path).hash == vocab.hash
+
+
+@pytest.mark.parametrize("name", ["bert-base-uncased", "google/electra-small-discriminator"])
+@pytest.mark.parametrize("load", [load_vocab, load_clip_vocab])
+def test_name_of_the_hub_is_one_line_that_says_how_to_fetch(tmp_path, monkeypatch, name, load):
+    monkeypatch.chdir(tmp_path)
+    line = stop_line(load, name)
+    assert f"huggingface-cli download {name} --local-dir {name.split('/')[-1]}" in line and len(line) <= 300
+
+
 # ---------------------------------------------------------------------------- CLIP's vocabulary
 
 # OpenAI's simple_tokenizer itself (its lines run with regex 2026.11, ftfy left out) on published examples and

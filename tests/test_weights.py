@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import widened
 from safetensors.torch import load_file, save_file
 from test_model import (CLIP, ELECTRAS, IDS, MASK, NARROW, OTHER_TASKS, SEGMENTS, SMALL_CLIP, STORED_CLIP,
                         TASKS, TINY, WORDS, clip_batch, hf_folder, hf_tensors, naive_bert, naive_gelu,
@@ -29,9 +30,10 @@ from torch import nn
 from model import BERT, CLIPText, MLMHead, TaskModel, VideoEncoder
 from parts import weights
 from parts.vocab import load_vocab
-from parts.weights import (HF_CLASSES, load_bert, load_clip, load_clip_config, load_config, load_mlm_head,
-                           load_task, load_task_model, load_video_encoder, load_xdbert, model_type, save_bert,
+from parts.weights import (HF_CLASSES, config_and_vocab, load_bert, load_clip, load_clip_config,
+                           load_config, load_mlm_head, load_task, load_task_model, load_video_encoder, load_xdbert, model_type, save_bert,
                            save_clip, save_task_model, save_video_encoder, save_xdbert)
+from run import file_hash
 
 
 def refused(said, load, *args):
@@ -98,6 +100,115 @@ def test_half_precision_folder_loads_as_float32(tmp_path):
     assert torch.equal(bert.embeddings.word.weight, tensors["embeddings.word_embeddings.weight"].float())
 
 
+def test_gelu_python_is_gelu_and_other_settings_of_a_summary_are_refused(tmp_path):
+    hf_folder(tmp_path, hf_tensors(TINY), hidden_act="gelu_python")
+    assert load_config(tmp_path) == TINY and load_bert(tmp_path).config == TINY
+    choice = dict(architectures=["ElectraForMultipleChoice"], summary_last_dropout=0.3)
+    for settings in (dict(summary_activation="tanh"), dict(summary_activation=None), dict(summary_type="mean"),
+                     dict(summary_use_proj=False), dict(summary_proj_to_labels=True)):
+        hf_folder(tmp_path, hf_tensors(NARROW, head=False), config=NARROW, **choice, **settings)
+        refused(f"config.json: {next(iter(settings))} is", load_task_model, tmp_path)
+    hf_folder(tmp_path, hf_tensors(NARROW, head=False), prefix="electra.", config=NARROW, **choice,
+              summary_activation="gelu", summary_type="first")
+    assert load_config(tmp_path) == NARROW
+    hf_folder(tmp_path, hf_tensors(NARROW, head=False), config=NARROW, summary_activation="tanh")
+    assert load_config(tmp_path) == NARROW  # no other class reads it
+
+
+def test_one_segment_is_that_of_all_tokens(tmp_path):
+    one = replace(TINY, type_vocab=1)
+    tensors = hf_tensors(TINY)
+    tensors["embeddings.token_type_embeddings.weight"] = tensors["embeddings.token_type_embeddings.weight"][:1]
+    bert = load_bert(hf_folder(tmp_path, tensors, config=one))
+    assert torch.equal(bert(IDS, MASK, SEGMENTS), bert(IDS, MASK)) and SEGMENTS.max() == 1
+
+
+def test_bom_before_settings_is_skipped(tmp_path):
+    hf_folder(tmp_path, hf_tensors(TINY))
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_config(tmp_path) == TINY
+
+
+def sharded(folder, kind="safetensors"):
+    """hf_folder(TINY) in two shards and an index, as Hugging Face writes large models; its weight_map."""
+    whole = hf_folder(folder, hf_tensors(TINY)) / "model.safetensors"
+    tensors = load_file(whole)
+    whole.unlink()
+    stem = "model" if kind == "safetensors" else "pytorch_model"
+    names = sorted(tensors)
+    places = {name: f"{stem}-0000{1 + i % 2}-of-00002.{kind}" for i, name in enumerate(names)}
+    for shard in sorted(set(places.values())):
+        part = {name: tensors[name] for name in names if places[name] == shard}
+        (save_file if kind == "safetensors" else torch.save)(part, folder / shard)
+    index = folder / ("model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return places
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_sharded_folder_equals_the_whole(tmp_path, kind):
+    places = sharded(tmp_path / "parts", kind)
+    whole = load_bert(hf_folder(tmp_path / "whole", hf_tensors(TINY)))
+    bert = load_bert(tmp_path / "parts")
+    assert same(bert.state_dict(), whole.state_dict())
+    assert load_mlm_head(tmp_path / "parts", bert) is not None
+    before, shard = file_hash(tmp_path / "parts"), tmp_path / "parts" / sorted(places.values())[-1]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + b"x")
+    assert file_hash(tmp_path / "parts") != before
+    shard.unlink()
+    refused(f"the file {shard.name} is missing beside it", load_bert, tmp_path / "parts")
+
+
+@pytest.mark.parametrize("change, said", [
+    ("../secret.safetensors", "is no file of weights in its folder"),
+    ("/etc/passwd", "is no file of weights"), ("..", "is no file of weights"), (1, "is no file of weights"),
+    ("x" * 500 + "/.bin", "is no file of weights"), (None, "is no file of weights"),
+])
+def test_shard_never_leaves_the_folder(tmp_path, change, said):
+    folder = tmp_path / "model"
+    places = sharded(folder)
+    save_file({"x": torch.zeros(1)}, tmp_path / "secret.safetensors")
+    places |= {QUERY: change}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places if change else []}))
+    with pytest.raises(SystemExit) as error:
+        load_bert(folder)
+    assert said in str(error.value) and len(str(error.value).replace(str(tmp_path), "")) < 300
+
+
+def test_tensor_in_two_shards_is_refused(tmp_path):
+    places = sharded(tmp_path)
+    first, second = (tmp_path / name for name in sorted(set(places.values())))
+    save_file(load_file(first) | load_file(second), second)
+    refused("stands in another shard, too", load_bert, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_git_lfs_pointer_is_named(tmp_path, name):
+    (hf_folder(tmp_path, hf_tensors(TINY)) / "model.safetensors").unlink()
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    refused(f"{name}: .*git-lfs pointer: `git lfs pull`", load_bert, tmp_path)
+
+
+def test_sizes_of_vocabulary_table_and_settings_are_one_or_named(tmp_path):
+    vocab = vocabulary()
+    save_bert(trained(0)[0], tmp_path / "even", vocab)
+    assert config_and_vocab(tmp_path / "even")[1].tokens == vocab.tokens
+    wide = widened(tmp_path / "even", tmp_path / "wide")
+    config, names = config_and_vocab(wide)
+    assert names.size == config.vocab_size == vocab.size + 6 and names.hash == vocab.hash
+    save_bert(load_bert(wide), tmp_path / "again", names)
+    assert load_vocab(tmp_path / "again").tokens == names.tokens
+    path = wide / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": vocab.size + 7}))
+    numbers = rf"{vocab.size} tokens in its vocabulary, {vocab.size + 7} in its config.json, {vocab.size + 6} in"
+    refused(numbers, config_and_vocab, wide)
+    (tmp_path / "even" / "vocab.txt").write_text("\n".join([*vocab.tokens, "", ""]))
+    refused(f"{vocab.size + 1} tokens in its vocabulary, {vocab.size} in its", config_and_vocab, tmp_path / "even")
+
+
 def test_mlm_head_is_none_where_the_folder_has_none(tmp_path):
     bert = load_bert(hf_folder(tmp_path, hf_tensors(TINY, head=False), prefix=""))
     assert load_mlm_head(tmp_path, bert) is None
@@ -147,9 +258,11 @@ def test_incomplete_or_untied_mlm_head_is_refused(tmp_path):
     tensors = hf_tensors(TINY)
     bert = load_bert(hf_folder(tmp_path, tensors | {"cls.predictions.decoder.weight": torch.zeros(40, 24)}))
     refused("decoder.weight differs from embeddings.word_embeddings.weight", load_mlm_head, tmp_path, bert)
+    assert load_mlm_head(tmp_path, bert, needed=False) is None
     del tensors["cls.predictions.bias"]
     hf_folder(tmp_path, tensors)
     refused("the tensor cls.predictions.bias is missing", load_mlm_head, tmp_path, bert)
+    assert load_mlm_head(tmp_path, bert, needed=False) is None
 
 
 @pytest.mark.parametrize("settings, said", [
@@ -439,6 +552,16 @@ def test_other_file_than_clip_is_one_clear_line(tmp_path, openai_text, change, s
     refused(f"clip.pt: .*{said}", load_clip, path)
 
 
+def test_state_dict_that_does_not_tell_its_activation_needs_the_users_word(tmp_path, openai_text):
+    """open_clip's files have OpenAI's names, without the constants of OpenAI's archive."""
+    path, state = tmp_path / "clip.pt", dict(openai_text.state_dict())
+    constants = ("input_resolution", "context_length", "vocab_size")
+    torch.save({name: value for name, value in state.items() if name not in constants}, path)
+    refused("clip.pt: does not tell its activation; give --quick_gelu", load_clip, path)
+    clip = load_clip(path, quick_gelu=True)
+    torch.testing.assert_close(clip(IDS), openai_text(IMAGE, IDS)[1], rtol=0, atol=2e-4)
+
+
 def clip_folder(folder, change=lambda tensors: tensors, **settings):
     """The folder that a CLIPText saves, its tensors and settings changed."""
     save_clip(set_weights(CLIPText(CLIP)), folder, vocabulary())
@@ -480,6 +603,7 @@ def test_clip_folder_of_both_towers_loads(tmp_path):
     (dict, dict(model_type="clip_vision_model"), "model_type is 'clip_vision_model', only 'clip' or"),
     (dict, dict(model_type="bert"), "model_type is 'bert'"),
     (dict, dict(model_type=None), "model_type is None"), (dict, dict(model_type="clip"), "no text_config"),
+    (dict, dict(model_type="clip", text_config={}, text_config_dict={"hidden_act": "gelu"}), "is 'gelu', only"),
     (dict, dict(hidden_act="gelu"), "hidden_act is 'gelu', only 'quick_gelu' can be read"),
     (dict, dict(layer_norm_eps=1e-6), "layer_norm_eps is 1e-06"),
     (dict, dict(num_attention_heads=3), "cannot be split"),

@@ -4,6 +4,8 @@ Run: python -m pytest -q tests/test_xdbert.py
 """
 import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,12 +16,13 @@ import adapt_xdbert
 import common
 import data
 import teacher
-from conftest import QUICK_TEACHER
+from conftest import QUICK_TEACHER, widened
 from data import open_vocab
-from model import BERT, BERTConfig, CLIPConfig, CLIPText
+from model import BERT, BERTConfig, CLIPConfig, CLIPText, MLMHead
 from parts.machine import init_ranks
-from parts.vocab import SPECIALS, Vocab
-from parts.weights import load_bert, load_clip, load_xdbert, save_bert, save_clip
+from parts.vocab import SPECIALS, Vocab, load_vocab
+from parts.weights import (config_and_vocab, load_bert, load_clip, load_mlm_head, load_xdbert, save_bert,
+                           save_clip)
 from prepare import chain
 from prepare.packing import pack_xtext
 from prepare.world import demo_xtext
@@ -200,6 +203,65 @@ def test_adaptation_leaves_an_ordinary_folder_of_unchanged_size(parts, config, t
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
     for name, value in whole.state_dict().items():
         assert torch.equal(value, saved[f"encoder.{name}"]), name
+
+
+def with_head(parts, target):
+    """The language encoder with a masked-word head of its own."""
+    bert = load_bert(parts["language"])
+    torch.manual_seed(1)
+    save_bert(bert, target, load_vocab(parts["language"]), MLMHead(32, bert.embeddings.word.weight))
+    return str(target)
+
+
+def test_head_trained_on_cross_modal_states_is_not_saved_as_the_encoders(parts, config, tmp_path, capsys):
+    language = with_head(parts, tmp_path / "language")
+    before = load_mlm_head(language, load_bert(language)).state_dict()
+
+    def head(**flags):
+        adapt_xdbert.main(config(language=language, **flags))
+        folder = tmp_path / "run" / "model"
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
+        folder.rename(tmp_path / "model")
+        folder = tmp_path / "model"
+        assert json.loads((folder / "config.json").read_text())["architectures"] == [
+            "BertForMaskedLM" if load_mlm_head(folder, load_bert(folder)) else "BertModel"]
+        return load_mlm_head(folder, load_bert(folder))
+    assert head() is None
+    alone = head(objective="mlm", no_clip=True)  # on the encoder's own states
+    assert not torch.equal(alone.dense.weight, before["dense.weight"])
+    kept = head(objective="match+cliptc", freeze="language")  # neither trained nor out of date
+    assert all(torch.equal(value, before[name]) for name, value in kept.state_dict().items())
+    assert "has no masked-word head" not in capsys.readouterr().out
+    adapt_xdbert.main(config())
+    assert "has no masked-word head; MLM begins with a random one" in capsys.readouterr().out
+
+
+def test_padded_language_encoder_and_tower_keep_their_sizes(parts, config, tmp_path):
+    language = widened(Path(with_head(parts, tmp_path / "language")), tmp_path / "wide")
+    tower = widened(model_folder(parts["clip"], "--clip"), tmp_path / "tower", 3)
+    adapt_xdbert.main(config(language=str(language), clip=str(tower)))
+    model = load_xdbert(tmp_path / "run" / "model")
+    words, clip_words = (config_and_vocab(tmp_path / "run" / "model" / name)[1] for name in ("", "clip"))
+    assert model.config.vocab_size == words.size == load_vocab(language).size + 6
+    assert model.clip.config.vocab_size == clip_words.size == load_vocab(tower).size + 3
+    adapt_xdbert.main(config(language=str(language), objective="mlm", no_clip=True))
+    assert config_and_vocab(tmp_path / "run" / "model")[0].vocab_size == words.size
+
+
+def test_clip_file_that_does_not_tell_its_activation_needs_a_flag(parts, config, tmp_path):
+    state = {f"transformer.resblocks.0.{name}": torch.zeros(shape) for name, shape in {
+        "attn.in_proj_weight": (192, 64), "attn.in_proj_bias": (192,), "attn.out_proj.weight": (64, 64),
+        "attn.out_proj.bias": (64,), "ln_1.weight": (64,), "ln_1.bias": (64,), "ln_2.weight": (64,),
+        "ln_2.bias": (64,), "mlp.c_fc.weight": (256, 64), "mlp.c_fc.bias": (256,),
+        "mlp.c_proj.weight": (64, 256), "mlp.c_proj.bias": (64,)}.items()}
+    state |= {"token_embedding.weight": torch.zeros(49408, 64), "positional_embedding": torch.zeros(77, 64),
+              "ln_final.weight": torch.zeros(64), "ln_final.bias": torch.zeros(64),
+              "text_projection": torch.zeros(64, 32), "logit_scale": torch.zeros(())}
+    torch.save(state, tmp_path / "open.pt")
+    with pytest.raises(SystemExit, match="open.pt: does not tell its activation; give --quick_gelu"):
+        adapt_xdbert.main(config(clip=str(tmp_path / "open.pt")))
+    with pytest.raises(SystemExit, match="another tokenizer"):  # which comes behind
+        adapt_xdbert.main(config(clip=str(tmp_path / "open.pt"), quick_gelu=True))
 
 
 def test_losses_fall(config, tmp_path):
