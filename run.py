@@ -24,8 +24,8 @@ import torch
 import torch.distributed as dist
 
 from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
-                    one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json, read_settings, remove,
-                    write_json)
+                    one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
+                    read_settings, remove, write_json)
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders

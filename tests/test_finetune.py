@@ -823,12 +823,12 @@ def test_padded_model_of_one_segment_is_fine_tuned_and_predicts(tune, tiny_tasks
     name = "embeddings.token_type_embeddings.weight"
     save_file(tensors | {name: tensors[name][:1].clone()}, folder / "model.safetensors")
     rewritten("config.json", settings_with(type_vocab_size=1))(folder)
-    run = only(tune(task, model=str(folder), max_steps=2, log_every=1, save_every=2))
+    run = tune(task, model=str(folder), max_steps=2, log_every=1, save_every=2)
     saved = Path(run["folder"], "model")
     assert load_config(saved).vocab_size == load_vocab(saved).size == load_vocab(folder).size + 6
     lines, _ = lines_and_answers(task, tiny_tasks)
     assert len(predict(run["folder"], lines)) == len(lines)
-    fresh = only(tune(task, model="none", like=str(folder), max_steps=1, log_every=1, save_every=1))
+    fresh = tune(task, model="none", like=str(folder), max_steps=1, log_every=1, save_every=1)
     assert load_config(Path(fresh["folder"], "model")).vocab_size == load_vocab(folder).size + 6
 
 

@@ -663,7 +663,8 @@ def test_models_with_more_rows_than_words_distil_and_start_a_student(distill_con
         table = load_bert(Path(cfg.out_dir) / "model").embeddings.word.weight[:small.size]
         torch.testing.assert_close(table, load_bert(model).embeddings.word.weight, rtol=0, atol=1e-6)
     if objective == "soft":
-        results = analyze.measure_teacher(analyze.open_judge(cfg.out_dir, torch.device("cpu")), "cpu")
+        device = torch.device("cpu")
+        results = analyze.measure_teacher(analyze.open_judge(cfg.out_dir, device), device)
         assert results["mlm_loss"] > 0
 
 
