@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,7 +24,8 @@ from common import Switch, check_fields, duration, keyed_integers, print0, read_
 from model import BERT, DistillHead, MLMHead, model_config, param_groups
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import masked_word_scores, probes
-from parts.weights import load_bert, load_mlm_head, read_tensors, save_bert, start_from, vocab_of
+from parts.weights import (load_bert, load_mlm_head, read_tensors, save_bert, save_tensors, start_from,
+                           vocab_of)
 from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
@@ -439,7 +439,7 @@ def main(cfg):
         model.eval()
         save_bert(model.bert, run.folder / "model", vocab, model.mlm)
         heads = {name: x for name, x in model.state_dict().items() if not name.startswith(("bert.", "mlm."))}
-        save_file(heads, run.folder / "model" / "heads.safetensors")  # of the objectives, and f_1 and f_2
+        save_tensors(heads, run.folder / "model" / "heads.safetensors")  # of the objectives, and f_1 and f_2
         if (latents := Path(cfg.train).parent / "raw" / "latents.json").exists():  # the demo world
             results["probes"] = probes(model.bert, train, read_json(latents), ranks.device)
     print0(f"made {run.folder}/model in {duration(seconds)}")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,7 +25,7 @@ from common import Switch, check_fields, duration, keyed_integers, print0, table
 from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
-from parts.weights import save_bert, save_clip, save_video_encoder
+from parts.weights import save_bert, save_clip, save_tensors, save_video_encoder
 from run import Run, lr_at, micro_batch_size, run_script, save_checkpoint, set_seed, steps_of
 
 
@@ -230,7 +229,7 @@ def save(model, clips, folder, cfg, ranks):
         return
     index = clips.voken_clips(cfg.vokens, cfg.seed)  # Appendix A: one of each task, then of random tasks
     found, = vectors(lambda b: (model.video(b["frames"], b["frame_mask"]),), clips.clips, index, ranks.device)
-    save_file({"vectors": found}, folder / "vokens.safetensors")
+    save_tensors({"vectors": found}, folder / "vokens.safetensors")
     print0(f"vokens: {len(index):,} clips")
 
 

@@ -657,6 +657,21 @@ def renamed(state, names):
     return tensors
 
 
+def write_tensors(tensors, path):
+    """Writes {name: tensor} as float32, a .safetensors file; OSError where the disk is full."""
+    whole = {name: value.to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
+    try:
+        save_file(whole, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
+
+
+def save_tensors(tensors, path):
+    """Writes a .safetensors file of {name: tensor}, atomically."""
+    with atomic(path) as part:
+        write_tensors(tensors, part)
+
+
 def write_folder(folder, weights_name, tensors, settings_name, settings, vocab=None):
     """Writes weights (float32), vocabulary and, last, settings (json); other files of the folder stay.
 
@@ -667,11 +682,7 @@ def write_folder(folder, weights_name, tensors, settings_name, settings, vocab=N
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / settings_name) as part:
         part.write_text(json.dumps(settings, indent=2) + "\n")
-        whole = {name: value.to("cpu", torch.float32).contiguous() for name, value in tensors.items()}
-        try:
-            save_file(whole, part.with_name(weights_name), metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(str(error)) from None
+        write_tensors(tensors, part.with_name(weights_name))
         if vocab is not None:
             vocab.save(part.parent)
         for path in part.parent.iterdir():

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import widened
+from conftest import stop_line, widened
 from safetensors.torch import load_file, save_file
 from test_model import (CLIP, ELECTRAS, IDS, MASK, NARROW, OTHER_TASKS, SEGMENTS, SMALL_CLIP, STORED_CLIP,
                         TASKS, TINY, WORDS, clip_batch, hf_folder, hf_tensors, naive_bert, naive_gelu,
@@ -30,9 +30,10 @@ from torch import nn
 from model import BERT, CLIPText, MLMHead, TaskModel, VideoEncoder
 from parts import weights
 from parts.vocab import load_vocab
-from parts.weights import (HF_CLASSES, config_and_vocab, load_bert, load_clip, load_clip_config,
-                           load_config, load_mlm_head, load_task, load_task_model, load_video_encoder, load_xdbert, model_type, save_bert,
-                           save_clip, save_task_model, save_video_encoder, save_xdbert)
+from parts.weights import (HF_CLASSES, config_and_vocab, load_bert, load_clip, load_clip_config, load_config,
+                           load_mlm_head, load_task, load_task_model, load_video_encoder, load_xdbert,
+                           model_type, save_bert, save_clip, save_task_model, save_tensors,
+                           save_video_encoder, save_xdbert)
 from run import file_hash
 
 
@@ -1168,3 +1169,14 @@ def test_clip_export_gives_transformers_stored_outputs(tmp_path, transformers):
     theirs = transformers.CLIPTextModelWithProjection.from_pretrained(tmp_path).eval()
     embeds = theirs(input_ids=IDS).text_embeds
     torch.testing.assert_close(embeds[:, :4], STORED_CLIP, rtol=0, atol=2e-4)
+
+
+def test_tensors_that_do_not_fit_on_the_disk_are_one_line_and_leave_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise weights.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    save_tensors({"a": torch.ones(3)}, tmp_path / "x.safetensors")
+    before = (tmp_path / "x.safetensors").read_bytes()
+    monkeypatch.setattr(weights, "save_file", full)
+    assert "x.safetensors: was not written (" in stop_line(save_tensors, {"a": torch.zeros(3)}, tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert (tmp_path / "x.safetensors").read_bytes() == before
