@@ -7,6 +7,7 @@ import glob
 import gzip
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -408,7 +409,8 @@ def read_text(path, advice="fetch it anew"):
     """Text of a UTF-8 file, gzipped or not, without its byte-order mark; SystemExit where there is none."""
     try:
         with open_text(path) as f:
-            text = f.read(LARGEST + 1)
+            pieces = iter(lambda: f.read(1 << 20), b"")  # read(n) takes memory for n bytes first
+            text = b"".join(itertools.islice(pieces, (LARGEST >> 20) + 1))
         if len(text) > LARGEST:
             raise SystemExit(f"{path}: is larger than {LARGEST >> 30} GiB; {advice}")
         text = text.decode("utf-8-sig")

@@ -32,13 +32,23 @@ FORMAT = 3  # of run folders
 SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
 
 
-@one_line_end()
 def run_script(main, Config, presets, needs={}):
     """A script as a command: flags, main, end of the process group; one line where memory or disk is full."""
-    cfg = parse_cli(Config, presets, needs=needs)
-    clear_up_on_sigterm()  # a training loop has a handler of its own, see Interrupt
     try:
-        main(cfg)
+        with one_line_end():
+            cfg = parse_cli(Config, presets, needs=needs)
+            clear_up_on_sigterm()  # a training loop has a handler of its own, see Interrupt
+            with one_line_for_the_machine(cfg):
+                main(cfg)
+    finally:
+        end_ranks()
+
+
+@contextlib.contextmanager
+def one_line_for_the_machine(cfg):
+    """A block that ends in one line, too, where memory or disk is full or another process has ended."""
+    try:
+        yield
     except Exception as error:
         text = str(error)
         if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or \
@@ -51,8 +61,6 @@ def run_script(main, Config, presets, needs={}):
         if "No space left on device" in text:
             raise SystemExit(f"disk full ({text}): free space, then go on with --resume") from None
         raise
-    finally:
-        end_ranks()
 
 
 PEER_LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|"

@@ -12,8 +12,6 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from common import one_line
-
 # ---------------------------------------------------------------------------- processes
 
 
@@ -95,7 +93,7 @@ def end_ranks():
     if not isinstance(error, SystemExit):
         traceback.print_exc()
     elif isinstance(code, str):
-        print(one_line(code), file=sys.stderr)
+        print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code if isinstance(code, int) else 1)

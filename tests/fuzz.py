@@ -173,7 +173,7 @@ def make_runs(folder):
     run.begin(["loss"])
     run.log(step=1, loss=1.0)
     run.save_due(4, True, best={"score": None})
-    save_checkpoint(run.folder, {"model": part.state_dict()}, ALONE, "best.pt")
+    save_checkpoint(run.folder, {"model": part.state_dict(), "step": 4}, ALONE, "best.pt")
     run.leave_loop()
     run.finish({"objective": "nst", "vocabulary": VOCAB.hash, "seconds": 1.0, "median": "s0"})
     out = folder / "out" / "distill-nst-s0"
@@ -240,7 +240,8 @@ def read_clips(path):
         clips = data.VideoClips(path, 9, vision=vision, part=part, val_clips=2, feat_norm=True)
         clips.batch(np.arange(len(clips)))
         clips.clips(np.arange(len(clips)))
-        clips.voken_clips(3, 0)
+        if part == "train":
+            clips.voken_clips(3, 0)
 
 
 def read_model(path):
@@ -264,7 +265,7 @@ def read_checkpoint(path):
     part = torch.nn.Linear(3, 2)
     run = Run(RunConfig(resume="true"), path.parent, ALONE, {"train": "x"})
     if path.stem == "best":
-        run.load_best(part)
+        run.load_best(part, 4)
     else:
         run.restore(4, model=part, optimizer=torch.optim.AdamW(part.parameters()))
     torch.set_num_threads(1)

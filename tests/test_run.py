@@ -20,10 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from parts.machine import (PEAK_TFLOPS, Ranks, end_ranks, flops_per_token, keep_freed_memory, memory_report,
+from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, keep_freed_memory, memory_report,
                            peak_flops, return_freed_memory)
-from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, save_checkpoint,
-                 steps_of)
+from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, run_script,
+                 save_checkpoint, steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -390,7 +390,8 @@ def test_folder_without_a_run_in_it_is_taken(run, tmp_path):
 
 
 @pytest.mark.parametrize("error, status, line", [
-    (SystemExit("disk full"), 1, "disk full\n"), (SystemExit(0), 0, ""), (ValueError("odd"), 1, "ValueError: odd")])
+    (SystemExit("disk full"), 1, "disk full\n"), (SystemExit(0), 0, ""), (ValueError("odd"), 1, "ValueError: odd"),
+    (KeyboardInterrupt(), 1, "interrupted\n"), (FileNotFoundError(2, "is not there", "x"), 1, "x: is not there\n")])
 def test_error_in_a_group_ends_the_process_at_once(monkeypatch, capsys, error, status, line):
     """In Python's own end the group waits for threads that wait for Python."""
     class Left(BaseException):
@@ -400,11 +401,10 @@ def test_error_in_a_group_ends_the_process_at_once(monkeypatch, capsys, error, s
         raise Left(code)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("run.parse_cli", lambda *args, **needs: Config())
+    monkeypatch.setattr("run.clear_up_on_sigterm", lambda: None)
     with pytest.raises(Left) as left:
-        try:
-            raise error
-        finally:
-            end_ranks()
+        run_script(lambda cfg: (_ for _ in ()).throw(error), Config, {})
     assert left.value.args == (status,) and line in capsys.readouterr().err
 
 
