@@ -64,8 +64,10 @@ def write_packed(part, kind, vocab, arrays, **attributes):
             f[name] = value
             digest.update(np.ascontiguousarray(value))
         f["vocab"] = np.frombuffer("\n".join(vocab.tokens).encode(), np.uint8)
-        f.attrs.update({"kind": kind, "format": FORMAT, "vocab_hash": vocab.hash, "lower": vocab.lower,
-                        "strip_accents": vocab.strip_accents, "hash": digest.hexdigest(), **attributes})
+        attributes |= {"kind": kind, "format": FORMAT, "vocab_hash": vocab.hash, "lower": vocab.lower,
+                       "strip_accents": vocab.strip_accents, "hash": digest.hexdigest()}
+        for name, value in attributes.items():  # text as bytes: HDF5 hangs on a damaged heap of strings
+            f.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
 
 
 def open_packed(path, kind="", vocab=None):
@@ -81,8 +83,7 @@ def open_packed(path, kind="", vocab=None):
         raise SystemExit(f"{path}: {what}; pack it with `python data.py {kind or 'text'} ...`")
     try:
         with h5py.File(path, "r") as f:
-            attributes = {name: value if isinstance(value, str) else value.item()
-                          for name, value in f.attrs.items()}
+            attributes = {name: read_attribute(f.attrs, name) for name in f.attrs}
             maps = {name: map_dataset(path, f, name) for name in f}
         tokens = bytes(maps.pop("vocab")).decode().split("\n")
         if "clip_vocab" in maps:
@@ -115,6 +116,14 @@ DATASETS = {"vocab": ("u", 1), "sources": ("u", 1), "tokens": ("u", 1), "clip_to
 # and of attributes that are read: all, and those of a kind
 ATTRIBUTES = {"kind": str, "format": int, "hash": str, "vocab_hash": str, "lower": int, "strip_accents": int}
 KINDS = {"xtext": {"clip_hash": str}, "videos": {"d2": int, "d3": int}}
+
+
+def read_attribute(attributes, name):
+    """Number, or text, of an open file; ValueError for strings of HDF5's heap, which older versions wrote."""
+    if attributes.get_id(name).dtype.kind == "O":
+        raise ValueError(f"{name} is a string of an older version")
+    value = attributes[name]
+    return value.decode() if isinstance(value, bytes) else value.item()
 
 
 def map_dataset(path, file, name):
@@ -582,11 +591,13 @@ class VideoClips:
         mask = np.arange(self.T) < n[:, None] + 2
         video = self.videos[self.video_of(index)]
         begin = self.frame_start[video]
-        end = np.array([self.end[a:b].max() for a, b in zip(caption, behind)])  # seconds
-        last = np.minimum(begin + np.ceil(end).astype(np.int64), self.frame_start[video + 1])
-        first = begin + np.floor(self.start[caption]).astype(np.int64)
-        if (first < begin).any() or (first >= self.frame_start[video + 1]).any():
-            raise SystemExit(f"{self.path}: damaged (a caption starts outside of its video); pack it anew")
+        length = self.frame_start[video + 1] - begin
+        start = np.floor(self.start[caption])  # seconds
+        end = np.array([self.end[a:b].max() for a, b in zip(caption, behind)])
+        if not ((0 <= start) & (start < length) & np.isfinite(end)).all():
+            raise SystemExit(f"{self.path}: damaged (a caption lies outside of its video); pack it anew")
+        first = begin + start.astype(np.int64)
+        last = begin + np.minimum(np.ceil(end), length).astype(np.int64)
         last = np.maximum(last, first + 1)
         if self.vision == "image":
             first = (first + last) // 2

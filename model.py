@@ -29,6 +29,8 @@ def check_shape(config):
             raise ValueError(f"{name} {getattr(config, name)}: must be at least {least} and below {most}")
     if not 0 <= config.dropout < 1:
         raise ValueError(f"dropout {config.dropout:g}: must be at least 0 and below 1")
+    if not 0 <= config.init_std <= 1:
+        raise ValueError(f"init_std {config.init_std:g}: must be at least 0 and at most 1")
     if config.hidden % config.heads:
         raise ValueError(f"hidden {config.hidden} cannot be split into {config.heads} heads of equal width; "
                          "choose a multiple (BERT and CLIP have 64 a head)")

@@ -251,6 +251,8 @@ def read_wordpiece(path, content, named):
         "words of at most 100 characters": model.get("max_input_chars_per_word") == 100,
         "[UNK] for unknown words": model.get("unk_token") == "[UNK]",
         "BERT's normalizer": norm.get("type") == "BertNormalizer",
+        "true or false for lower case, and perhaps for accents": isinstance(norm.get("lowercase"), bool)
+        and isinstance(norm.get("strip_accents"), (bool, type(None))),
         "BERT's cleaning of text": norm.get("clean_text") and norm.get("handle_chinese_chars"),
         "BERT's pre-tokenizer": pre.get("type") == "BertPreTokenizer"}, BERT_SOURCE)
     tokens = sorted(ids, key=ids.get)
@@ -261,7 +263,7 @@ def read_wordpiece(path, content, named):
                          f"({' '.join(others[:3])[:80]}); give the vocab.txt instead")
     check_parts(path, "BERT's", {"special tokens in added_tokens": {
         *(t["content"] for t in added), *named} >= set(SPECIALS)}, BERT_SOURCE)
-    return tokens, bool(norm.get("lowercase")), norm.get("strip_accents")
+    return tokens, norm["lowercase"], norm.get("strip_accents")
 
 
 # ---------------------------------------------------------------------------- CLIP's BPE

@@ -44,6 +44,7 @@ from test_weights import IMAGE, OpenAIText
 import analyze
 import data
 import finetune
+from common import one_line_end
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, MLMHead, TaskModel, VideoEncoder
 from parts import tasks, vocab, weights
 from parts.examples import load_examples, tokenized
@@ -397,7 +398,8 @@ def run_case(name, case, seed, folder, valid):
     outer = not case or damage(rng, paths[0])
     try:
         for path in paths:
-            read(path)
+            with one_line_end():
+                read(path)
             for made in folder.glob("out.*"):
                 made.unlink()
         ended = ""

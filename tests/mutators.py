@@ -4,6 +4,7 @@ A mutator takes (rng, bytes) and returns bytes; MUTATORS has those of each suffi
 JSON, tables, zip records, pickles, HDF5, safetensors, .npy and gzip, so that much of what they make is still
 valid outside. What they cannot read they raise at, and the caller takes bytes_of instead.
 """
+import copy
 import csv
 import gzip
 import io
@@ -75,7 +76,7 @@ def lines_of(rng, data):
         if kind == 0 and len(lines) > 1:
             del lines[i]
         elif kind == 1:
-            lines[i:i] = [lines[i]] * rng.choice((1, 2, 300))
+            lines[i:i] = [lines[i]] * min(rng.choice((1, 2, 300)), 1 + (1 << 22) // (len(lines[i]) + 1))
         elif kind == 2:
             j = rng.randrange(len(lines))
             lines[i], lines[j] = lines[j], lines[i]
@@ -136,7 +137,7 @@ def json_of(rng, data):
         where, key = rng.choice(found if rng.random() < 0.6 else found[:8])
         kind = rng.randrange(8)
         if kind < 4:
-            where[key] = rng.choice(VALUES)
+            where[key] = copy.deepcopy(rng.choice(VALUES))  # a tree, not a ring
         elif kind == 4 and where is not root:
             del where[key]
         elif kind == 5:

@@ -85,11 +85,13 @@ def test_blocks_refuse_what_they_cannot_read(shards, vocab, tmp_path):
         f.create_dataset("tokens", data=tokens, chunks=True)
     assert "bad.h5" in stop_line(data.TextBlocks, str(bad), 12)  # not contiguous
     bad.write_bytes(whole)
-    for name, value in (("hash", None), ("lower", None), ("lower", "yes"), ("vocab_hash", 3), ("kind", [1, 2])):
+    for name, value, says in (("hash", None, ""), ("lower", None, ""), ("lower", np.bytes_("yes"), "lower is 'yes'"),
+                              ("vocab_hash", 3, "vocab_hash is 3"), ("kind", [1, 2], ""),
+                              ("hash", "a" * 64, "hash is a string of an older version")):  # in HDF5's heap
         bad.write_bytes(whole)
         with h5py.File(bad, "a") as f:
             f.attrs.pop(name) if value is None else f.attrs.update({name: value})
-        assert "bad.h5: not a packed file, or damaged" in stop_line(data.TextBlocks, str(bad), 12)
+        assert f"bad.h5: not a packed file, or damaged ({says}" in stop_line(data.TextBlocks, str(bad), 12)
     bad.write_bytes(whole)
     with h5py.File(bad, "a") as f:
         f["vocab"][-1] = 65

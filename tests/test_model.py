@@ -315,6 +315,7 @@ def test_shape_is_one_string():
     (lambda: model_config("1L-0H", 99), "hidden 0: must be at least 1"),
     (lambda: model_config("demo", 99, 1.0), "dropout 1: must be at least 0 and below 1"),
     (lambda: BERTConfig(embedding=-1), "embedding -1: must be at least 0"),
+    (lambda: BERTConfig(init_std=-0.02), "init_std -0.02: must be at least 0"),
     # what a damaged file may say: nobody has so many
     (lambda: CLIPConfig(layers=10 ** 7), "layers 10000000: must be .* below 1000"),
     (lambda: BERTConfig(vocab_size=10 ** 30), "vocab_size 10+: must be .* below 2147483648")])
