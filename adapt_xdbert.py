@@ -111,7 +111,7 @@ CHOICES = {"reduction": ("mean", "sum")}
 POSITIVE = ("eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")
 # flags that nothing reads but with some values of another one, see common.check_needs
 NEEDS = {"cliptc_rate": ("objective", ("cliptc",)), "clip": ("no_clip", ("False",)),
-         "cross_layers": ("no_clip", ("False",))}
+         "cross_layers": ("no_clip", ("False",)), "data_dir": ("train", ("",))}
 # what a resumed run cannot change
 FIXED = ("block_size", "segments", "cross_layers", "no_clip", "freeze", "objective", "mask_rate",
          "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",

@@ -85,14 +85,19 @@ def check_needs(cfg, given, needs):
     """SystemExit where a flag was given, with another value than its default, that nothing will read.
 
     needs: {flag: (another flag, the values of that with which the first is read)}; of values joined by +,
-    such as objectives, one is enough. --epochs needs --max_steps 0 in every script.
+    such as objectives, one is enough. The other flag's own needs hold, too. --epochs needs --max_steps 0 in
+    every script.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-    for name, (other, values) in ({"epochs": ("max_steps", ("0",))} | needs).items():
-        now = str(getattr(cfg, other)) if name in given and given[name] != defaults[name] else values[0]
-        if set(now.split("+")).isdisjoint(values):
-            raise SystemExit(f"--{name} {given[name]}: is not read with --{other} {now}; leave it out, or "
-                             f"give --{other} {' or '.join(values).lower()}")
+    needs = needs | {"epochs": ("max_steps", ("0",))}
+    for name in (name for name in given if given[name] != defaults[name]):
+        at = name
+        while at in needs:
+            at, values = needs[at]
+            now = str(getattr(cfg, at))
+            if set(now.split("+")).isdisjoint(values):
+                way = f"it out, or give --{at} {' or '.join(values).lower()}" if any(values) else "one out"
+                raise SystemExit(f"--{name} {given[name]}: is not read with --{at} {now}; leave {way}")
 
 
 def convert(name, text, kind):

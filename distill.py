@@ -123,7 +123,8 @@ CHOICES = {"head": ("mlp", "none"), "nst_kernel": ("gaussian", "poly", "linear")
 POSITIVE = ("eval_blocks", "soft_tau", "crd_tau", "mask_rate", "lr", "grad_every", "eval_every")
 NEEDS = {name: ("objective", (term,)) for name in Config.__annotations__ for term in list(ITEMS)[1:]
          if f"{name}_".startswith((f"{term}_", f"w_{term}_"))}  # see common.check_needs
-NEEDS |= {"head": ("objective", ("l2", "nst", "crd")), "crd_momentum": ("crd_level", ("sentence",))}
+NEEDS |= {"head": ("objective", ("l2", "nst", "crd")), "crd_momentum": ("crd_level", ("sentence",)),
+          "crd_tokens": ("crd_level", ("token",)), "data_dir": ("train", ("",))}
 # what a resumed run cannot change
 FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim",
          "crd_tau", "crd_momentum", "crd_bank_size", "crd_bank_dtype", "crd_loss", "crd_views", "mask_rate",

@@ -121,7 +121,11 @@ AS_XDBERT = dict(epochs=3.0, batch_size=32, layer_decay=0.9)
 PRESETS = {"demo": {},
            "vidlankd": dict(epochs=3.0, batch_size=32, weight_decay=0.01),  # VidLanKD 4.3
            "xdbert-base": AS_XDBERT, "xdbert-large": AS_XDBERT}
-NEEDS = {"like": ("model", ("none",))}  # see common.check_needs
+# flags that nothing reads but with some values of another one, see common.check_needs
+NEEDS = {name: ("predict", ("False",)) for name in Config.__annotations__
+         if name not in ("preset", "score", "gold", "no_answer")}
+NEEDS |= dict.fromkeys(("model", "max_length", "device", "dtype", "predict"), ("score", ("",)))
+NEEDS |= {"like": ("model", ("none",))}
 # flags that change no result: hashes tell what the model and the data are
 FREE = ("model", "cross", "like", "preset", "predict", "score", "gold", "no_answer", "save_models")
 UNKNOWN = 0.3  # share of unknown tokens from which a vocabulary cannot be the texts'

@@ -99,6 +99,7 @@ POSITIVE = ("val_clips", "temperature", "mask_rate", "lr", "patience", "vokens",
 NEEDS = {"w_mlm": ("objective", ("mlm",)), "mask_rate": ("objective", ("mlm", "ct")),
          "mask_split": ("objective", ("mlm", "ct")), "margin": ("negatives", ("one", "all")),
          "temperature": ("negatives", ("infonce",)), "video_layers": ("objective", ("ct", "clip")),
+         "data_dir": ("videos", ("",)),
          **dict.fromkeys(("w_ct", "negatives", "ct_input", "vokens"), ("objective", ("ct",)))}
 # what a resumed run cannot change
 FIXED = ("val_clips", "block_size", "max_frames", "vision", "feat_norm", "model", "video_layers", "objective",

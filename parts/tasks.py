@@ -444,8 +444,8 @@ def score(predictions_path, gold_path, no_answer_path=""):
     predictions = read_json(predictions_path, "give predictions, {id: text}")
     gold = read_json(gold_path, "give SQuAD's official json with answers, such as dev-v2.0.json")
     no_answer = read_json(no_answer_path, "give no-answer scores, {id: number}") if no_answer_path else None
-    found = squad_score(gold, predictions, no_answer)
     ids = [question.id for question in squad_questions(gold, gold_path)]
+    found = squad_score(gold, predictions, no_answer)
     if missing := [i for i in ids if i not in predictions]:
         print0(f"predictions: {len(missing):,} of {len(ids):,} questions have none, the first is {missing[0]}"
                "; they count 0")

@@ -65,14 +65,17 @@ def test_cli_mistake_ends_in_one_line(argv, word):
     assert word in str(error.value) and "\n" not in str(error.value)
 
 
-NEEDS = {"use_head": ("out_dir", ("a", "b")), "lr": ("resume", ("false", "auto"))}
+NEEDS = {"use_head": ("out_dir", ("a", "b")), "lr": ("resume", ("false", "auto")),
+         "max_steps": ("use_head", ("True",))}
 
 
 @pytest.mark.parametrize("argv, says", [
     (["--use_head=false", "--out_dir=c+b"], ""), (["--use_head"], ""),  # its default, so nothing is lost
     (["--lr=9", "--resume=auto"], ""), (["--preset=paper", "--resume"], ""),  # not given
     (["--use_head=false", "--out_dir=c"], "--use_head False: is not read with --out_dir c; leave it out, or "
-     "give --out_dir a or b"), (["--lr=9", "--resume"], "--lr 9.0: is not read with --resume true")])
+     "give --out_dir a or b"), (["--lr=9", "--resume"], "--lr 9.0: is not read with --resume true"),
+    (["--max_steps=9", "--out_dir=c"], "--max_steps 9: is not read with --out_dir c"),  # by way of use_head
+    (["--max_steps=9", "--out_dir=a"], "")])
 def test_flag_that_nothing_reads_is_refused(argv, says):
     if not says:
         assert parse_cli(Config, PRESETS, argv, NEEDS)

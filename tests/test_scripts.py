@@ -506,7 +506,11 @@ IGNORED = [(teacher, "--objective mlm --w_ct 2"), (teacher, "--objective clip --
            (distill, "--objective none --head none"), (distill, "--crd_momentum 0.9"), (distill, "--epochs 2"),
            (distill, "--objective nst --soft_tau 3"), (adapt_xdbert, "--objective mlm --no_clip --clip x"),
            (adapt_xdbert, "--objective mlm --cliptc_rate 0.2"), (finetune, "--model x --like y"),
-           (finetune, "--cross x --like y"), (finetune, "--max_steps 9 --epochs 2")]
+           (finetune, "--cross x --like y"), (finetune, "--max_steps 9 --epochs 2"),
+           (distill, "--objective nst --crd_tokens 500"), (distill, "--crd_level sentence --crd_tokens 500"),
+           (distill, "--train x --data_dir y"), (teacher, "--videos x --data_dir y"),
+           (finetune, "--model x --predict --tasks rte"), (finetune, "--score x --gold y --model z"),
+           (finetune, "--score x --gold y --seeds 2")]
 
 
 @pytest.mark.parametrize("module, flags", IGNORED, ids=lambda x: getattr(x, "__name__", x))
