@@ -358,20 +358,30 @@ DEEPEST = 100  # lists and objects of a JSON inside of each other: what walks th
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN is read as it is written
 
 
-# first bytes of what is no text: (what it is, what to do)
-NO_TEXT = {b"\xfd7zXZ": ("xz", "unpack it first"), b"BZh": ("bzip2", "unpack it first"),
-           b"\x28\xb5\x2f\xfd": ("zstd", "unpack it first"), b"PK\x03\x04": ("zip", "unpack it first"),
-           b"PAR1": ("parquet", "write its text to a text file first"),
-           b"\xff\xfe": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
-           b"\xfe\xff": ("UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
-           b"version https://git-lfs": ("a pointer of git-lfs", "fetch the file itself with `git lfs pull`")}
+# how files begin that are no text: (bytes, what it is, what to do)
+NO_TEXT = [(re.compile(form, re.S | re.I), *words) for form, *words in (
+    (rb"\xfd7zXZ", "xz", "unpack it first"), (rb"BZh\d1AY", "bzip2", "unpack it first"),
+    (rb"\x28\xb5\x2f\xfd", "zstd", "unpack it first"), (rb"PK\x03\x04", "zip", "unpack it first"),
+    (rb"7z\xbc\xaf", "7z", "unpack it first"), (rb"\x1f\x8b", "gzip in gzip", "unpack it first"),
+    (rb".{257}ustar", "a tar archive", "unpack it first"),
+    (rb"PAR1|ARROW1", "parquet", "write its text to a text file first"),
+    (rb"\x89HDF", "HDF5", "give the text that it was packed from"),
+    (rb"%PDF-", "PDF", "write its text to a text file first"),
+    (rb"\s*<mediawiki\b", "a dump of Wikipedia", "extract its text first, for instance with wikiextractor"),
+    (rb"\s*<(!doctype )?html\b", "a web page", "perhaps of a failed download; give the file itself"),
+    (rb"version https://git-lfs", "a pointer of git-lfs", "fetch the file itself with `git lfs pull`"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff|([^\0]\0\0\0){8}", "UTF-32", "convert it with `iconv -f utf-32 -t utf-8`"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16", "convert it with `iconv -f utf-16 -t utf-8`"),
+    (rb"([^\0]\0){8}", "UTF-16", "convert it with `iconv -f utf-16le -t utf-8`"),
+    (rb"(\0[^\0]){8}", "UTF-16", "convert it with `iconv -f utf-16be -t utf-8`"))]
 
 
 class Unpacked(io.RawIOBase):
     """A gzipped file; SystemExit where it unfolds to more than 100 times its size: text does to 3 to 10."""
 
-    def __init__(self, path):
-        self.path, self.file, self.most = path, gzip.open(path), 100 * (os.path.getsize(path) + (1 << 16))
+    def __init__(self, path, file):
+        self.path, self.file = path, gzip.GzipFile(fileobj=file)
+        self.most = 100 * (os.path.getsize(path) + (1 << 16))
 
     def readable(self):
         return True
@@ -389,22 +399,18 @@ class Unpacked(io.RawIOBase):
                              "it first if it is right")
         return size
 
-    def close(self):
-        self.file.close()
-        super().close()
-
 
 @contextlib.contextmanager
 def open_text(path):
     """A text file as a binary stream, unpacked where it is gzipped; SystemExit names what is no text."""
-    with open(path, "rb") as file:
-        head = file.read(32)
-    for magic, (what, advice) in NO_TEXT.items():
-        if head.startswith(magic):
-            raise SystemExit(f"{path}: is {what}, not text; {advice}")
     try:
-        packed = head.startswith(b"\x1f\x8b")
-        with io.BufferedReader(Unpacked(path), 1 << 16) if packed else open(path, "rb") as f:
+        with open(path, "rb") as file:
+            packed = file.peek(2).startswith(b"\x1f\x8b")
+            f = io.BufferedReader(Unpacked(path, file), 1 << 16) if packed else file
+            head = f.peek(1024)
+            for form, what, advice in NO_TEXT:
+                if form.match(head):
+                    raise SystemExit(f"{path}: is {what}, not text; {advice}")
             yield f
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise SystemExit(f"{path}: damaged gzip ({error}); fetch it anew") from None
@@ -427,8 +433,6 @@ def read_text(path, advice="fetch it anew"):
         raise SystemExit(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); {advice}") from None
     if not text.strip():
         raise SystemExit(f"{path}: is empty; {advice}")
-    if re.match(r"\s*<(!doctype )?html\b", text, re.I):
-        raise SystemExit(f"{path}: is a web page, perhaps of a failed download; {advice}")
     return text
 
 

@@ -67,6 +67,9 @@ def read_pieces(path):
             captions = re.match(rb'\s*\{\s*("(?:[^"\\]|\\.)*"\s*:\s*\{|\})', head)
             yield from caption_texts(path) if captions else json_lines(path, f)
             return
+        if re.match(rb'\s*\[\s*\{\s*"', head):
+            raise SystemExit(f"{path}: is one JSON array; write an object a line, for instance with `jq -c "
+                             "'.[]'`")
         first = next((line for line in head.decode(errors="replace").split("\n") if line.strip()), "")
         article = next((form for form in ARTICLES if form.fullmatch(first)), None)
         for text, size in plain_pieces(path, f):

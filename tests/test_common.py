@@ -201,7 +201,7 @@ def test_atomic_write_removes_what_killed_processes_of_this_host_left(tmp_path):
     (None, "cannot be read .No such file.*; give that"), (b"", "is empty; give that"),
     (b"caf\xe9 {", "line 1: not UTF-8"), (b"{", "line 1: broken JSON"), (b"[" * 100_000, "broken JSON"),
     (b"[1]", "holds a JSON list, no object; give that"),
-    (b" <!DOCTYPE html>\n<p>404", "is a web page, perhaps of a failed download; give that"),
+    (b" <!DOCTYPE html>\n<p>404", "is a web page, not text; perhaps of a failed download"),
     (b"<html lang=en>", "is a web page"), (b"PAR1", "is parquet"), (b"PK\x03\x04", "is zip, not text; unpack it"),
     (b"version https://git-lfs.github.com/spec/v1\noid 1", "a pointer of git-lfs"),
     ("{}".encode("utf-16"), "is UTF-16"), (gzip.compress(b"{}")[:-9], "damaged gzip"),

@@ -137,7 +137,14 @@ def test_first_bytes_tell_how_text_is_laid_out(vocab, tmp_path, name, content, p
 
 @pytest.mark.parametrize("content, says", [
     (b"\xfd7zXZ\x00\x00", "is xz, not text; unpack it"), (b"BZh91AY", "is bzip2"),
-    (b"\x28\xb5\x2f\xfd\x00", "zstd"), (b"PK\x03\x04", "is zip"), (b"PAR1\x15", "is parquet"), ("cat".encode("utf-16"), "is UTF-16, .*iconv -f utf-16"),
+    (b"\x28\xb5\x2f\xfd\x00", "zstd"), (b"PK\x03\x04", "is zip"), (b"PAR1\x15", "is parquet"),
+    ("cat".encode("utf-16"), "is UTF-16, .*iconv -f utf-16"), ("cat".encode("utf-32"), "is UTF-32"),
+    ("the cat and ".encode("utf-16-le"), "iconv -f utf-16le"), ("the cat and ".encode("utf-16-be"), "utf-16be"),
+    ("the cat and ".encode("utf-32-le"), "is UTF-32"), (gzip.compress(gzip.compress(b"cat")), "is gzip in gzip"),
+    (b"a.txt" + bytes(252) + b"ustar\x0000", "is a tar archive"), (b"%PDF-1.5\n", "is PDF"),
+    (gzip.compress(b"a.txt" + bytes(252) + b"ustar  \0"), "is a tar archive"), (b"\x89HDF\r\n", "is HDF5"),
+    (b"<mediawiki xmlns=", "is a dump of Wikipedia"), (b"\n<!DOCTYPE html>\n<p>404", "is a web page"),
+    (b' [\n {"text": "a cat"}]', "is one JSON array"),
     (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of git-lfs, .*git lfs pull"),
     (gzip.compress(b"the cat " * 999)[:40], "damaged gzip"), (b"\x1f\x8b\x08nothing", "damaged gzip"),
     (b'{"text": "a cat"}\n{"text": 3}\n', 'line 2: not a JSON object with a "text"'),
@@ -487,7 +494,7 @@ def test_2d_alone_and_videos_without_words(vocab, tmp_path, capsys):
     ("csv_file", "video_id,task_id\n", "names no video"),
     ("captions", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("captions", "PAR1", "is parquet"),
     ("csv_file", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("csv_file", "PK\x03\x04", "is zip"),
-    ("captions", "<!DOCTYPE html>", "not a JSON object"), ("csv_file", "<!DOCTYPE html>", "no columns video_id"),
+    ("captions", "<!DOCTYPE html>", "is a web page"), ("csv_file", "[{}]", "no columns video_id"),
 ])
 def test_malformed_lists_end_in_one_line(vocab, tmp_path, name, content, says):
     args = howto(tmp_path)
