@@ -366,6 +366,7 @@ NO_TEXT = [(re.compile(form, re.S | re.I), *words) for form, *words in (
     (rb".{257}ustar", "a tar archive", "unpack it first"),
     (rb"PAR1|ARROW1", "parquet", "write its text to a text file first"),
     (rb"\x89HDF", "HDF5", "give the text that it was packed from"),
+    (rb"\0{8}", "zeros", "perhaps of an unfinished download; fetch it anew"),
     (rb"%PDF-", "PDF", "write its text to a text file first"),
     (rb"\s*<mediawiki\b", "a dump of Wikipedia", "extract its text first, for instance with wikiextractor"),
     (rb"\s*<(!doctype )?html\b", "a web page", "perhaps of a failed download; give the file itself"),
