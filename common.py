@@ -198,8 +198,8 @@ def one_line_end():
         yield
     except SystemExit as end:
         raise SystemExit(one_line(end.code) if isinstance(end.code, str) else end.code) from None
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
+    except KeyboardInterrupt as end:
+        raise SystemExit(str(end) or "interrupted") from None
     except BrokenPipeError:  # of `| head`: nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -261,9 +261,12 @@ def birth(pid):
 
 
 def clear_up_on_sigterm():
-    """Makes SIGTERM leave through every `finally`, as Ctrl-C does, so that nothing half-written stays."""
+    """Makes SIGTERM leave through every `finally`, as Ctrl-C does, so that nothing half-written stays.
+
+    As KeyboardInterrupt: SystemExit is what readers raise, and callers go on without the file.
+    """
     def leave(number, frame):
-        raise SystemExit("terminated")
+        raise KeyboardInterrupt("terminated")
     signal.signal(signal.SIGTERM, leave)
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import hash64, keyed_integers, keyed_uniform
+from common import clear_up_on_sigterm, hash64, keyed_integers, keyed_uniform
 from parts.vocab import CLIPVocab, Vocab, load_vocab
 
 FORMAT = 1  # of the packed files; raise it with any change of what they hold
@@ -645,9 +645,6 @@ class VideoClips:
 
 
 if __name__ == "__main__":
-    import signal
-    import sys
-
     from prepare.commands import main
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("data.py: terminated; no file was left under --out"))
+    clear_up_on_sigterm()
     main()

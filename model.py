@@ -83,7 +83,7 @@ def model_config(shape, vocab_size, dropout=0.1):
     """
     if shape in SHAPES:
         return BERTConfig(vocab_size=vocab_size, dropout=dropout, **SHAPES[shape])
-    form = re.fullmatch(r"(\d+)L-(\d+)H(?:-(\d+)A)?", shape)
+    form = re.fullmatch(r"(\d{1,3})L-(\d+)H(?:-(\d+)A)?", shape)
     if not form or not form[3] and int(form[2]) % 64:
         raise ValueError(f"model {shape}: write {', '.join(SHAPES)}, or layers and width as in 6L-512H (a "
                          "multiple of 64), or heads too as in 1L-32H-2A")

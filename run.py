@@ -612,6 +612,14 @@ def load_checkpoint(folder, ranks, name="checkpoint.pt"):
                      "(finetune.py: with --resume false)")
 
 
+def check_started(cfg, folder):
+    """SystemExit before any work where a run shall go on or be measured that has no checkpoint."""
+    found = any(Path(folder, name).exists() for name in CHECKPOINTS)
+    if (cfg.resume == "true" or cfg.eval_only) and not found:
+        raise SystemExit(f"no checkpoint in {folder}: start the run without --resume and --eval_only; what "
+                         "was made for it is kept")
+
+
 @contextlib.contextmanager
 def of_this_run(folder):
     """A block that takes over a checkpoint; SystemExit where it does not hold what such a run saves."""

@@ -6,6 +6,8 @@ With real data nothing is made.
 from dataclasses import fields, replace
 from pathlib import Path
 
+import torch
+
 import adapt_xdbert as adapt_script
 import analyze
 import distill as distill_script
@@ -17,7 +19,7 @@ from parts.machine import init_ranks
 from parts.tasks import TASKS
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from prepare.world import demo_world, demo_xtext
-from run import model_folder
+from run import check_started, model_folder
 
 
 def teacher(cfg):
@@ -32,9 +34,14 @@ def distill(cfg):
     """distill.py; on the demo with its teacher and the text-only student; then the closing table."""
     ranks, asked = init_ranks(cfg.device), cfg.videos
     folder, beside = distill_script.run_folder(cfg), []
+    check_started(cfg, folder)
     if not cfg.train:
         cfg = on_demo(cfg, folder.parent, demo_world(cfg.data_dir, cfg.seed, ranks))
         if cfg.objective != "none":
+            # what does not fit is said before the text-only student is trained
+            distill_script.FrozenTeacher(cfg, open_vocab(cfg.train), "cpu", torch.float32)
+            if cfg.init_from:
+                model_folder(cfg.init_from, "--init_from")
             text_only = text_only_run(cfg, folder.parent)
             distill_script.main(text_only)
             beside = [text_only.out_dir]
@@ -58,6 +65,7 @@ def adapt_xdbert(cfg):
     if cfg.train or cfg.dry_run:
         return adapt_script.main(cfg)
     ranks, folder = init_ranks(cfg.device), adapt_script.run_folder(cfg)
+    check_started(cfg, folder)
     world = demo_world(cfg.data_dir, cfg.seed, ranks)
     check_readers(cfg, open_vocab(world / "corpus.h5"))
     cfg = replace(cfg, train=str(demo_xtext(world, ranks)))

@@ -64,5 +64,5 @@ def main(argv=None):
         else:
             pack_videos(args.captions, args.feat2d, args.csv, args.vocab, args.out, args.feat3d,
                         args.skip_bad)
-    except KeyboardInterrupt:
-        sys.exit("data.py: interrupted; no file was left under --out")
+    except KeyboardInterrupt as end:
+        sys.exit(f"data.py: {str(end) or 'interrupted'}; no file was left under --out")

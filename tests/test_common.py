@@ -6,9 +6,11 @@ import dataclasses
 import gzip
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from conftest import stop_line
 
 import common
 from common import Switch, atomic, parse_cli
+from parts import examples
+from parts.vocab import SPECIALS, Vocab
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +107,25 @@ def test_program_ends_in_one_printable_line_that_keeps_name_and_advice(text, beg
             raise SystemExit(text)
         text = end.value.code
         assert text.startswith(begins) and text.endswith(ends) and len(text) <= 300 and text.isprintable()
+
+
+def test_sigterm_ends_those_who_go_on_without_a_file(monkeypatch, tmp_path):
+    """A run whose config.json cannot be read starts anew, one without its cache of tokens goes on."""
+    def terminated(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(9)
+
+    monkeypatch.setattr(common, "read_json", terminated)
+    monkeypatch.setattr(examples.np, "savez", terminated)
+    before, vocab = signal.getsignal(signal.SIGTERM), Vocab([*SPECIALS, "a"])
+    try:
+        common.clear_up_on_sigterm()
+        for going_on in (lambda: common.peek_json("x"), lambda: examples.tokenize(["a"], vocab, tmp_path)):
+            with pytest.raises(SystemExit, match="terminated"), common.one_line_end():
+                going_on()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_end_of_a_program_that_is_no_message_stays():

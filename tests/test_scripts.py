@@ -362,6 +362,21 @@ def test_demo_with_a_teacher_that_saw_no_video_prints_its_table(demo, teacher_co
     refused(f"--videos {videos}: nothing reads them, as --teacher .* has no video encoder", lambda: chain.distill(cfg))
 
 
+@pytest.mark.parametrize("flags, says", [
+    (dict(teacher="bert-base-uncased"), "--teacher bert-base-uncased: no model there.*"),
+    (dict(init_from="nowhere"), "--init_from nowhere: no model there.*"),
+    (dict(resume="true"), "no checkpoint in .*run: start the run without --resume.*"),
+    (dict(eval_only=True), "no checkpoint in .*")])
+def test_demo_makes_nothing_for_a_run_that_cannot_begin(demo, teacher_run, tmp_path, flags, says):
+    cfg = distill.Config(**dict(QUICK_STUDENT, teacher=str(teacher_run)) | flags, objective="nst",
+                         data_dir=str(demo), out_dir=str(tmp_path / "run"))
+    refused(says, lambda: chain.distill(cfg))
+    if flags.keys() <= {"resume", "eval_only"}:
+        cfg = adapt_xdbert.Config(**flags, data_dir=str(demo), device="cpu", out_dir=str(tmp_path / "run"))
+        refused(says, lambda: chain.adapt_xdbert(cfg))
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------- commands
 
 
