@@ -50,7 +50,7 @@ from parts.machine import Ranks, init_ranks, keep_freed_memory, move, peak_flops
 from parts.tasks import TASKS, Rows
 from parts.vocab import SPECIALS, Vocab
 from prepare.packing import pack_text, train_vocab
-from run import set_seed
+from run import out_of_memory, set_seed
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,8 @@ class Config:
                                         rows=(max(self.batch, self.anchors), 10 ** 8)).items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be from {least} to {most:,}")
+        if not Path(self.json).parent.is_dir():
+            raise ValueError(f"--json {self.json}: its folder does not exist; make it first")
         model_config(self.model, self.vocab)
 
 
@@ -817,4 +819,9 @@ def main(cfg):
 
 if __name__ == "__main__":
     with one_line_end():
-        main(parse_cli(Config, PRESETS))
+        try:
+            main(parse_cli(Config, PRESETS))
+        except Exception as error:
+            if out_of_memory(error):
+                raise SystemExit("out of memory: lower --batch, --tokens, --rows or --model") from None
+            raise

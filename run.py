@@ -51,8 +51,7 @@ def one_line_for_the_machine(cfg):
         yield
     except Exception as error:
         text = str(error)
-        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or \
-                re.search("can't allocate memory|not enough memory|size calculation overflowed", text):
+        if out_of_memory(error):
             raise SystemExit(f"out of memory: lower --batch_size {cfg.batch_size}, or raise --grad_accum to "
                              "run it in smaller parts; --resume goes on from the checkpoint") from None
         if dist.is_initialized() and isinstance(error, RuntimeError) and PEER_LOST.search(text):
@@ -61,6 +60,12 @@ def one_line_for_the_machine(cfg):
         if "No space left on device" in text:
             raise SystemExit(f"disk full ({text}): free space, then go on with --resume") from None
         raise
+
+
+def out_of_memory(error):
+    """Whether PyTorch or Python could not have the memory that they asked for."""
+    return (isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError))
+            or re.search("can't allocate memory|not enough memory|size calculation overflowed", str(error)))
 
 
 PEER_LOST = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|Socket closed|"
