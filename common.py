@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import mmap
 import os
 import re
 import shutil
@@ -315,10 +316,7 @@ def atomic(path, keep=""):
     path, host = Path(path), socket.gethostname()
     scratch, ready = (path.with_name(f"{path.name}.{host}.{os.getpid()}.{end}") for end in ("tmp", "new.tmp"))
     try:
-        for rest in path.parent.glob(f"{glob.escape(f'{path.name}.{host}')}.*.tmp"):
-            pid = rest.name.removeprefix(f"{path.name}.{host}.").partition(".")[0]
-            if pid == str(os.getpid()) or pid.isdecimal() and not birth(pid):
-                remove(rest)
+        sweep(path)
         scratch.mkdir()
         part = scratch / path.name
         yield part
@@ -335,6 +333,15 @@ def atomic(path, keep=""):
                          "another folder") from None
     finally:
         for rest in (scratch, ready):
+            remove(rest)
+
+
+def sweep(path):
+    """Removes what processes of this host left beside `path` that were killed while they wrote it."""
+    name = f"{path.name}.{socket.gethostname()}."
+    for rest in path.parent.glob(f"{glob.escape(name)}*.tmp"):
+        pid = rest.name.removeprefix(name).partition(".")[0]
+        if pid == str(os.getpid()) or pid.isdecimal() and not birth(pid):
             remove(rest)
 
 
@@ -504,9 +511,10 @@ def check_archive(path):
     of memory: parts are compressed, which PyTorch's never are, or see check_pickle."""
     size = Path(path).stat().st_size
     if not zipfile.is_zipfile(path):
-        with open(path, "rb") as f:  # of before PyTorch 1.6: three short pickles, then the tensors'
+        # of before PyTorch 1.6: three short pickles, then the tensors'; a file's read(n) takes n bytes first
+        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for first in (True, True, True, False):
-                check_pickle(f, size, first)
+                check_pickle(content, size, first)
         return
     with zipfile.ZipFile(path) as archive:
         for part in archive.infolist():

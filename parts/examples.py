@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import data
-from common import atomic, hash64, keyed_uniform, print0, progress
+from common import atomic, hash64, keyed_uniform, print0, progress, sweep
 
 # ---------------------------------------------------------------------------- tokens
 
@@ -31,6 +31,7 @@ def tokenize(texts, vocab, cache="", source="input", spans=False):
     head = f"{FORMAT} {vocab.hash} {spans} {[len(text) for text in texts]}"
     path = Path(cache) / f"{hashlib.sha256(head.encode() + content).hexdigest()}.npz"
     if cache and path.is_file():
+        sweep(path)  # another rank may have written it beside one that was killed
         with suppress(Exception), np.load(path, allow_pickle=False) as file:  # damaged: it is made anew
             return {name: file[name] for name in ("ids", "bounds", "starts", "ends")[:4 if spans else 2]}
     parts = {"ids": [], "bounds": [[0]], "starts": [], "ends": []}

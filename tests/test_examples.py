@@ -6,6 +6,7 @@ Run: python -m pytest -q tests/test_examples.py
 import dataclasses
 import errno
 import json
+import socket
 from types import SimpleNamespace
 
 import numpy as np
@@ -312,6 +313,9 @@ def test_cache_is_read_again_remade_when_damaged_and_follows_the_content(tmp_pat
         assert damaged != whole
         kept.write_bytes(damaged)
         assert load() == (ids, 2 + n, 1) and kept.read_bytes() == whole
+    # of a rank that was killed while another one wrote the same
+    kept.with_name(f"{kept.name}.{socket.gethostname()}.99999999.tmp").mkdir()
+    assert load() == (ids, 6, 1)
     put(path, table(["sentence", "label"], ["the cat ran", "1"], ["a dog", "0"]))
     other, *counts = load()
     assert other != ids and counts == [7, 2]

@@ -499,6 +499,16 @@ def test_place_in_the_memo_that_cannot_be_is_refused_unread(tmp_path):
         tracemalloc.stop()
 
 
+def test_text_longer_than_its_old_file_is_refused_unread(tmp_path):
+    """A file makes room for what it is asked to read."""
+    path = tmp_path / "clip.pt"
+    path.write_bytes(b"\x80\x02X" + (2 ** 31 - 1).to_bytes(4, "little") + bytes(99))
+    tracemalloc.start()
+    refused(r"not readable \(expected 2147483647 bytes .*only 99 remain\)", load_clip, path)
+    assert tracemalloc.get_traced_memory()[1] < 1e7
+    tracemalloc.stop()
+
+
 @pytest.mark.parametrize("content", [
     {1: torch.zeros(2)}, {"text_projection": torch.zeros(2, 2).to_sparse()},
     {"text_projection": torch.zeros(2, 2, dtype=torch.complex64)},
