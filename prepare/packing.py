@@ -521,7 +521,7 @@ def sample_features(folders, videos):
 def feature_file(folder, video):
     """Path of a video's features: <video id>.npy, or named after the video's file as <video id>.mp4.npy."""
     paths = [folder / f"{video}{suffix}.npy" for suffix in ("", ".mp4", ".webm", ".mkv")]
-    return next((path for path in paths if path.exists()), paths[0])
+    return next((path for path in paths if os.path.exists(path)), paths[0])  # False for names that cannot be
 
 
 def read_features(path, mmap_mode=None):

@@ -492,6 +492,7 @@ def test_2d_alone_and_videos_without_words(vocab, tmp_path, capsys):
     ("csv_file", "video_id,task_id\nv0,abc\n", "line 2"),
     ("csv_file", "video_id,task_id\n,3\n", "no video_id"),
     ("csv_file", "video_id,task_id\n", "names no video"),
+    ("csv_file", "video_id,task_id\n" + "v" * 999 + ",3\n", "no video is left"),
     ("captions", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("captions", "PAR1", "is parquet"),
     ("csv_file", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), ("csv_file", "PK\x03\x04", "is zip"),
     ("captions", "<!DOCTYPE html>", "is a web page"), ("csv_file", "[{}]", "no columns video_id"),

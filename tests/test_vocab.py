@@ -146,6 +146,7 @@ def test_tokenizer_json_of_others_is_refused_where_ids_would_differ(vocab, tmp_p
     good = json.loads((tmp_path / "tokenizer.json").read_text())
     for key, value, says in (("normalizer", {"type": "NFKC"}, "normalizer"),
                              ("normalizer", good["normalizer"] | {"lowercase": 1}, "true or false for lower case"),
+                             ("normalizer", good["normalizer"] | {"strip_accents": {}}, "true or false for"),
                              ("pre_tokenizer", None, "pre-tokenizer"),
                              ("model", good["model"] | {"max_input_chars_per_word": 200}, "100 characters"),
                              ("added_tokens", [{"id": 99, "content": "<new>"}], "<new>")):

@@ -274,7 +274,7 @@ def test_incomplete_or_untied_mlm_head_is_refused(tmp_path):
     (dict(hidden_size="24"), "'24' is no value for hidden"), (dict(num_attention_heads=5), "cannot be split"),
     (dict(num_attention_heads=0), "must be at least 1"), (dict(num_hidden_layers=2.5), "2.5 is no value"),
     (dict(num_hidden_layers=10 ** 9), "1000000000 is no value for layers"),
-    (dict(vocab_size=2 ** 60), "is no value for vocab_size"),
+    (dict(vocab_size=2 ** 60), "is no value for vocab_size"), (dict(initializer_range=-1.0), "init_std"),
 ])
 def test_wrong_config_is_one_clear_line(tmp_path, settings, said):
     hf_folder(tmp_path, hf_tensors(TINY), **settings)
