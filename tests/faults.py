@@ -466,6 +466,8 @@ class Round:
         assert must in output, f"does not say {must}: {output[:2000]}"
         assert not step or "step      1 " not in output and "starts anew" not in output, f"lost step {step}"
         a, b = self.whole["leaves"][self.own], leaves(self.cwd)
+        if any("goes on without its cache" in launch.output() for launch in self.launches):  # of a full disk
+            a = {name: hash for name, hash in a.items() if name in b or not name.startswith("out/tokens/")}
         assert a == b, (f"missing {sorted(a.keys() - b.keys())}, stray {sorted(b.keys() - a.keys())}, "
                         f"other {[name for name in a.keys() & b.keys() if a[name] != b[name]]}")
 
