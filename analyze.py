@@ -49,14 +49,14 @@ def open_clips(videos, teacher, vocab):
 def open_judge(folder, device):
     """What a distillation is measured beside: its teacher, texts and clips, as a namespace.
 
-    A text-only run takes the teacher that lies beside it. bert, head, video, clips, latents are None where
+    A text-only run takes the teacher that lies beside it. bert, mlm, video, clips, latents are None where
     there are none.
     """
     config, _ = read_run(folder)
     cfg = SimpleNamespace(**config["config"])
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     latents = Path(cfg.train).parent / "raw" / "latents.json"
-    judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, head=None, video=None, clips=None,
+    judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
                             latents=read_json(latents) if latents.exists() else None)
     path = cfg.teacher or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
     if not Path(path).exists():
@@ -64,25 +64,28 @@ def open_judge(folder, device):
     path = model_folder(path, "--teacher")
     judge.bert = load_bert(path).to(device)
     judge.mlm = load_mlm_head(path, judge.bert, needed=False)
+    if judge.mlm:
+        judge.mlm.to(device)
     if (path / "video_encoder.safetensors").exists():
         judge.video = load_video_encoder(path).to(device)
         judge.clips = open_clips(cfg.videos, path, train.vocab)
     return judge
 
 
-def aligned_space(folder, objective):
+def aligned_space(folder, objective, device="cpu"):
     """The maps (text, clip) from h, mask and from v into the objective's space, or None.
 
     crd: mean over real tokens of f_1(head(h)), and f_2(v); l2: mean of head(h), and v.
     """
-    tensors = read_tensors(Path(folder) / "model" / "heads.safetensors")
+    tensors = {key: x.to(device)
+               for key, x in read_tensors(Path(folder) / "model" / "heads.safetensors").items()}
 
     def head(name):
         parts = {key.removeprefix(f"heads.{name}."): x for key, x in tensors.items()
                  if key.startswith(f"heads.{name}.")}
         if not parts:
             return lambda h: h
-        head = DistillHead(parts["0.weight"].shape[1], parts["2.weight"].shape[0])
+        head = DistillHead(parts["0.weight"].shape[1], parts["2.weight"].shape[0]).to(device)
         head.load_state_dict(parts)
         return head
 
@@ -103,7 +106,7 @@ def measure(folder, judge, device):
     if judge.bert:
         found["neighbours"] = shared_neighbours(bert, judge.bert, judge.val, device)
     if judge.clips:
-        space = aligned_space(folder, config["config"]["objective"])
+        space = aligned_space(folder, config["config"]["objective"], device)
         found["retrieval"] = retrieval(bert, judge.video, *judge.clips, device, space)
     return found
 
@@ -142,7 +145,7 @@ def close(folder, beside, device):
     if objective == "none" or not judge.latents:
         return
     bert = load_bert(Path(folder) / "model").to(device)
-    head, vocab = load_mlm_head(Path(folder) / "model", bert), judge.val.vocab
+    head, vocab = load_mlm_head(Path(folder) / "model", bert).to(device), judge.val.vocab
     ids, place = judge.val.batch([0])["ids"][0], judge.cfg.block_size // 2
     text, words = fill_in(bert, head, vocab, ids, place, device)
     print0(f"fills in   {text}\n           " + ", ".join(f"{w} {100 * p:.0f}%" for w, p in words)

@@ -6,10 +6,11 @@
 
 Leave the machine alone meanwhile. The plain forms are written here, for comparison only. The same rules hold
 for them and for ours. Before a form is timed, its value and gradients are compared with ours on a few
-samples; that warms it up. A first run gives the memory. If it takes 2 seconds or more, it is also the only
-round; else it is thrown away, and the forms of a section take turns. On a CPU, freed memory goes back to the
-system, as is the C library's way, but our whole step keeps it as the scripts do (keep_freed_memory); --kept
-times the released structure's step this way, too. Fine-tuning and xdbert keep it, plain and ours.
+samples; that warms it up. A first run gives the memory. If it takes 2 seconds or more on a CPU, it is also
+the only round; else it is thrown away, and the forms of a section take turns. On a CPU, freed memory goes
+back to the system, as is the C library's way, but our whole step keeps it as the scripts do
+(keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning and xdbert keep
+it, plain and ours.
 
 nst, crd, hinge: forward and backward of one loss (the others cost next to nothing). mlm_head: head and loss.
 step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch is in memory.
@@ -357,8 +358,9 @@ def measure(forms, device, rounds, scale={}):
     rows, times, plan = {}, {}, {}
     for name, run in forms.items():
         took, peak = first_run(run, device)
-        rows[name], times[name] = {"peak_mb": peak}, [took] if took >= 2 else []
-        if took < 0.5:
+        on_cpu = device.type == "cpu"  # a GPU's first run loads kernels
+        rows[name], times[name] = {"peak_mb": peak}, [took] if took >= 2 and on_cpu else []
+        if took < 0.5 or not on_cpu:
             took = seconds(run, device)
         plan[name] = (0 if times[name] else rounds if took < 0.5 else min(rounds, 2),
                       max(1, round(0.05 / took)))

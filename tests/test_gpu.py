@@ -16,11 +16,12 @@ from test_ddp import QUICK_ADAPTATION, flat, log_lines, pairs_and_tower, seen
 from test_scripts import EVERY, saved, stop_at
 
 import adapt_xdbert
+import analyze
 import distill
 import finetune
 import losses
 import teacher
-from common import keyed_integers
+from common import keyed_integers, read_json
 from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -59,6 +60,18 @@ def test_student_learns_on_the_gpu(distill_config, dtype):
     assert 0 < results["mlm_loss"] < 7
     gradients = next(line for line in log_lines(Path(cfg.out_dir)) if "gradient_nst" in line)
     assert all(gradients[f"gradient_{term}"] > 0 for term in distill.ITEMS)
+
+
+@pytest.mark.parametrize("objective", ["nst+crd", "l2"])
+def test_closing_table_is_measured_on_the_gpu(distill_config, teacher_run, demo, capsys, objective):
+    cfg = distill_config(objective=objective, videos=str(demo / "demo-s0" / "videos.h5"), device="cuda")
+    distill.main(cfg)
+    analyze.close(cfg.out_dir, [], torch.device("cuda"))
+    columns = read_json(Path(cfg.out_dir) / "table.json")["columns"]
+    assert columns["teacher"]["mlm_loss"] > 0 and columns["teacher"]["probes"]
+    assert all(columns[objective]["retrieval"][space] for space in ("aligned", "ridge"))
+    out = capsys.readouterr().out
+    assert "fills in" in out and "retrieves" in out
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -235,7 +248,8 @@ def test_fused_attention_equals_plain_matmuls(padded):
     ids = (torch.arange(B * T) * 7 % V).view(B, T)
     found = []
     for device in ("cpu", "cuda"):
-        bert.to(device).zero_grad()
+        bert.zero_grad()  # before the move, which takes gradients along
+        bert.to(device)
         h = bert(ids.to(device), MASK.to(device) if padded else None)
         h = h * MASK[..., None].to(device)
         h.square().mean().backward()
@@ -252,7 +266,8 @@ def test_clip_text_on_the_gpu_equals_the_cpus():
     clip = CLIPText(CLIPConfig(V, layers=2, hidden=32, heads=2, intermediate=64, positions=T, projection=24))
     ids, found = (torch.arange(B * T) * 7 % V).view(B, T), []
     for device in ("cpu", "cuda"):
-        clip.to(device).zero_grad()
+        clip.zero_grad()  # before the move, which takes gradients along
+        clip.to(device)
         h = clip(ids.to(device))
         h.square().mean().backward()
         found.append([h.detach().cpu(), clip.pool(h, MASK.to(device)).detach().cpu(),

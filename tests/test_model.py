@@ -16,6 +16,7 @@ from torch import nn
 
 import model
 from adapt_xdbert import LANGUAGE
+from losses import no_tf32
 from model import (BERT, SHAPES, XDBERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder,
                    DistillHead, MLMHead, TaskModel, VideoEncoder, dropout, model_config, param_groups)
 from parts.vocab import Vocab
@@ -268,6 +269,7 @@ def test_parameter_counts_are_the_published_ones():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@no_tf32()
 def test_cuda_equals_cpu():
     bert = BERT(TINY).eval()
     h = bert(IDS, MASK)
@@ -503,6 +505,7 @@ def test_both_streams_reach_every_parameter():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@no_tf32()
 def test_xdbert_on_cuda_equals_cpu():
     cross, batch = xdbert(), clip_batch()[0]
     h, c = cross.streams(IDS, MASK, SEGMENTS, **batch)
