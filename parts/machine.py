@@ -66,9 +66,10 @@ def init_ranks(device="auto"):
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     if use_cuda:
-        if local >= torch.cuda.device_count():
-            raise SystemExit(f"torchrun started process {local} but there are {torch.cuda.device_count()} "
-                             "GPUs; lower --nproc_per_node")
+        here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        if here > torch.cuda.device_count():  # said by all: who has a GPU must not wait for who has none
+            raise SystemExit(f"torchrun started {here} processes, but GPUs: {torch.cuda.device_count()}; "
+                             "lower --nproc_per_node")
         torch.cuda.set_device(local)
         torch.backends.cuda.matmul.allow_tf32 = True
     if size > 1 and not dist.is_initialized():

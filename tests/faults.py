@@ -3,6 +3,7 @@
     python tests/faults.py --rounds 100 --seed 0                         # of every kind, two at once
     python tests/faults.py --rounds 20 --script distill --ranks 2 --kind save
     python tests/faults.py --rounds 1 --seed 0 --first 37                # round 37 of seed 0 again
+    python tests/faults.py --rounds 20 --device cuda --ranks 1
 
 A round starts one of the four scripts, with 24 steps and 4 saves, and disturbs it once to three times:
     moment     a signal to one process, or to all, at any time
@@ -54,7 +55,7 @@ from prepare import chain  # noqa: E402, F401  what the scripts import
 from prepare.world import make_demo  # noqa: E402
 from run import CHECKPOINTS, code_hash  # noqa: E402
 
-STEPS = dict(max_steps=24, save_every=6, eval_every=6, log_every=1, batch_size=8, device="cpu")
+STEPS = dict(max_steps=24, save_every=6, eval_every=6, log_every=1, batch_size=8)
 SCRIPTS = {"distill": 3, "teacher": 2, "adapt_xdbert": 2, "finetune": 2}  # how often
 KINDS = {"moment": 4, "operation": 4, "save": 4, "torn": 2, "full": 3, "damage": 5}
 SIGNALS = {"SIGKILL": 3, "SIGTERM": 2, "SIGINT": 1}
@@ -337,7 +338,7 @@ def content_of(path):
         return [timeless(json.loads(line)) for line in lines]
     if path.suffix not in (".pt", ".prev"):
         return path.read_bytes()
-    state = flat(torch.load(path, weights_only=True))  # the one before may be of any step
+    state = flat(torch.load(path, weights_only=True, map_location="cpu"))  # the one before may be of any step
     return path.suffix == ".pt" and {
         name: x.numpy().tobytes() if torch.is_tensor(x) else x for name, x in state.items()
         if name not in ("/seconds", "/config/resume")}
@@ -472,10 +473,10 @@ class Round:
                         f"other {[name for name in a.keys() & b.keys() if a[name] != b[name]]}")
 
 
-def undisturbed(work):
-    """{what: of the runs that all others are compared with}; makes them."""
+def undisturbed(work, sizes):
+    """{what: of the runs of 1 or 2 processes that all others are compared with}; makes them."""
     whole = {"commands": commands(work), "seconds": {}, "checkpoint": {}, "operations": {}, "leaves": {}}
-    for own in itertools.product(SCRIPTS, (1, 2)):
+    for own in itertools.product(SCRIPTS, sizes):
         script, ranks, began = *own, time.monotonic()
         cwd = Path(tempfile.mkdtemp(prefix=f"whole-{script}-{ranks}-", dir=work)) / "cwd"
         launch = Launch(script, [*whole["commands"][script], "--out_dir=run", "--resume=auto"], ranks, cwd)
@@ -512,14 +513,16 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="rounds at once")
     parser.add_argument("--script", default="", choices=("", *SCRIPTS))
     parser.add_argument("--ranks", type=int, default=0, choices=(0, 1, 2), help="processes; 0 = either")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--kind", default="", choices=("", *KINDS))
     parser.add_argument("--real", type=float, default=0.1, help="share of moment and damage as commands")
     parser.add_argument("--work", default="", help="folder of the runs, kept; empty = a new one")
     args, began = parser.parse_args(), time.monotonic()
+    STEPS["device"] = args.device
     keep, args.work = args.work, Path(args.work or tempfile.mkdtemp(prefix="faults-")).resolve()
     peak_flops(torch.device("cpu"), torch.float32)  # the forks inherit it, as the next
     code_hash()
-    SHARED = args, undisturbed(args.work)
+    SHARED = args, undisturbed(args.work, [args.ranks] if args.ranks else [1, 2])
     counts, failed = collections.Counter(), []
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         numbers = range(args.first, args.first + args.rounds)

@@ -20,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, keep_freed_memory, memory_report,
-                           peak_flops, return_freed_memory)
+from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, init_ranks, keep_freed_memory,
+                           memory_report, peak_flops, return_freed_memory)
 from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, run_script,
                  save_checkpoint, steps_of)
 
@@ -509,6 +509,17 @@ def test_model_folder_takes_either_level(tmp_path):
     assert model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
     with pytest.raises(SystemExit, match="--teacher"):
         model_folder(tmp_path, "--teacher")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_knows_that_there_are_too_few_gpus(monkeypatch, rank):
+    """One that had a GPU would wait in the group for one that had none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit, match="started 2 processes, but GPUs: 1; lower --nproc_per_node"):
+        init_ranks("auto")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
