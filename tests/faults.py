@@ -389,7 +389,7 @@ class Round:
         for path in () if (self.run() / "results.json").exists() else map(self.run().joinpath, CHECKPOINTS):
             with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
                 if not archive.testzip():
-                    return torch.load(path, weights_only=True)["step"]
+                    return torch.load(path, weights_only=True, map_location="cpu")["step"]
         return None
 
     def fault(self, kind, name, to):
