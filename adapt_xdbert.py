@@ -3,11 +3,13 @@
     python adapt_xdbert.py                                              # the demo world, from nothing
     torchrun --nproc_per_node 8 adapt_xdbert.py --language bert-base-uncased/ --clip ViT-B-32.pt \\
         --train wiki103.h5 --dtype bfloat16
+    python adapt_xdbert.py --objective mlm+itc --cross_layers 0         # what CLIP knows, at the least cost
     python adapt_xdbert.py --objective mlm --no_clip --language bert-base-uncased/ --train wiki103.h5
     python adapt_xdbert.py --preset paper --language electra-large --clip random --dry_run
 
 Both encoders read the same text, each with its tokenizer, and a small cross-modal encoder joins them. Masked
 words (MLM), whether both texts are the same (MATCH) and CLIP's tokens (CLIPTC) are predicted from its output.
+ITC, which the paper does not have, draws the language encoder's own states to CLIP's vector of the text.
 The run leaves the language encoder, of unchanged size: out/xdbert-<objective>-s<seed>/model, a Hugging Face
 folder. clip/ and cross.* beside its weights are the rest of the model, for finetune.py --cross.
 """
@@ -24,9 +26,10 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json, table
-from model import (BERT, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, init_weights, param_groups)
-from parts.machine import flops_per_token, init_ranks, memory_report, move
-from parts.metrics import probes
+from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, init_weights,
+                   param_groups)
+from parts.machine import Ranks, flops_per_token, init_ranks, memory_report, move
+from parts.metrics import gradient_norms, probes
 from parts.vocab import OPENAI_CLIP
 from parts.weights import (config_and_vocab, load_bert, load_clip, load_mlm_head, save_bert, save_xdbert,
                            vocab_of)
@@ -47,12 +50,16 @@ class Config:
     language: str = ""  # a run, a Hugging Face folder, or bert-base .. = random weights; empty = the demo's
     clip: str = ""  # OpenAI's file, a folder, a run of teacher.py, or random = ViT-B/32; empty = the demo's
     quick_gelu: bool = False  # a --clip file that does not tell its activation has OpenAI's
-    cross_layers: int = 2  # of the cross-modal encoder
+    cross_layers: int = 2  # of the cross-modal encoder; 0 = none: mlm and itc read the language encoder
     no_clip: bool = False  # the language encoder alone, with --objective mlm: the fair baseline
-    freeze: str = ""  # parts that are not trained: clip, language, or clip,language
+    freeze: str = "auto"  # what is not trained: none, clip, language, clip,language; auto = clip with itc
     dropout: float = 0.1  # of language and cross-modal encoder; CLIP's tower has none
     # objective
-    objective: str = "mlm+match+cliptc"  # any of them joined by +
+    objective: str = "mlm+match+cliptc"  # any of mlm, match, cliptc, itc joined by +
+    w_mlm: float = 1.0  # weight of masked words
+    w_match: float = 1.0  # of MATCH
+    w_cliptc: float = 1.0  # of CLIP's tokens
+    w_itc: float = 1.0  # of the contrast with CLIP's vector of the text
     mask_rate: float = 0.15  # share of the words to predict
     mask_split: str = "80/10/10"  # of these: [MASK] / random / kept
     cliptc_rate: float = 0.15  # share of CLIP's tokens to predict
@@ -81,6 +88,7 @@ class Config:
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     # logging
     log_every: int = 25  # steps a log line
+    grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
     eval_every: int = 100  # steps between evaluations
     save_every: int = 200  # steps between checkpoints
 
@@ -89,13 +97,19 @@ class Config:
         if not set(chosen) <= set(ITEMS) or len(set(chosen)) < len(chosen):
             raise ValueError(f"--objective {self.objective}: some of {'+'.join(ITEMS)}")
         check_fields(self, CHOICES, POSITIVE)
-        if self.no_clip and (self.objective != "mlm" or self.freeze):
+        if self.no_clip and (self.objective != "mlm" or self.freeze not in ("auto", "none")):
             raise ValueError("--no_clip trains the language encoder alone: it needs --objective mlm, and no "
                              "--freeze")
+        if not (self.cross_layers or self.no_clip or self.objective in ("mlm+itc", "itc+mlm", "itc")):
+            raise ValueError("--cross_layers 0: match and cliptc read the cross-modal encoder, without it "
+                             "only itc reads CLIP; give --objective mlm+itc or itc")
+        if not has_cross(self) and self.freeze not in ("auto", "clip", "none"[:4 * self.no_clip]):
+            raise ValueError(f"--freeze {self.freeze}: without a cross-modal encoder CLIP's tower is never "
+                             "trained and the language encoder always; leave --freeze out")
         if self.preset in ("base", "paper") and not self.train and not self.dry_run:
             raise ValueError(f"--preset {self.preset} needs --train, text packed by data.py xtext")
-        if unknown := set(filter(None, self.freeze.split(","))) - {"clip", "language"}:
-            raise ValueError(f"--freeze {min(unknown)}: write clip, language or clip,language")
+        if self.freeze not in FREEZE:
+            raise ValueError(f"--freeze {self.freeze}: write one of {' '.join(FREEZE)}")
         data.parse_split(self.mask_split)
 
 
@@ -106,12 +120,14 @@ LANGUAGE = {  # shapes of the papers' language encoders, for random weights
 }
 # every term of the loss, and how many items of it a micro-batch has
 ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "match": lambda batch: len(batch["match_targets"]),
-         "cliptc": lambda batch: len(batch["cliptc_targets"])}
+         "cliptc": lambda batch: len(batch["cliptc_targets"]), "itc": lambda batch: batch["itc_mask"].sum()}
+FREEZE = ("auto", "none", "clip", "language", "clip,language")
 CHOICES = {"reduction": ("mean", "sum")}
-POSITIVE = ("eval_blocks", "mask_rate", "cliptc_rate", "lr", "eval_every")
+POSITIVE = ("eval_blocks", "mask_rate", "cliptc_rate", "lr", "grad_every", "eval_every")
 # flags that nothing reads but with some values of another one, see common.check_needs
-NEEDS = {"cliptc_rate": ("objective", ("cliptc",)), "clip": ("no_clip", ("False",)),
-         "cross_layers": ("no_clip", ("False",)), "data_dir": ("train", ("",))}
+NEEDS = {f"w_{name}": ("objective", (name,)) for name in ITEMS}
+NEEDS |= {"cliptc_rate": ("objective", ("cliptc",)), "clip": ("no_clip", ("False",)),
+          "cross_layers": ("no_clip", ("False",)), "data_dir": ("train", ("",))}
 # what a resumed run cannot change
 FIXED = ("block_size", "segments", "cross_layers", "no_clip", "freeze", "objective", "mask_rate",
          "mask_split", "cliptc_rate", "reduction", "batch_size", "weight_decay", "beta2",
@@ -122,22 +138,39 @@ FREE = ("preset", "train", "val", "language", "clip", "quick_gelu", "table")
 # XDBERT C.1: 1e-4, warm-up 5 %, one epoch, at 512 words and 9 x 77 tokens (Appendix B). The paper planned its
 # learning rate for 40 epochs of about 800 steps of 256 and stopped early: `paper`; `base` plans the one epoch
 BASE = dict(block_size=512, segments=9, batch_size=256, lr=1e-4, beta2=0.999, max_steps=0, epochs=1.0,
-            eval_every=200, save_every=200, log_every=10)
+            grad_every=200, eval_every=200, save_every=200, log_every=10)
 PRESETS = {"auto": lambda given: BASE if "train" in given else {}, "demo": {}, "base": BASE,
            "paper": BASE | dict(schedule_steps=32_000)}
+
+
+def has_cross(cfg):
+    """Whether a cross-modal encoder is built: itc reads the encoders themselves."""
+    return not cfg.no_clip and cfg.cross_layers > 0 and cfg.objective != "itc"
+
+
+def freezing(cfg):
+    """--freeze with `auto` resolved, and why it is so."""
+    if cfg.freeze != "auto":
+        return cfg.freeze, "as asked"
+    if "itc" in cfg.objective.split("+"):
+        return "clip", "auto: a tower that is trained along forgets what itc draws from it"
+    return "none", "auto: nothing is, as in the paper"
 
 
 class Adapter(nn.Module):
     """Encoders, cross-modal encoder and heads: all that is trained, so that DDP sees every gradient.
 
-    language: BERT; tower: CLIPText, or None for the baseline; mlm: the language encoder's MLMHead, or None.
+    language: BERT; tower: CLIPText, or None for the baseline; mlm: the language encoder's MLMHead, or None;
+    ranks: whose pairs are ITC's negatives.
     """
 
-    def __init__(self, cfg, language, tower, mlm):
+    def __init__(self, cfg, language, tower, mlm, ranks=Ranks(0, 1, torch.device("cpu"))):
         super().__init__()
         config, chosen = language.config, cfg.objective.split("+")
-        self.weights = {name: 1.0 for name in ITEMS if name in chosen}
-        self.encoder = XDBERT(language, tower, cfg.cross_layers) if tower else language
+        self.weights = {name: getattr(cfg, f"w_{name}") for name in ITEMS if name in chosen}
+        self.crossed, self.ranks = has_cross(cfg), ranks
+        self.encoder = XDBERT(language, tower, cfg.cross_layers) if self.crossed else language
+        self.beside = None if self.crossed else tower
         self.frozen = [part for name, part in (("language", language), ("clip", tower))
                        if part and name in cfg.freeze.split(",")]
         self.reads = {"text": not {"mlm", "match"}.isdisjoint(self.weights), "clip": "cliptc" in self.weights}
@@ -145,6 +178,7 @@ class Adapter(nn.Module):
             language.pooler.requires_grad_(False)  # MATCH has a pooler of its own
         if tower:  # DDP would wait for the gradient of what no term reads
             tower.logit_scale.requires_grad_(False)
+        if self.crossed:
             for name, halves in (("text", self.encoder.cross.text), ("clip", self.encoder.cross.clip)):
                 halves[-1].requires_grad_(self.reads[name])
         if "mlm" in self.weights:
@@ -158,8 +192,20 @@ class Adapter(nn.Module):
         if "cliptc" in self.weights:
             self.cliptc = MLMHead(tower.width, tower.embeddings.word.weight, config.layer_norm_eps,
                                   config.init_std)
+        if "itc" in self.weights:
+            self.itc = nn.Linear(config.hidden, tower.width)
+            init_weights(self.itc, config.init_std)
+            self.itc_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
         for part in self.frozen:
             part.requires_grad_(False)
+
+    @property
+    def language(self):
+        return self.encoder.language if self.crossed else self.encoder
+
+    @property
+    def tower(self):
+        return self.encoder.clip if self.crossed else self.beside
 
     def train(self, mode=True):
         super().train(mode)
@@ -167,13 +213,32 @@ class Adapter(nn.Module):
             part.eval()
         return self
 
-    def logits(self, batch):
+    def forward(self, batch, divisor):
+        """One micro-batch -> {term: sum / divisor[term]}."""
+        return self.terms(*self.states(batch), batch, divisor)
+
+    def states(self, batch):
+        """The encoders' own states: the language encoder's (B, T, C), and CLIP's (n, l, P) or None."""
+        return self.language(batch["inputs"]), self.tower(batch["clip_ids"]) if self.tower else None
+
+    def terms(self, h, c, batch, divisor):
+        """Every term from the encoders' states; ITC's negatives are all pairs of the global batch."""
+        # HACK HERE: the objective
+        terms = {name: losses.mlm(logits, batch[f"{name}_targets"], divisor[name])
+                 for name, logits in self.logits(h, c, batch).items()}
+        if "itc" in self.weights:
+            pairs = self.pairs(h, c, batch)
+            others = batch.get("others", ())
+            if not others and self.ranks.size > 1:
+                others, = exchange([pairs], self.ranks)
+            z, z_clip, mask = (x.flatten(0, 1) for x in pairs)
+            terms["itc"] = losses.itc(z, z_clip, self.itc_scale, mask, divisor["itc"], others)
+        return terms
+
+    def logits(self, h, c, batch):
         """{term: (items, classes)}: of masked words, of [CLS], and of CLIP's chosen tokens, there alone."""
-        if isinstance(self.encoder, XDBERT):
-            beside = {key: batch[key] for key in CLIP_KEYS}
-            h, c = self.encoder.streams(batch["inputs"], **beside, **self.reads)  # (B, T, C), (B, R, P)
-        else:
-            h = self.encoder(batch["inputs"])  # (B, T, C)
+        if self.crossed:
+            h, c = self.encoder.join(h, c, None, batch["clip_place"], batch["clip_mask"], **self.reads)
         found = {}
         if "mlm" in self.weights:
             found["mlm"] = self.mlm(h.flatten(0, 1)[batch["mlm_index"]])
@@ -183,11 +248,34 @@ class Adapter(nn.Module):
             found["cliptc"] = self.cliptc(c.flatten(0, 1)[batch["cliptc_index"]])
         return found
 
-    def forward(self, batch, divisor):
-        """One micro-batch -> {term: sum of cross-entropies / divisor[term]}."""
-        # HACK HERE: the objective
-        return {name: losses.mlm(logits, batch[f"{name}_targets"], divisor[name])
-                for name, logits in self.logits(batch).items()}
+    def pairs(self, h, c, batch):
+        """ITC's pairs, one for each of CLIP's segments: z (B, S, P), of the mean state of the words that it
+        covers; CLIP's state at its end (B, S, P); and which are real (B, S)."""
+        words = batch["segment_words"].to(h.dtype)  # (B, S, T)
+        mean = words @ h / words.sum(-1, keepdim=True).clamp(min=1)  # (B, S, C)
+        ends = F.embedding(batch["clip_end"], c.flatten(0, 1))  # (B, S, P)
+        return self.itc(mean).float(), ends.float(), batch["itc_mask"]
+
+
+@torch.no_grad()
+def share_pairs(model, batches, ranks):
+    """Before a step of several micro-batches: gives each the pairs of all others, by a pass of its own."""
+    pairs = [model.pairs(*model.states(batch), batch) for batch in batches]
+    for batch, others in zip(batches, exchange(pairs, ranks)):
+        batch["others"] = others
+
+
+@torch.no_grad()
+def exchange(pairs, ranks):
+    """ITC's pairs of each micro-batch of this rank -> for each of them those of all ranks, flattened, in
+    which its own are masked."""
+    z, z_clip, mask = (ranks.gather(torch.stack(x).detach()) for x in zip(*pairs))  # (all, B, S, ..)
+    found = []
+    for own in range(ranks.rank * len(pairs), (ranks.rank + 1) * len(pairs)):
+        rest = mask.clone()
+        rest[own] = False
+        found.append((z.flatten(0, 2), z_clip.flatten(0, 2), rest.flatten()))
+    return found
 
 
 CLIP_KEYS = ("clip_ids", "clip_place", "clip_mask")
@@ -210,6 +298,9 @@ def make_batch(blocks, cfg, index, *keys, text=None):
     found["match_targets"] = (blocks.batch(text)["ids"] == batch["ids"]).all(1).long()
     found["cliptc_index"], found["cliptc_targets"] = data.clip_targets(
         *(found[key] for key in CLIP_KEYS), blocks.clip_vocab, cfg.cliptc_rate, *keys)
+    if "itc" in cfg.objective.split("+"):
+        found["segment_words"] = words = blocks.segment_words(index)
+        found["itc_mask"] = words.any(-1) & found["match_targets"].bool()[:, None]
     return found
 
 
@@ -219,30 +310,51 @@ def evaluate(model, blocks, cfg, ranks):
     ranks. With MATCH each block is read twice, beside its own text and beside another."""
     model.eval()
     index = np.arange(min(len(blocks), cfg.eval_blocks))
-    sides = {"matched": index}
+    sides, names = {"matched": index}, [name for name in model.weights if name != "itc"]
     if "match" in model.weights and len(blocks) > 1:
         sides["mismatched"] = (index + 1 + keyed_integers(len(blocks) - 1, "val other", index)) % len(blocks)
     # (sides, terms) x (summed loss, right, items)
-    total = torch.zeros(len(sides), len(model.weights), 3, dtype=torch.float64)
+    total = torch.zeros(len(sides), len(names), 3, dtype=torch.float64)
     parts = np.array_split(index, max(1, len(index) * ranks.size * cfg.grad_accum // cfg.batch_size))
-    for side, text in enumerate(sides.values()):
+    pairs = []  # ITC's of all blocks, 0 where another rank has them
+    if "itc" in model.weights:
+        pairs = [torch.zeros(len(index), cfg.segments, *width, device=ranks.device)
+                 for width in ([model.tower.width], [model.tower.width], [])]
+    for row, (side, text) in enumerate(sides.items()):
         for part in parts[ranks.rank::ranks.size]:
             batch = move(make_batch(blocks, cfg, part, "val", part, text=text[part]), ranks.device)
-            for term, (name, logits) in enumerate(model.logits(batch).items()):
+            h, c = model.states(batch)
+            for term, (name, logits) in enumerate(model.logits(h, c, batch).items()):
                 targets = batch[f"{name}_targets"]
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum")
                 right = (logits.argmax(1) == targets).sum()
-                total[side, term] += torch.tensor([loss.item(), right.item(), len(targets)],
-                                                  dtype=torch.float64)
+                total[row, term] += torch.tensor([loss.item(), right.item(), len(targets)],
+                                                 dtype=torch.float64)
+            if pairs and side == "matched":
+                for x, new in zip(pairs, model.pairs(h, c, batch)):
+                    x[part] = new.to(x.dtype)
     model.train()
     ranks.sum(total)
     scores = {}
-    for name, (loss, right, n) in zip(model.weights, total.sum(0).tolist()):
+    for name, (loss, right, n) in zip(names, total.sum(0).tolist()):
         scores |= {name: loss / max(1, n), f"{name}_accuracy": right / max(1, n)}
     if len(sides) > 1 and "mlm" in model.weights:
         of_mlm = total[:, 0].tolist()  # the first of ITEMS
         scores |= {f"mlm_accuracy_{side}": right / max(1, n) for side, (_, right, n) in zip(sides, of_mlm)}
-    return scores
+    return scores | (contrast(model, pairs, cfg, ranks) if pairs else {})
+
+
+def contrast(model, pairs, cfg, ranks):
+    """Loss and accuracy of ITC among as many blocks as a step has; pairs: (n, S, ..), see evaluate."""
+    z, z_clip, mask = map(ranks.sum, pairs)
+    loss = right = items = 0.0
+    for part in np.array_split(np.arange(len(z)), max(1, len(z) // cfg.batch_size)):
+        x, y, real = (found[part].flatten(0, 1) for found in (z, z_clip, mask > 0))
+        loss += losses.itc(x, y, model.itc_scale, real, 1.0).item()
+        cos = F.normalize(x[real], dim=-1) @ F.normalize(y[real], dim=-1).T
+        right += (cos.argmax(1) == torch.arange(len(cos), device=cos.device)).sum().item()
+        items += len(cos)
+    return {"itc": loss / max(1, items), "itc_accuracy": right / max(1, items)}
 
 
 # ---------------------------------------------------------------------------- what a run starts from
@@ -308,11 +420,12 @@ def parts_table(model):
     """Text of a table: the parameters of each part; heads are not in the total, as in the paper's Table 6."""
     def size(part):
         return sum(p.numel() for p in part.parameters())
-    encoder = model.encoder
-    parts = {"language encoder": size(encoder)}
-    if isinstance(encoder, XDBERT):
-        parts = {"language encoder": size(encoder.language), "CLIP's text tower": size(encoder.clip),
-                 f"cross-modal encoder, {len(encoder.cross.text)} layers": size(encoder.cross)}
+    parts = {"language encoder": size(model.language)}
+    if model.tower:
+        parts["CLIP's text tower"] = size(model.tower)
+    if model.crossed:
+        cross = model.encoder.cross
+        parts[f"cross-modal encoder, {len(cross.text)} layers"] = size(cross)
     rows = [[name, f"{n:,}"] for name, n in parts.items()] + [["total", f"{sum(parts.values()):,}"]]
     # tied weights count once, with their encoder
     rows.append(["heads, not in the total", f"{size(model) - sum(parts.values()):,}"])
@@ -333,32 +446,57 @@ def dry_run(cfg):
 
 
 def flops_of(model, cfg, length, used):
-    """Floating-point operations of a sequence's forward pass; used: mean share of segments in use."""
-    T, config = cfg.block_size, model.encoder.config
-    total = T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.weights))
+    """Floating-point operations of training on a sequence, of a frozen tower forward alone; used: mean share
+    of segments in use."""
+    T, config = cfg.block_size, model.language.config
+    total = 3 * T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.weights))
     if cfg.no_clip:
         return total
-    tower, cross, R = model.encoder.clip.config, model.encoder.cross, used * cfg.segments * length
-    total += R * flops_per_token(tower, length, cfg.cliptc_rate * ("cliptc" in model.weights))
+    tower, R = model.tower.config, used * cfg.segments * length
+    passes = 1 if "clip" in cfg.freeze else 3
+    total += passes * R * flops_per_token(tower, length, cfg.cliptc_rate * ("cliptc" in model.weights))
+    if not model.crossed:
+        return total
+    cross = model.encoder.cross
     # each cross-modal layer: its linear maps, counted as if all read the stream's own tokens, and attention
     # to its own tokens and to the other stream's
     streams = (cross.text, T, R, config.hidden), (cross.clip, R, T, tower.projection)
     for halves, own, other, width in streams:
         maps = 2 * sum(p.numel() for p in halves.parameters())
-        total += own * (maps + len(halves) * 4 * (own + other) * width)
+        total += 3 * own * (maps + len(halves) * 4 * (own + other) * width)
     return total
 
 
 def memory(model, cfg, micro_size, length, used):
     """The line on parameters and memory; a cross-modal layer counts as one and a half."""
-    config = model.encoder.config
+    config = model.language.config
     if cfg.no_clip:
         return memory_report(model, config, micro_size, cfg.block_size)
-    tower, segments = model.encoder.clip.config, max(1, round(micro_size * used * cfg.segments))
-    halves = dict(layers=math.ceil(1.5 * cfg.cross_layers), intermediate=config.intermediate, vocab_size=1)
-    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate, [
-        (tower, segments, length), (replace(config, **halves), micro_size, cfg.block_size),
-        (replace(tower, **halves), micro_size, max(1, round(used * cfg.segments * length)))])
+    tower, segments = model.tower.config, max(1, round(micro_size * used * cfg.segments))
+    beside = [] if "clip" in cfg.freeze else [(tower, segments, length)]
+    if model.crossed:
+        halves = dict(layers=math.ceil(1.5 * cfg.cross_layers), intermediate=config.intermediate,
+                      vocab_size=1)
+        beside += [(replace(config, **halves), micro_size, cfg.block_size),
+                   (replace(tower, **halves), micro_size, max(1, round(used * cfg.segments * length)))]
+    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate, beside)
+
+
+def probed(model, blocks, latents, device):
+    """`probes` of the demo's language encoder, in the midst of training."""
+    model.eval()
+    found = probes(model.language, blocks, latents, device)
+    model.train()
+    return found
+
+
+def schedule_of(cfg, blocks):
+    """(steps to run, steps that the learning rate is planned for, steps of its warm-up)."""
+    planned, max_steps = cfg.schedule_steps, steps_of(cfg, blocks)[0]
+    if planned and max_steps > planned:
+        raise SystemExit(f"--schedule_steps {planned}: the learning rate would be 0 for the last of "
+                         f"{max_steps} steps; give as many or more")
+    return max_steps, *steps_of(replace(cfg, max_steps=planned or max_steps), blocks)
 
 
 def run_folder(cfg):
@@ -368,6 +506,8 @@ def run_folder(cfg):
 
 def main(cfg):
     """Trains and saves the model of `cfg`; returns what its results.json holds."""
+    frozen, why = freezing(cfg)
+    cfg = replace(cfg, freeze=frozen)
     if cfg.dry_run:
         return dry_run(cfg)
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
@@ -383,15 +523,14 @@ def main(cfg):
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
         return results
-    planned, max_steps = cfg.schedule_steps, steps_of(cfg, len(train))[0]
-    if planned and max_steps > planned:
-        raise SystemExit(f"--schedule_steps {planned}: the learning rate would be 0 for the last of "
-                         f"{max_steps} steps; give as many or more")
-    planned, warmup_steps = steps_of(replace(cfg, max_steps=planned or max_steps), len(train))
+    max_steps, planned, warmup_steps = schedule_of(cfg, len(train))
+    latents = Path(cfg.train).parent / "raw" / "latents.json"
+    latents = read_json(latents) if latents.exists() else None
 
     # ---- models
-    model = Adapter(cfg, language, tower, mlm).to(ranks.device)
+    model = Adapter(cfg, language, tower, mlm, ranks).to(ranks.device)
     print0(parts_table(model))
+    print0(f"freeze: {frozen} ({why})")
     print0(memory(model, cfg, micro_size, train.length, train.used))
     weights, names = model.weights, list(model.weights)
 
@@ -412,7 +551,7 @@ def main(cfg):
            + f", {train.dropped:,} tokens of the tail dropped, {max_steps:,} steps of {cfg.batch_size} "
            f"({max_steps * cfg.batch_size / len(train):.2f} epochs)")
     run.begin(names, "tokens", cfg.batch_size * cfg.block_size,
-              3 * cfg.batch_size * flops_of(model, cfg, train.length, train.used))
+              cfg.batch_size * flops_of(model, cfg, train.length, train.used))
     if cfg.compile_model:
         for part in filter(None, (language, tower)):
             part.compile()
@@ -423,8 +562,10 @@ def main(cfg):
     while True:
         last = step >= max_steps
         if run.eval_due(step, last):
-            scores = evaluate(model, val, cfg, ranks)
-            run.note(step, "val", scores)
+            run.note(step, "val", evaluate(model, val, cfg, ranks))
+            if latents:  # the demo world
+                found = probed(model, train, latents, ranks.device)
+                run.note(step, "probe", {name: probe["linear"] for name, probe in found.items()})
         run.save_due(step, last)
         if last:
             break
@@ -440,6 +581,12 @@ def main(cfg):
         items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
         divisor = dict(zip(names, (items / ranks.size).tolist()))
         lr = lr_at(step, cfg.lr, warmup_steps, planned)  # HACK HERE: the schedule
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            if "itc" in weights and cfg.grad_accum > 1:
+                share_pairs(model, batches, ranks)
+            if step % cfg.grad_every == 0:
+                with run.pause():
+                    run.note_gradients(step, gradient_norms(model, batches[0], divisor), weights)
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
         for group in optimizer.param_groups:
@@ -467,15 +614,14 @@ def main(cfg):
                "vocabulary": train.vocab.hash, "clip_tokens_cut": train.cut, "segments_used": train.used,
                "tokens_dropped": train.dropped}
     results |= evaluate(model, val, cfg, ranks)
-    latents = Path(cfg.train).parent / "raw" / "latents.json"
+    if latents:
+        results["probes"] = probed(model, train, latents, ranks.device)
     if ranks.main:
         model.eval()
-        if cfg.no_clip:
-            save_bert(language, run.folder / "model", vocabs[0], mlm)
-        else:  # a head that was trained on cross-modal states is not the language encoder's
+        if model.crossed:  # a head that was trained on cross-modal states is not the language encoder's
             save_xdbert(model.encoder, run.folder / "model", *vocabs, None if "mlm" in weights else mlm)
-        if latents.exists():  # the demo world
-            results["probes"] = probes(language, train, read_json(latents), ranks.device)
+        else:
+            save_bert(language, run.folder / "model", vocabs[0], mlm)
     print0(f"made {run.folder}/model in {duration(seconds)}")
     return run.finish(results)
 

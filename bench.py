@@ -711,7 +711,7 @@ def bench_xdbert(cfg, device, out, language=BERTConfig(), clip=CLIPConfig(), T=5
 
     def ours(batch, kind="fp32"):
         with autocast(device, kind):
-            divisor = {name: count(batch) for name, count in adapt_xdbert.ITEMS.items()}
+            divisor = {name: adapt_xdbert.ITEMS[name](batch) for name in model.weights}
             return sum(model(batch, divisor).values())
     plain.eval(), model.eval()
     both, checks = set(plain.parameters()), []  # all but the maps that one has joined

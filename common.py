@@ -31,7 +31,7 @@ FARTHEST = 10 ** 15  # from 0, of any number that is given: what is computed fro
 # least and most of flags of any script: shares, and what takes memory or time before the first step
 LIMITS = {"batch_size": (1, 10 ** 6), "grad_accum": (1, 10 ** 6), "log_every": (1, 10 ** 6),
           "block_size": (3, 10 ** 6), "max_frames": (1, 10 ** 6), "segments": (1, 10 ** 4),
-          "video_layers": (0, 1000), "cross_layers": (1, 1000), "schedule_steps": (0, FARTHEST),
+          "video_layers": (0, 1000), "cross_layers": (0, 1000), "schedule_steps": (0, FARTHEST),
           "mask_rate": (0, 1), "cliptc_rate": (0, 1), "crd_momentum": (0, 1), "crd_tokens": (0, 10 ** 9),
           "crd_negatives": (1, 10 ** 7), "crd_dim": (1, 10 ** 5), "crd_bank_size": (0, 10 ** 11)}
 

@@ -22,6 +22,7 @@ take their slices. What it holds:
   h_t, h_t_crd (B, T, C_t), negatives (N,)     distill's loop: the teacher's states, drawn rows of the bank
   text_mask, partner, partner_video, ..        teacher.make_batch: the hinge's words, Eq. 3's negatives
   match_targets, cliptc_index, cliptc_targets  adapt_xdbert.make_batch: the other terms' places and targets
+  segment_words (B, S, T), clip_end, itc_mask  the same: words of each CLIP segment, where it ends, real pairs
 """
 import functools
 import glob
@@ -363,7 +364,8 @@ class PairBlocks(TextBlocks):
             raise SystemExit(f"--segments {segments} of --segment_length {length}: at least 1 of 3 (start, a "
                              "token, end)")
         self.segments, self.length, self.clip_vocab = segments, length, None
-        self.tower_tokens, self.tower_start = [], []  # of each shard: CLIP's ids; where each block's begin
+        # of each shard: CLIP's ids; where each block's begin; how many each word piece has, (blocks, T - 2)
+        self.tower_tokens, self.tower_start, self.tower_counts = [], [], []
         super().__init__(paths, block_size, part, val_glob)
         size = np.concatenate(list(map(np.diff, self.tower_start)))[self.offset:self.offset + self.n]
         self.cut = int(np.maximum(size - segments * (length - 2), 0).sum())
@@ -377,13 +379,15 @@ class PairBlocks(TextBlocks):
             raise SystemExit(f"{path}: damaged (the CLIP side does not fit the words); pack it anew")
         blocks, width = self.shards[-1].shape
         counts = np.asarray(maps["clip_counts"])[:blocks * width].reshape(blocks, width)
+        self.tower_counts.append(counts)
         self.tower_start.append(np.cumsum(np.r_[0, counts.sum(1, dtype=np.int64)]))
         if self.tower_start[-1][-1] > len(maps["clip_tokens"]):
             raise SystemExit(f"{path}: damaged (fewer CLIP tokens than counted); pack it anew")
         self.tower_tokens.append(maps["clip_tokens"])
 
     def clip_batch(self, index) -> dict:
-        """The CLIP side of blocks `index`; see segment_batch."""
+        """The CLIP side of blocks `index`, see segment_batch; and "clip_end": int64 (b, S), where in the
+        flattened clip_ids each segment's end token stands, 0 where it is not in use."""
         room, texts = self.length - 2, []  # room: tokens that fit in a segment
         for shard, block in zip(*self.places(index)):
             a, b = self.tower_start[shard][block:block + 2]
@@ -392,8 +396,28 @@ class PairBlocks(TextBlocks):
         size = np.array([[len(text)] for text in texts])  # (b, 1)
         before = np.arange(self.segments) * room
         count = np.where((before > 0) & (before >= size), -1, size - before)
-        return segment_batch(np.concatenate(texts), np.cumsum(size)[:, None] - size + before, count,
-                             self.clip_vocab, self.length)
+        batch = segment_batch(np.concatenate(texts), np.cumsum(size)[:, None] - size + before, count,
+                              self.clip_vocab, self.length)
+        n, width = batch["clip_ids"].shape
+        end = np.zeros(count.shape, np.int64)
+        end[count >= 0] = np.arange(n) * width + np.minimum(count[count >= 0], room) + 1
+        return batch | tensors(clip_end=end)
+
+    def segment_words(self, index):
+        """bool (b, S, T): which word pieces of blocks `index` a segment covers: it holds their CLIP tokens.
+
+        A word is where its CLIP tokens begin. Pieces that count none go with the piece before them. Special
+        tokens, and what is cut, are in no segment.
+        """
+        places = list(zip(*self.places(index)))
+        ids, counts = (np.stack([part[shard][block] for shard, block in places])
+                       for part in (self.shards, self.tower_counts))
+        until = np.cumsum(counts, 1, dtype=np.int64)  # CLIP tokens up to each piece
+        begin = np.maximum.accumulate(np.where(counts > 0, until - counts, 0), 1)
+        word = (until > 0) & ~np.isin(ids, self.vocab.specials)
+        segment = begin // (self.length - 2)
+        words = word[:, None] & (segment[:, None] == np.arange(self.segments)[:, None])
+        return tensors(words=np.pad(words, ((0, 0), (0, 0), (1, 1))))["words"]
 
 
 def stored_clip_vocab(path, attributes, vocab, maps):

@@ -23,7 +23,7 @@ import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
 from model import BERT, DistillHead, MLMHead, model_config, param_groups
 from parts.machine import flops_per_token, init_ranks, memory_report, move
-from parts.metrics import masked_word_scores, probes
+from parts.metrics import gradient_norms, masked_word_scores, probes
 from parts.weights import (load_bert, load_mlm_head, read_tensors, save_bert, save_tensors, start_from,
                            vocab_of)
 from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
@@ -202,7 +202,11 @@ class Distiller(nn.Module):
 
     def forward(self, batch, divisor):
         """One micro-batch -> {term: sum / divisor[term]}."""
-        return self.terms(self.bert(batch["inputs"]), batch, divisor)
+        return self.terms(*self.states(batch), batch, divisor)
+
+    def states(self, batch):
+        """(the student's last hidden states (B, T, C_s),)."""
+        return self.bert(batch["inputs"]),
 
     def terms(self, h, batch, divisor):
         """Every term from the student's last hidden states h (B, T, C_s)."""
@@ -269,25 +273,6 @@ def evaluate(model, blocks, cfg, ranks):
     return masked_word_scores(model.bert, model.mlm, batches, ranks)
 
 
-def log_gradients(model, batch, divisor, run, step):
-    """Logs the gradient norm that each weighted term sends into the last states, by a pass of its own."""
-    scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
-    device = batch["inputs"].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        h = model.bert(batch["inputs"])
-        terms = model.terms(h, batch, divisor)
-    model.fresh.clear()
-    norms = {}
-    for name, term in terms.items():
-        gradient, = torch.autograd.grad(scale * model.weights[name] * term, h, retain_graph=True)
-        norms[name] = gradient.float().norm().item() / scale
-    run.note(step, "gradient", norms, "into the last hidden states: "
-             + "  ".join(f"{name} {norm:.1e}" for name, norm in norms.items()))
-    for name in [name for name, norm in norms.items() if norm < 0.01 * norms["mlm"]]:
-        print0(f"step {step:6d}  {name} sends {norms[name] / norms['mlm']:.1e} of the gradient that mlm "
-               f"does: at --w_{name} {model.weights[name]:g} it teaches next to nothing; raise it")
-
-
 def update_bank(model, index, ranks):
     """Writes the step's z into the bank: gathered from all ranks, in the order of `index`."""
     z_s, z_t = (ranks.gather(torch.cat(z)) for z in zip(*model.fresh))
@@ -320,6 +305,21 @@ def make_bank(cfg, blocks, device):
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 
 
+def open_parts(cfg, device, dtype):
+    """(TextBlocks to train on and to evaluate on, FrozenTeacher or None, the student's Vocab, hashes)."""
+    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    vocab, teacher = train.vocab, None
+    if val.vocab.hash != vocab.hash:
+        raise SystemExit(f"--val {cfg.val} has another vocabulary than --train {cfg.train}; pack it again")
+    hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
+    if cfg.objective != "none":
+        teacher = FrozenTeacher(cfg, vocab, device, dtype)
+        hashes["teacher"], vocab = teacher.hash, teacher.vocab  # their tables have one size
+    elif cfg.init_from:
+        vocab = vocab_of(model_folder(cfg.init_from, "--init_from"), "--init_from", vocab)
+    return train, val, teacher, vocab, hashes
+
+
 def run_folder(cfg):
     """--out_dir, or out/distill-<objective>-s<seed>."""
     return Path(cfg.out_dir or f"out/distill-{cfg.objective}-s{cfg.seed}")
@@ -330,16 +330,7 @@ def main(cfg):
     ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
 
     # ---- data
-    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
-    vocab, teacher = train.vocab, None
-    if val.vocab.hash != vocab.hash:
-        raise SystemExit(f"--val {cfg.val} has another vocabulary than --train {cfg.train}; pack it again")
-    hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
-    if cfg.objective != "none":
-        teacher = FrozenTeacher(cfg, vocab, ranks.device, dtype)
-        hashes["teacher"], vocab = teacher.hash, teacher.vocab  # their tables have one size
-    elif cfg.init_from:
-        vocab = vocab_of(model_folder(cfg.init_from, "--init_from"), "--init_from", vocab)
+    train, val, teacher, vocab, hashes = open_parts(cfg, ranks.device, dtype)
     run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
         print0(f"reused {run.folder}")
@@ -408,7 +399,8 @@ def main(cfg):
                 batch["negatives"] = bank.draw(keyed_integers, cfg.seed, step)
         if step % cfg.grad_every == 0:
             with run.pause(), torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-                log_gradients(model, batches[0], divisor, run, step)
+                run.note_gradients(step, gradient_norms(model, batches[0], divisor), weights)
+                model.fresh.clear()
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
         for group in optimizer.param_groups:

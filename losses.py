@@ -12,6 +12,8 @@ student (s, t: states of student and teacher, d_s and d_t wide; the teacher is f
   nst             squared MMD of the neurons s_i and t_j under a Gaussian kernel         Eq. 7, per sequence
   crd             softplus(-l_positive) + sum softplus(l_negative), both directions      Eq. 8, per anchor
   voken           - log softmax(head(s))[argmax_k c(t, video_k)]                         Eq. 9, per token
+adaptation (XDBERT, Hsu et al. 2022; cross-entropies beside)
+  itc             clip, between a text's mean state and CLIP's frozen vector of it       ours, per text
 
 divisor: None = the number of items present, which makes the mean. A script passes the items of the GLOBAL
 batch / number of ranks: ranks and micro-batches together then make the step of one process on the whole
@@ -175,16 +177,32 @@ def infonce_tokens(h: Tensor, v: Tensor, text_mask: Tensor, temperature: float =
 
 
 @float32
-def clip(z_text: Tensor, z_video: Tensor, log_scale: Tensor, divisor: float | None = None) -> Tensor:
+def clip(z_text: Tensor, z_video: Tensor, log_scale: Tensor, divisor: float | None = None,
+         mask: Tensor | None = None, others: tuple = ()) -> Tensor:
     """Sentence-level symmetric InfoNCE with a learned temperature (Radford et al. 2021), at c = b:
 
         - 1/2 log softmax_c(r cos(text_b, video_c)) - 1/2 log softmax_c(r cos(text_c, video_b))
-    z_text, z_video (B, E), normalised here; log_scale: 0-d, r = min(100, exp(log_scale)). items: pairs.
+    z_text, z_video (B, E), normalised here; log_scale: 0-d, r = min(100, exp(log_scale)); mask (B,): real
+    pairs, None = all. items: pairs. others: (z_text, z_video, mask) of the batch's other parts, constants,
+    whose pairs are negatives, too. Values and gradients of all parts then add up to the whole batch's.
     """
-    scale = log_scale.exp().clamp(max=100)
-    scores = scale * F.normalize(z_text, dim=-1) @ F.normalize(z_video, dim=-1).T
-    loss = (scores.logsumexp(1) + scores.logsumexp(0)) / 2 - scores.diagonal()
-    return per_item(loss.sum(), len(loss), divisor)
+    B, scale = len(z_text), log_scale.exp().clamp(max=100)
+    mask = mask if mask is not None else torch.ones(B, dtype=torch.bool, device=z_text.device)
+    items = mask.sum()
+    if others:
+        z_text, z_video, mask = (torch.cat(both) for both in zip((z_text, z_video, mask), others))
+    cos = F.normalize(z_text, dim=-1) @ F.normalize(z_video, dim=-1).T          # (N, N), the own pairs first
+
+    def total(scores, pairs):
+        # not -inf: where all are masked its gradient is NaN
+        scores = scores.masked_fill(~(mask & mask[:, None]), torch.finfo(scores.dtype).min / 4)
+        loss = (scores[pairs].logsumexp(1) + scores[:, pairs].logsumexp(0)) / 2 - scores.diagonal()[pairs]
+        return (loss * mask[pairs]).sum()
+    loss = total(scale * cos, slice(B))
+    if others:  # the own sides are negatives of the others' pairs: gradient alone, they have the value
+        pull = total(scale.detach() * cos, slice(B, None))
+        loss = loss + (pull - pull.detach())
+    return per_item(loss, items, divisor)
 
 
 # ---------------------------------------------------------------------------- student: soft, voken, l2, nst
@@ -335,7 +353,7 @@ def nst(s: Tensor, t: Tensor, mask: Tensor, kernel: str = "gaussian", sigma: flo
     return per_item(Fused.apply(total.to(s.dtype), [grad], s), B, divisor)
 
 
-# ---------------------------------------------------------------------------- student: crd
+# ---------------------------------------------------------------------------- student: crd, itc
 
 
 class CRDBank:
@@ -467,3 +485,14 @@ def crd(z_s: Tensor, z_t: Tensor, slots: np.ndarray, bank: CRDBank, negatives: n
             grads[side].addcmul_(d_positive[:, None], other, value=1 / bank.tau)
             grads[1 - side].addcmul_(d_positive[:, None], anchor, value=1 / bank.tau)
     return per_item(Fused.apply(total, grads, z_s, z_t), len(z_s), divisor)
+
+
+def itc(z: Tensor, z_clip: Tensor, log_scale: Tensor, mask: Tensor, divisor: float | None = None,
+        others: tuple = ()) -> Tensor:
+    """Image-text contrast (ITC; Li et al. 2021, ALBEF) with CLIP's text in the image's place: clip, in which
+    CLIP's side is fixed.
+
+    z (B, E): a map of the language encoder's mean states; z_clip (B, E): CLIP's states at the end of the same
+    texts, which stand for images of them (XDBERT Eq. 2 and 3). Gradients to z and log_scale. All else: clip.
+    """
+    return clip(z, z_clip.detach(), log_scale, divisor, mask, others)

@@ -409,8 +409,12 @@ class XDBERT(nn.Module):
         clip_place (B, R) int64: the place of row b's r-th real CLIP token among the n l states; clip_mask
         (B, R), True = there is one (at least one in each row).
         """
-        h = self.language(ids, mask, segments)
-        c = F.embedding(clip_place, self.clip(clip_ids).flatten(0, 1))  # (B, R, P)
+        return self.join(self.language(ids, mask, segments), self.clip(clip_ids), mask, clip_place, clip_mask,
+                         text, clip)
+
+    def join(self, h, c, mask, clip_place, clip_mask, text=True, clip=True):
+        """`streams` from the encoders' own states, h (B, T, C) and c (n, l, P)."""
+        c = F.embedding(clip_place, c.flatten(0, 1))  # (B, R, P)
         return self.cross(h, c, mask, clip_mask, text, clip)
 
     def forward(self, ids, mask=None, segments=None, **clip):

@@ -424,6 +424,15 @@ class Run:
         print0(f"step {step:6d}  {what}  "
                + (shown or "  ".join(f"{name} {value:.3f}" for name, value in scores.items())))
 
+    def note_gradients(self, step, norms, weights):
+        """Logs {term: norm of the gradient that it sends}, and says which term teaches next to nothing."""
+        self.note(step, "gradient", norms, "into the last hidden states: "
+                  + "  ".join(f"{name} {norm:.1e}" for name, norm in norms.items()))
+        words = norms.get("mlm", 0.0)
+        for name in [name for name, norm in norms.items() if norm < 0.01 * words]:
+            print0(f"step {step:6d}  {name} sends {norms[name] / words:.1e} of the gradient that mlm does: "
+                   f"at --w_{name} {weights[name]:g} it teaches next to nothing; raise it")
+
     def save_due(self, step, last, **more):
         """Saves a checkpoint where one is due; ends the program where it was interrupted.
 

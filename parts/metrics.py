@@ -154,6 +154,25 @@ def probes(bert, blocks, latents, device):
     return found
 
 
+def gradient_norms(model, batch, divisor):
+    """{term: norm of the gradient that it sends, weighted, into the last hidden states}; a pass of its own.
+
+    model: with states(batch) -> (h (B, T, C), ...), terms(h, ..., batch, divisor) and weights.
+    """
+    scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
+    device = batch["inputs"].device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.no_grad():
+            h, *beside = model.states(batch)
+        h.requires_grad_()
+        terms = model.terms(h, *beside, batch, divisor)
+    norms = {}
+    for name, term in terms.items():
+        gradient, = torch.autograd.grad(scale * model.weights[name] * term, h, retain_graph=True)
+        norms[name] = gradient.float().norm().item() / scale
+    return norms
+
+
 @torch.no_grad()
 def masked_word_scores(bert, head, batches, ranks):
     """{"mlm_loss", "mlm_accuracy"} over all masked words of the batches of all ranks.

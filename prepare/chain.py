@@ -155,7 +155,7 @@ def text_only_run(cfg, out):
 
 def text_alone_run(cfg, folder):
     """Config of the same encoder adapted on as much text alone; one run serves all flags of CLIP's side."""
-    unused = ("clip", "segments", "cross_layers", "freeze", "cliptc_rate")
+    unused = ("clip", "segments", "cross_layers", "freeze", "cliptc_rate", "w_match", "w_cliptc", "w_itc")
     cfg = replace(cfg, **{name: getattr(adapt_script.Config, name) for name in unused}, objective="mlm",
                   no_clip=True, resume="auto", max_minutes=0.0, out_dir="")
     return replace(cfg, out_dir=str(folder.parent / adapt_script.run_folder(cfg).name))

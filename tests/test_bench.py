@@ -175,7 +175,7 @@ def test_released_xdbert_has_our_loss_and_our_gradient(used):
     """Also the gradient of the maps that we join and it has apart."""
     released, ours = pair_models()
     theirs, batch = bench.made_pairs(LANGUAGE, SHORT, 12, 9, used, CPU)
-    wanted = sum(ours(batch, {name: count(batch) for name, count in adapt_xdbert.ITEMS.items()}).values())
+    wanted = sum(ours(batch, {name: adapt_xdbert.ITEMS[name](batch) for name in ours.weights}).values())
     wanted.backward()
     gradients = {name: p.grad.clone() for name, p in ours.named_parameters() if p.requires_grad}
     ours.zero_grad()

@@ -205,6 +205,22 @@ def segments_of(tokens, vocab, segments, length):
     return [[vocab.start, *part, vocab.end] for s, part in enumerate(parts) if len(part) or s == 0]
 
 
+def test_segments_cover_the_words_whose_clip_tokens_they_hold(vocab):
+    """By hand: 5 tokens a segment; the pieces of a word stay together, [SEP] and what is cut are nowhere."""
+    blocks = data.PairBlocks.__new__(data.PairBlocks)
+    blocks.vocab, blocks.segments, blocks.length = vocab, 2, 7
+    blocks.offset, blocks.shard_start = 0, np.array([0, 3])
+    word = vocab.ordinary[0]
+    blocks.shards = [np.array([[word] * 8, [word] * 3 + [vocab.sep] + [word] * 4, [word] * 8])]
+    blocks.tower_counts = [np.array([[2, 2, 3, 0, 0, 1, 4, 1],    # begin at 0 2 4 . . 7 8 12: the last is cut
+                                     [0, 1, 1, 0, 0, 1, 1, 1],    # all in the first; no token before piece 1
+                                     [0] * 8], np.uint16)]
+    found = blocks.segment_words([0, 1, 2]).int().tolist()
+    assert found[0] == [[0, 1, 1, 1, 1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 1, 1, 0, 0]]
+    assert found[1] == [[0, 0, 1, 1, 0, 1, 1, 1, 1, 0], [0] * 10]
+    assert found[2] == [[0] * 10, [0] * 10]
+
+
 def test_pair_blocks_bring_the_clip_tokens_of_their_words(pairs, vocab, clip):
     train, val = (data.PairBlocks(pairs, 12, part, segments=2, length=9) for part in ("train", "val"))
     text = data.TextBlocks.__len__(train)
@@ -230,6 +246,11 @@ def test_pair_blocks_bring_the_clip_tokens_of_their_words(pairs, vocab, clip):
         again = blocks.clip_batch(order[:3])  # another batch is another width and no other content
         assert [again["clip_ids"].flatten()[place[mask]].tolist() for place, mask in zip(
             again["clip_place"], again["clip_mask"])] == real[:3]
+        for row, tokens in enumerate(segments_of(expected[block][1], clip, 2, 9) for block in order):
+            ends = [pair["clip_ids"].flatten()[end].item() for end in pair["clip_end"][row][:len(tokens)]]
+            assert ends == [clip.end] * len(tokens) and not pair["clip_end"][row][len(tokens):].any()
+            assert [pair["clip_ids"].flatten()[end - len(t) + 1].item() for end, t in zip(
+                pair["clip_end"][row], tokens)] == [clip.start] * len(tokens)
     assert train.cut > 0 and train.used > 0.5 and train.hash == val.hash
     wide = data.PairBlocks(pairs, 12, segments=40, length=9)
     assert wide.cut == 0 and wide.used < 0.2

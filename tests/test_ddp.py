@@ -85,6 +85,10 @@ def adaptations(pairs, clip, language, out):
               "adapt, accumulation": ("adapt", flags | dict(grad_accum=3), dict(grad_accum=1)),
               "adapt, sums": ("adapt", flags | dict(reduction="sum", lr=1e-5), {}),
               "adapt, frozen": ("adapt", flags | dict(freeze="clip,language", cross_layers=1), {}),
+              "adapt, itc": ("adapt", flags | dict(objective="mlm+match+cliptc+itc"), {}),
+              "adapt, itc, accumulation": ("adapt", flags | dict(
+                  objective="match+itc", grad_accum=3, freeze="none", w_itc=2.0), dict(grad_accum=1)),
+              "adapt, itc, no cross": ("adapt", flags | dict(objective="mlm+itc", cross_layers=0), {}),
               "adapt, no clip": ("adapt", flags | dict(objective="mlm", no_clip=True, clip=""), {})}
     return in_both(found, out)
 
@@ -100,7 +104,7 @@ def tunings(bert, clip, cross, tasks, out):
                     "cross": ("finetune", flags | dict(cross=cross, tasks="stsb,swag"), {})}, out)
 
 
-RESUMED = ("all objectives", "teacher, one negative", "adapt", "clip")  # one of each script
+RESUMED = ("all objectives", "teacher, one negative", "adapt, itc, accumulation", "clip")  # one of each script
 
 
 def resumptions(todo, out):

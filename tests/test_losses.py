@@ -175,6 +175,7 @@ def make_cases(teacher_dtype):
     videos, targets = F.normalize(randn(11, 5, seed=13), dim=1), torch.tensor([3, 0, 10, 5, 5, 1, 2])
     draws = partners(text_mask, 0, 0, np.arange(B))
     pairs = [v, randn(B, C, seed=14, grad=True), torch.tensor(1.2, dtype=torch.float64).requires_grad_()]
+    seen, keep = randn(B, C, seed=19).to(teacher_dtype), torch.tensor([True, False, True])
     z = [F.normalize(randn(5, C, seed=k), dim=1).requires_grad_() for k in (15, 16)]
     crd = np.array([2, 9, 2, 5, 11]), filled_bank(), np.array([4, 2, 9, 9, 17, 0, 3])
     cases = {
@@ -187,6 +188,8 @@ def make_cases(teacher_dtype):
         "infonce_tokens": (lambda h, v, **kw: losses.infonce_tokens(h, v, text_mask, 0.3, **kw),
                            lambda h, v: plain_infonce(h, v, text_mask, 0.3), [h, v], tokens),
         "clip": (losses.clip, plain_clip, pairs, B),
+        "itc": (lambda z, k, **kw: losses.itc(z, seen, k, keep, **kw),
+                lambda z, k: plain_clip(z[keep], seen.double()[keep], k), pairs[::2], 2),
         "soft": (lambda h, W, b, **kw: losses.soft(h, W, b, *teacher, tau=1.7, chunk=3, **kw),
                  lambda h, W, b: plain_soft(h, W, b, *(x.double() for x in teacher), 1.7), [rows, W, b], 7),
         "voken": (lambda h, W, b, **kw: losses.voken(h, W, b, teacher[0], videos, chunk=3, **kw),
@@ -254,6 +257,32 @@ def test_gradient_scales_with_what_follows():
         once = torch.autograd.grad(value, inputs, retain_graph=True)
         for a, b in zip(torch.autograd.grad(3 * value, inputs), once):
             torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=0)
+
+
+def test_parts_of_a_contrastive_batch_add_up_to_the_whole():
+    """Each part sees the others' pairs as constants; masked pairs are nobody's negatives."""
+    inputs = [randn(7, 4, seed=1, grad=True), randn(7, 4, seed=2, grad=True),
+              torch.tensor(1.2, dtype=torch.float64).requires_grad_()]
+    mask = torch.tensor([True, False, True, True, True, False, True])
+    kept = [x[mask].detach().requires_grad_() for x in inputs[:2]] + inputs[2:]
+    wanted = losses.clip(*kept, 1.0)
+    gradients = torch.autograd.grad(wanted, kept)
+    total = 0.0
+    for own in (slice(0, 2), slice(2, 6), slice(6, 7)):
+        rest = mask.clone()
+        rest[own] = False
+        total += losses.clip(*(x[own] for x in inputs[:2]), inputs[2], 1.0, mask[own],
+                             (inputs[0].detach(), inputs[1].detach(), rest))
+    torch.testing.assert_close(total, wanted, rtol=1e-12, atol=0)
+    for found, gradient in zip(torch.autograd.grad(total, inputs), gradients):
+        found = found[mask] if found.dim() else found
+        torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
+
+
+def test_a_batch_without_pairs_gives_zero_and_no_nan():
+    z, scale = randn(3, 4, seed=1, grad=True), torch.tensor(1.0, dtype=torch.float64).requires_grad_()
+    loss = losses.itc(z, randn(3, 4, seed=2), scale, torch.zeros(3, dtype=torch.bool))
+    assert loss == 0 and not any(x.any() for x in torch.autograd.grad(loss, [z, scale]))
 
 
 def test_micro_batches_with_the_global_divisor_equal_the_whole_batch():

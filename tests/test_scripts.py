@@ -439,7 +439,7 @@ PAPERS = [
     (distill, "paper-6l", STUDENT | dict(model="6L-512H", max_steps=0, epochs=40.0, warmup_steps=10_000)),
     (adapt_xdbert, "paper", dict(block_size=512, segments=9, lr=1e-4, warmup_steps=0.05, epochs=1.0, max_steps=0,
                                  schedule_steps=32_000, objective="mlm+match+cliptc", mask_rate=0.15,
-                                 cliptc_rate=0.15, mask_split="80/10/10", cross_layers=2, freeze="")),
+                                 cliptc_rate=0.15, mask_split="80/10/10", cross_layers=2, freeze="auto")),
     (finetune, "vidlankd", dict(epochs=3.0, batch_size=32, weight_decay=0.01, layer_decay=1.0)),
     (finetune, "xdbert-base", dict(epochs=3.0, batch_size=32, warmup_steps=0.1, layer_decay=0.9)),
     (finetune, "xdbert-large", dict(epochs=3.0, batch_size=32, warmup_steps=0.1, layer_decay=0.9))]

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 import adapt_xdbert
@@ -123,8 +124,9 @@ def adapter(parts, cfg):
     return adapt_xdbert.Adapter(cfg, language, clip, None).eval()
 
 
-@pytest.mark.parametrize("objective", ["mlm+match+cliptc", "mlm+match", "mlm+cliptc", "match", "cliptc", "mlm"])
-@pytest.mark.parametrize("freeze", ["", "clip,language"])
+@pytest.mark.parametrize("objective", ["mlm+match+cliptc", "mlm+match", "mlm+cliptc", "match", "cliptc", "mlm",
+                                       "mlm+match+cliptc+itc", "cliptc+itc"])
+@pytest.mark.parametrize("freeze", ["none", "clip,language"])
 def test_every_trainable_parameter_gets_a_gradient(parts, config, objective, freeze):
     cfg = config(objective=objective, freeze=freeze, cross_layers=2)
     model, index = adapter(parts, cfg), np.arange(8)
@@ -134,7 +136,8 @@ def test_every_trainable_parameter_gets_a_gradient(parts, config, objective, fre
     assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
     trained = {name.split(".")[1] for name, p in model.named_parameters()
                if p.grad is not None and name.startswith("encoder.")}
-    assert trained - {"pooler"} == ({"cross"} if freeze else {"language", "clip", "cross"})
+    assert trained - {"pooler"} == (
+        {"cross"} if freeze != "none" else {"language", "clip", "cross"})
 
 
 def test_terms_equal_plain_cross_entropies(parts, config):
@@ -143,7 +146,7 @@ def test_terms_equal_plain_cross_entropies(parts, config):
     batch = adapt_xdbert.make_batch(blocks_of(parts), cfg, index, 0, 0, index, text=index[::-1])
     terms = model(batch, {"mlm": 3.0, "match": 6.0, "cliptc": 2.0})
     for name, count in (("mlm", 3.0), ("match", 6.0), ("cliptc", 2.0)):
-        rows = model.logits(batch)[name].double().log_softmax(1)
+        rows = model.logits(*model.states(batch), batch)[name].double().log_softmax(1)
         wanted = -sum(rows[i, t] for i, t in enumerate(batch[f"{name}_targets"])) / count
         torch.testing.assert_close(terms[name].double(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -158,6 +161,80 @@ def test_frozen_parts_do_not_change_and_have_no_dropout(parts, config, tmp_path)
     assert not model.encoder.language.training and not model.encoder.clip.training and model.encoder.cross.training
 
 
+# ---------------------------------------------------------------------------- itc
+
+
+def test_itc_compares_means_of_words_with_the_ends_of_matched_segments(parts, config):
+    """Against a loop over texts and segments, in float64; a mismatched text has no pair."""
+    cfg, index = config(objective="mlm+itc", cross_layers=0), np.arange(6)
+    model, blocks = adapter(parts, cfg), blocks_of(parts, length=9)
+    text = np.array([0, 1, 9, 3, 4, 8])
+    batch = adapt_xdbert.make_batch(blocks, cfg, index, 0, 0, index, text=text)
+    h, c = (x.double() for x in model.states(batch))
+    ids, at = batch["clip_ids"], 0
+    z, z_clip = [], []
+    for b in range(6):
+        own = int((batch["clip_mask"][b] & (ids.flatten()[batch["clip_place"][b]] == blocks.clip_vocab.end)).sum())
+        for s in range(own):  # segments in use
+            end = (ids[at] == blocks.clip_vocab.end).nonzero()[-1].item()
+            if text[b] == index[b]:
+                words = batch["segment_words"][b, s].nonzero()[:, 0]
+                assert len(words)
+                z.append(F.linear(h[b, words].mean(0), model.itc.weight.double(), model.itc.bias.double()))
+                z_clip.append(c[at, end])
+            at += 1
+    z, z_clip = (F.normalize(torch.stack(x), dim=-1) for x in (z, z_clip))
+    assert at == len(ids) and 4 < len(z) == batch["itc_mask"].sum() == adapt_xdbert.ITEMS["itc"](batch)
+    scores = z @ z_clip.T / 0.07
+    wanted = -(scores.log_softmax(0).diagonal() + scores.log_softmax(1).diagonal()).mean() / 2
+    found = model(batch, {"mlm": 1.0, "itc": len(z)})["itc"]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_itc_moves_the_language_encoder_and_never_the_tower(parts, config):
+    cfg, index = config(objective="match+itc", freeze="none"), np.arange(8)
+    model = adapter(parts, cfg)
+    batch = adapt_xdbert.make_batch(blocks_of(parts), cfg, index, 0, 0, index, text=index)
+    model(batch, dict.fromkeys(model.weights, 1.0))["itc"].backward()
+    moved = {name.removeprefix("encoder.").split(".")[0] for name, p in model.named_parameters()
+             if p.grad is not None and p.grad.any()}
+    assert moved == {"language", "itc", "itc_scale"}
+
+
+def test_itc_freezes_the_tower_and_says_why(config, tmp_path, capsys):
+    adapt_xdbert.main(config(objective="mlm+itc"))
+    assert "freeze: clip (auto: a tower that is trained along forgets" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["freeze"] == "clip"
+    before, after = (load_clip(folder).state_dict() for folder in (
+        model_folder(config().clip, "--clip"), tmp_path / "run" / "model" / "clip"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    adapt_xdbert.main(config(objective="mlm+itc", freeze="none"))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["config"]["freeze"] == "none"
+    after = load_clip(tmp_path / "run" / "model" / "clip").state_dict()
+    assert not torch.equal(before["embeddings.word.weight"], after["embeddings.word.weight"])
+
+
+def test_without_cross_layers_the_run_leaves_an_ordinary_bert(parts, config, tmp_path):
+    language = with_head(parts, tmp_path / "language")
+    adapt_xdbert.main(config(objective="mlm+itc", cross_layers=0, language=language))
+    folder = tmp_path / "run" / "model"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in Path(language).iterdir())
+    head = load_mlm_head(folder, load_bert(folder))
+    assert not torch.equal(head.dense.weight, load_mlm_head(language, load_bert(language)).dense.weight)
+
+
+def test_log_has_gradients_and_probes_of_the_demo(config, tmp_path):
+    results = adapt_xdbert.main(config(objective="mlm+match+cliptc+itc", w_match=0.0, grad_every=2))
+    lines = log_of(tmp_path / "run")
+    gradients = [line for line in lines if "gradient_itc" in line]
+    assert [line["step"] for line in gradients] == [0, 2] and all(
+        line["gradient_mlm"] > 0 and line["gradient_itc"] > 0 and line["gradient_match"] == 0 for line in gradients)
+    probes = [line for line in lines if "probe_material" in line]
+    assert [line["step"] for line in probes] == [0, 4]
+    for name in ("material", "colour", "size", "order"):
+        assert probes[-1][f"probe_{name}"] == results["probes"][name]["linear"]
+
+
 # ---------------------------------------------------------------------------- runs
 
 
@@ -166,11 +243,13 @@ def test_frozen_parts_do_not_change_and_have_no_dropout(parts, config, tmp_path)
     dict(objective="mlm", no_clip=True), dict(cross_layers=3), dict(freeze="clip"), dict(freeze="language"),
     dict(reduction="sum", lr=1e-5), dict(dtype="bfloat16"), dict(segments=1),
     dict(schedule_steps=40), dict(max_steps=0, epochs=0.002), dict(grad_accum=4),
-    dict(mask_split="100/0/0", cliptc_rate=0.5)], ids=str)
+    dict(mask_split="100/0/0", cliptc_rate=0.5), dict(objective="mlm+match+cliptc+itc", grad_accum=2),
+    dict(objective="mlm+itc", cross_layers=0, segments=3, dtype="bfloat16"), dict(objective="itc"),
+    dict(objective="match+itc", freeze="none", w_itc=0.5)], ids=str)
 def test_every_ablation_runs(config, tmp_path, flags):
     results = adapt_xdbert.main(config(**dict(max_steps=2, eval_every=2) | flags))
     lines = [line for line in log_of(tmp_path / "run") if "lr" in line]
-    assert {"mlm", "match", "cliptc"} & lines[0].keys() == set(results["objective"].split("+"))
+    assert set(adapt_xdbert.ITEMS) & lines[0].keys() == set(results["objective"].split("+"))
     assert all(np.isfinite(line[name]) for line in lines for name in results["objective"].split("+"))
 
 
@@ -265,22 +344,23 @@ def test_clip_file_that_does_not_tell_its_activation_needs_a_flag(parts, config,
 
 
 def test_losses_fall(config, tmp_path):
-    adapt_xdbert.main(config(max_steps=120, log_every=10, eval_every=120, save_every=120, batch_size=16, lr=3e-3))
+    adapt_xdbert.main(config(objective="mlm+match+cliptc+itc", freeze="none", max_steps=120, log_every=10, eval_every=120, save_every=120, batch_size=16, lr=3e-3))
     lines = [line for line in log_of(tmp_path / "run") if "lr" in line]
-    for name in ("mlm", "cliptc"):
+    for name in ("mlm", "cliptc", "itc"):
         assert lines[-1][name] < 0.9 * lines[0][name]
     val = [line for line in log_of(tmp_path / "run") if "val_mlm" in line]
     assert {"val_mlm_accuracy_matched", "val_mlm_accuracy_mismatched", "val_match_accuracy"} <= val[-1].keys()
+    assert val[-1]["val_itc"] < val[0]["val_itc"] and 0 <= val[-1]["val_itc_accuracy"] <= 1
 
 
-def test_resume_is_bit_for_bit(config, tmp_path):
-    whole = config(out_dir=str(tmp_path / "whole"))
-    adapt_xdbert.main(whole)
-    adapt_xdbert.main(config(max_steps=4))
+@pytest.mark.parametrize("flags", [{}, dict(objective="mlm+match+itc", grad_accum=2)], ids=str)
+def test_resume_is_bit_for_bit(config, tmp_path, flags):
+    adapt_xdbert.main(config(**flags, out_dir=str(tmp_path / "whole")))
+    adapt_xdbert.main(config(**flags, max_steps=4))
     run = tmp_path / "run"
     (run / "checkpoint.pt").unlink()  # back to step 2, as if killed before the last checkpoint
     (run / "checkpoint.pt.prev").rename(run / "checkpoint.pt")
-    adapt_xdbert.main(config(resume="true"))
+    adapt_xdbert.main(config(**flags, resume="true"))
     a, b = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "run"))
     assert a["step"] == b["step"] == 4
     for name, value in a["model"].items():
@@ -342,6 +422,9 @@ def test_training_flags_choose_the_preset():
     (dict(no_clip=True), "--no_clip .* needs"), (dict(freeze="video"), "--freeze video"),
     (dict(segments=0), "--segments"), (dict(mask_rate=15.0), "from 0 to 1"), (dict(dropout=1.0), "--dropout"),
     (dict(objective="mlm", no_clip=True, freeze="language"), "--freeze"),
+    (dict(cross_layers=0), "--cross_layers 0: .* --objective mlm.itc"), (dict(freeze="auto,clip"), "--freeze auto,clip"),
+    (dict(cross_layers=0, objective="mlm"), "--cross_layers 0"), (dict(cross_layers=-1), "--cross_layers"),
+    (dict(cross_layers=0, objective="mlm+itc", freeze="none"), "--freeze none: without"),
     (dict(preset="paper", train=""), "--preset paper needs --train"), (dict(warmup_steps=1.5), "--warmup_steps"), (dict(max_steps=0), "--epochs"),
     (dict(eval_every=3, log_every=2, save_every=2), "--eval_every"), (dict(mask_split="1/2/3"), "--mask_split")])
 def test_wrong_flags_get_one_line(config, flags, words):
