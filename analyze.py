@@ -20,7 +20,8 @@ import distill
 from common import parse_json, print0, read_json, read_settings, read_text, write_json
 from model import DistillHead
 from parts.machine import Ranks, init_ranks
-from parts.metrics import mean_state, probes, retrieval, shared_neighbours
+from parts.metrics import PERCEPTUAL, mean_state, probes, retrieval, shared_neighbours
+from parts.tasks import DEMO_TASKS, TASKS
 from parts.weights import load_bert, load_mlm_head, load_video_encoder, read_tensors
 from run import model_folder, read_run
 
@@ -226,6 +227,59 @@ def tasks_table(rows, tasks):
     chance = [100 / len(task.words) for task in tasks]
     lines.append(["chance", *(f"{x:.1f}" for x in [*chance, np.mean(chance)])])
     return common.table(lines)
+
+
+def seeds_table(title, rows, against, chance):
+    """Text of a table of means over seeds, with their standard deviation.
+
+    rows: {model: {column: [a value a seed]}}; against: the row that the others are compared with: a star
+    marks a mean that differs from its by more than twice the pooled standard deviation, see differs.
+    """
+    def cell(values, others):
+        spread = f" ±{np.std(values, ddof=1):4.1f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.1f}{spread:6}{'*' if differs(values, others) else ' '}"
+    lines = [[title, *rows[against]]]
+    lines += [[row, *(cell(values, rows[against][column]) for column, values in columns.items())]
+              for row, columns in rows.items()]
+    return common.table([*lines, ["chance", *(cell([x], []) for x in chance)]])
+
+
+def differs(values, others):
+    """Whether two means differ by more than twice the pooled standard deviation of single values:
+    sqrt((s^2 + s'^2) / 2) of equally many seeds; False below two seeds."""
+    if min(len(values), len(others)) < 2:
+        return False
+    pooled = np.sqrt((np.var(values, ddof=1) + np.var(others, ddof=1)) / 2)
+    return bool(abs(np.mean(values) - np.mean(others)) > 2 * pooled)
+
+
+def close_adaptation(runs, path):
+    """Prints what adaptations have passed on: probes of the encoder, and accuracy on the demo's tasks.
+
+    runs: {row: [(folder of the adaptation, folder of its fine-tuning) of each seed]}, the first row without
+    CLIP; path: of the json that keeps the numbers.
+    """
+    against, found, scored = next(iter(runs)), {}, {}
+    for row, seeds in runs.items():
+        results = [read_run(folder)[1] for folder, _ in seeds]
+        found[row] = {name: [100 * run["probes"][name]["linear"] for run in results] for name in PERCEPTUAL}
+        tasks = {task.title: [read_json(Path(folder, task.name, "results.json"))["runs"][0]["scores"]
+                              for _, folder in seeds] for task in (TASKS[name] for name in DEMO_TASKS)}
+        columns = {title: [scores[""]["accuracy"] for scores in values] for title, values in tasks.items()}
+        seen = [[scores["seen"]["accuracy"] for scores in values] for values in tasks.values()]
+        scored[row] = columns | {"average": np.mean(list(columns.values()), 0).tolist(),
+                                 "seen nouns": np.mean(seen, 0).tolist()}
+    log = [parse_json(line) for line in read_text(Path(runs[against][0][0], "log.jsonl")).splitlines()]
+    start = next(line for line in log if "probe_material" in line)
+    before = {"before": {name: [100 * start[f"probe_{name}"]] for name in PERCEPTUAL}}
+    chance = [100 * results[0]["probes"][name]["linear_chance"] for name in PERCEPTUAL]
+    by_luck = [100 / len(TASKS[name].words) for name in DEMO_TASKS]
+    by_luck += [float(np.mean(by_luck))] * 2
+    print0("\n" + seeds_table("probe of held-out nouns, %", before | found, against, chance))
+    print0("\n" + seeds_table("held-out nouns, accuracy, %", scored, against, by_luck))
+    print0(f"\nmean ± standard deviation of {len(runs[against])} seeds; * differs from {against} by more "
+           "than twice the pooled standard deviation\n")
+    write_json(path, {"probes": before | found, "tasks": scored})
 
 
 def table(runs, device):

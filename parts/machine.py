@@ -5,12 +5,17 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 
 import torch
 import torch.distributed as dist
+
+from common import progress
 
 # ---------------------------------------------------------------------------- processes
 
@@ -116,6 +121,37 @@ def return_freed_memory():
     """Gives freed memory back to the system once: between runs, whose tensors have other sizes."""
     with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def side_by_side(jobs):
+    """Runs jobs, each a list of commands one after the other, in as many processes as there are cores, each
+    of one thread. Where a command fails or this process is stopped the others are ended, too."""
+    waiting, running = [list(job) for job in jobs], {}
+    bar = progress(None, sum(map(len, jobs)), " commands", "side by side")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    try:
+        while waiting or running:
+            while waiting and len(running) < (os.cpu_count() or 1):
+                job, output = waiting.pop(0), tempfile.TemporaryFile("w+")
+                process = subprocess.Popen(job[0], stdin=subprocess.DEVNULL, stdout=output,
+                                           stderr=subprocess.STDOUT, env=environment)
+                running[process] = job, output
+            time.sleep(0.1)
+            for process in [process for process in running if process.poll() is not None]:
+                job, output = running.pop(process)
+                if process.returncode:
+                    output.seek(0)
+                    lines = output.read().splitlines() or [f"exit status {process.returncode}"]
+                    raise SystemExit(f"{shlex.join(job[0])}: {lines[-1]}")
+                output.close()
+                waiting[:0] = [job[1:]] if job[1:] else []
+                bar.update()
+    finally:
+        bar.close()
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
 
 
 # ---------------------------------------------------------------------------- speed and memory

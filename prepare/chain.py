@@ -3,6 +3,7 @@
 The first four functions are what the scripts run under their main guards; the others make what these need.
 With real data nothing is made.
 """
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import finetune as finetune_script
 import teacher as teacher_script
 from common import peek_json, print0, read_settings, stored_config, write_json
 from data import open_vocab
-from parts.machine import init_ranks
+from parts.machine import init_ranks, side_by_side
 from parts.tasks import TASKS
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from prepare.world import demo_world, demo_xtext
@@ -80,15 +81,7 @@ def adapt_xdbert(cfg):
         cfg = replace(cfg, clip=make_teacher(cfg, folder.parent, objective="clip"))
     results = adapt_script.main(cfg)
     if cfg.table and not cfg.no_clip and not cfg.eval_only:
-        baseline = text_alone_run(cfg, folder)
-        adapt_script.main(baseline)
-        tune = finetune_script.Config(data_dir=cfg.data_dir, device=cfg.device, seed=cfg.seed)
-        rows = {}
-        for row, run in (("as much text alone", baseline.out_dir), ("adapted", str(folder))):
-            summaries = finetune_script.main(replace(tune, model=run, out_dir=str(
-                folder.parent / "finetune" / Path(run).name)))
-            rows[row] = {summary["task"]: summary["runs"] for summary in summaries}
-        close_tasks(rows, folder / "table.json", ranks)
+        adaptation_rows(replace(cfg, out_dir=str(folder)), ranks)
     return results
 
 
@@ -159,6 +152,43 @@ def text_alone_run(cfg, folder):
     cfg = replace(cfg, **{name: getattr(adapt_script.Config, name) for name in unused}, objective="mlm",
                   no_clip=True, resume="auto", max_minutes=0.0, out_dir="")
     return replace(cfg, out_dir=str(folder.parent / adapt_script.run_folder(cfg).name))
+
+
+def adaptation_rows(cfg, ranks, seeds=3):
+    """What the demo compares with an adaptation: as much text alone, and ITC where the objective is the
+    paper's. Each is adapted with several seeds, on the same world, start and tower, and fine-tuned once."""
+    alone, out = text_alone_run(cfg, Path(cfg.out_dir)), Path(cfg.out_dir).parent
+    rows = {"as much text alone": alone, cfg.objective: cfg}
+    if cfg.objective == adapt_script.Config.objective:
+        with_itc = replace(cfg, objective=f"{cfg.objective}+itc", out_dir="")
+        name = adapt_script.run_folder(with_itc).name
+        rows[with_itc.objective] = replace(with_itc, out_dir=str(out / name))
+    jobs, runs = [], {}
+    for row, run in rows.items():
+        for seed in range(cfg.seed, cfg.seed + seeds):
+            of_seed = f"-seed{seed}" if seed > cfg.seed else ""
+            one = replace(run, preset="demo", seed=seed, out_dir=run.out_dir + of_seed, resume="auto",
+                          max_minutes=0.0, table=False)
+            tune = finetune_script.Config(
+                data_dir=cfg.data_dir, device=cfg.device, seed=cfg.seed, seeds=1, model=one.out_dir,
+                out_dir=str(out / "finetune" / Path(one.out_dir).name))
+            jobs.append([(adapt_script, one), (finetune_script, tune)])
+            runs.setdefault(row, []).append((one.out_dir, tune.out_dir))
+    print0(f"table: {len(rows)} rows of {seeds} seeds, each adapted and fine-tuned on the demo's tasks")
+    if ranks.size == 1 and ranks.device.type == "cpu":
+        side_by_side([[command(*stage) for stage in job] for job in jobs])
+    else:
+        for script, one in (stage for job in jobs for stage in job):
+            script.main(one)
+    if ranks.main:
+        analyze.close_adaptation(runs, Path(cfg.out_dir, "table.json"))
+
+
+def command(script, cfg):
+    """The command line of a stage with the flags of its Config."""
+    return [sys.executable, script.__file__, *(
+        f"--{field.name}={getattr(cfg, field.name)}" for field in fields(cfg)
+        if field.name == "preset" or getattr(cfg, field.name) != field.default)]
 
 
 def newest_student(cfg, vocab):
