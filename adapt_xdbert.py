@@ -30,8 +30,7 @@ from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIP
                    param_groups)
 from parts.machine import Ranks, flops_per_token, init_ranks, memory_report, move
 from parts.metrics import gradient_norms, probes
-from parts.vocab import OPENAI_CLIP
-from parts.weights import (config_and_vocab, load_bert, load_clip, load_mlm_head, save_bert, save_xdbert,
+from parts.weights import (check_tower, load_bert, load_mlm_head, open_clip, save_bert, save_xdbert,
                            vocab_of)
 from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
@@ -59,7 +58,7 @@ class Config:
     w_mlm: float = 1.0  # weight of masked words
     w_match: float = 1.0  # of MATCH
     w_cliptc: float = 1.0  # of CLIP's tokens
-    w_itc: float = 1.0  # of the contrast with CLIP's vector of the text
+    w_itc: float = 3.0  # of the contrast with CLIP's vector of the text; measured on the demo
     mask_rate: float = 0.15  # share of the words to predict
     mask_split: str = "80/10/10"  # of these: [MASK] / random / kept
     cliptc_rate: float = 0.15  # share of CLIP's tokens to predict
@@ -380,10 +379,7 @@ def open_tower(cfg):
     None where it is random or unused."""
     if cfg.no_clip or cfg.clip == "random":
         return None, "" if cfg.no_clip else cfg.clip, None
-    if Path(cfg.clip).is_file():  # OpenAI's comes without its tokenizer
-        return load_clip(cfg.clip, quick_gelu=cfg.quick_gelu), file_hash(cfg.clip), None
-    folder = model_folder(cfg.clip, "--clip")
-    return load_clip(folder), file_hash(folder), config_and_vocab(folder)[1]
+    return open_clip(cfg.clip, "--clip", cfg.quick_gelu)
 
 
 def open_parts(cfg):
@@ -404,11 +400,8 @@ def open_parts(cfg):
     if cfg.block_size > language.config.max_positions:
         raise SystemExit(f"--block_size {cfg.block_size}: {cfg.language} has {language.config.max_positions} "
                          "positions; give that or less")
-    if tower and ((own.hash if own else OPENAI_CLIP) != clip_vocab.hash
-                  or not own and tower.config.vocab_size != clip_vocab.size):
-        raise SystemExit(f"--train {cfg.train}: packed with another tokenizer ({clip_vocab.size:,} tokens) "
-                         f"than that of --clip {cfg.clip} ({tower.config.vocab_size:,}); pack it again with "
-                         "its --clip_vocab")
+    if tower:
+        check_tower("--clip", cfg.clip, tower, own, clip_vocab, cfg.train)
     if cfg.clip == "random" and not cfg.no_clip:
         tower = CLIPText(CLIPConfig(vocab_size=clip_vocab.size))
     return train, val, language, mlm, tower, (words, own or clip_vocab), {

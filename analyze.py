@@ -51,16 +51,16 @@ def open_judge(folder, device):
     """What a distillation is measured beside: its teacher, texts and clips, as a namespace.
 
     A text-only run takes the teacher that lies beside it. bert, mlm, video, clips, latents are None where
-    there are none.
+    there are none, or where the teacher reads other tokens.
     """
     config, _ = read_run(folder)
     cfg = SimpleNamespace(**config["config"])
-    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    train, val = (data.open_text(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     latents = Path(cfg.train).parent / "raw" / "latents.json"
     judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
                             latents=read_json(latents) if latents.exists() else None)
     path = cfg.teacher or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
-    if not Path(path).exists():
+    if not Path(path).exists() or distill.is_paired(path, train.vocab):  # it cannot read the student's words
         return judge
     path = model_folder(path, "--teacher")
     judge.bert = load_bert(path).to(device)

@@ -20,6 +20,7 @@ take their slices. What it holds:
                                                their rows of the bank, each sequence's first anchor (which the
                                                bank stores), the teacher's own view of the words
   h_t, h_t_crd (B, T, C_t), negatives (N,)     distill's loop: the teacher's states, drawn rows of the bank
+  word (B, T), clip_word (B, R), sentence_t    the same of a teacher of other tokens: alignment, its vectors
   text_mask, partner, partner_video, ..        teacher.make_batch: the hinge's words, Eq. 3's negatives
   match_targets, cliptc_index, cliptc_targets  adapt_xdbert.make_batch: the other terms' places and targets
   segment_words (B, S, T), clip_end, itc_mask  the same: words of each CLIP segment, where it ends, real pairs
@@ -347,6 +348,13 @@ def find_shards(paths, kind="text"):
     return shards
 
 
+def open_text(paths, block_size, part="train", val_glob="", segments=9, length=77):
+    """PairBlocks where the files hold text pairs, else TextBlocks."""
+    if open_packed(find_shards(paths)[0])[0]["kind"] == PairBlocks.kind:
+        return PairBlocks(paths, block_size, part, val_glob, segments, length)
+    return TextBlocks(paths, block_size, part, val_glob)
+
+
 # ---------------------------------------------------------------------------- text pairs
 
 
@@ -403,21 +411,47 @@ class PairBlocks(TextBlocks):
         end[count >= 0] = np.arange(n) * width + np.minimum(count[count >= 0], room) + 1
         return batch | tensors(clip_end=end)
 
-    def segment_words(self, index):
-        """bool (b, S, T): which word pieces of blocks `index` a segment covers: it holds their CLIP tokens.
+    def word_places(self, index):
+        """Of each word piece of blocks `index`, (b, T - 2): the piece at which its word's CLIP tokens are
+        counted, -1 = no word (special tokens, no token so far); how many CLIP tokens of the block stand in
+        front of these; and how many begin at the piece.
 
-        A word is where its CLIP tokens begin. Pieces that count none go with the piece before them. Special
-        tokens, and what is cut, are in no segment.
+        Pieces that count none go with the piece before them.
         """
         places = list(zip(*self.places(index)))
         ids, counts = (np.stack([part[shard][block] for shard, block in places])
                        for part in (self.shards, self.tower_counts))
-        until = np.cumsum(counts, 1, dtype=np.int64)  # CLIP tokens up to each piece
-        begin = np.maximum.accumulate(np.where(counts > 0, until - counts, 0), 1)
-        word = (until > 0) & ~np.isin(ids, self.vocab.specials)
-        segment = begin // (self.length - 2)
-        words = word[:, None] & (segment[:, None] == np.arange(self.segments)[:, None])
+        first = np.maximum.accumulate(np.where(counts > 0, np.arange(counts.shape[1]), -1), 1)
+        begin = np.take_along_axis(np.cumsum(counts, 1, dtype=np.int64) - counts, np.maximum(first, 0), 1)
+        return np.where(np.isin(ids, self.vocab.specials), -1, first), begin, counts
+
+    def segment_words(self, index):
+        """bool (b, S, T): which word pieces of blocks `index` a segment covers: their CLIP tokens begin in
+        it. Special tokens, and what is cut, are in no segment."""
+        first, begin, _ = self.word_places(index)
+        segment = np.where(first < 0, -1, begin // (self.length - 2))
+        words = segment[:, None] == np.arange(self.segments)[:, None]
         return tensors(words=np.pad(words, ((0, 0), (0, 0), (1, 1))))["words"]
+
+    def alignment(self, index) -> dict:
+        """Which CLIP tokens belong to which words of blocks `index`, as places of the words in the block.
+
+        -> {"word": int64 (b, T), of each word piece, -1 = none: special tokens and what is cut; "clip_word":
+        int64 (b, R), of each real token of clip_batch, -1 = start, end and padding}. Where a block has no
+        word, [CLS] goes with the first segment's start token, so that each block has a token of both.
+        """
+        room, (first, begin, counts) = self.length - 2, self.word_places(index)
+        word = np.where((first >= 0) & (begin < self.segments * room), first + 1, -1)
+        word = np.pad(word, ((0, 0), (1, 1)), constant_values=-1)
+        tokens = np.minimum(counts.sum(1, dtype=np.int64), self.segments * room)
+        real = tokens + 2 * np.maximum(1, -(-tokens // room))  # with start and end of the segments
+        clip_word, piece = np.full((len(word), real.max()), -1), np.arange(1, 1 + counts.shape[1])
+        for row, n in enumerate(tokens):
+            at = np.arange(n)
+            clip_word[row, at + 1 + 2 * (at // room)] = np.repeat(piece, counts[row])[:n]
+        without = ~(word >= 0).any(1)
+        word[without, 0] = clip_word[without, 0] = 0
+        return tensors(word=word, clip_word=clip_word)
 
 
 def stored_clip_vocab(path, attributes, vocab, maps):

@@ -3,10 +3,13 @@
     torchrun distill.py --objective nst+crd                             # the demo world, from nothing
     python distill.py --preset paper --train "wiki*.h5" --teacher out/teacher-mlm+ct-s0
     torchrun --nproc_per_node 8 distill.py --preset small --train wiki103.h5 --teacher bert-base-uncased/
+    python distill.py --objective crd --crd_level sentence --preset small --train pairs.h5 --teacher clip/
 
 L^S = L_MLM + sum of w_k L_k over the chosen objectives (Eq. 4): soft (Eq. 5), l2 (Eq. 6), nst (Eq. 7), crd
-(Eq. 8), voken (Eq. 9), or none = text only. The run leaves out/distill-<objective>-s<seed>/ with model/, a
-Hugging Face folder; heads.safetensors in it holds the heads of the objectives.
+(Eq. 8), voken (Eq. 9), or none = text only. For l2, nst and crd the teacher may read other tokens, CLIP's or
+another BERT's, of the same text, which data.py xtext packs side by side. The run leaves
+out/distill-<objective>-s<seed>/ with model/, a Hugging Face folder; heads.safetensors in it holds the heads
+of the objectives.
 """
 import math
 from dataclasses import dataclass
@@ -21,11 +24,11 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
-from model import BERT, DistillHead, MLMHead, model_config, param_groups
+from model import BERT, CLIPConfig, DistillHead, MLMHead, masked_mean, model_config, param_groups
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import gradient_norms, masked_word_scores, probes
-from parts.weights import (load_bert, load_mlm_head, read_tensors, save_bert, save_tensors, start_from,
-                           vocab_of)
+from parts.weights import (check_tower, config_and_vocab, is_clip, load_bert, load_mlm_head, open_clip,
+                           read_tensors, save_bert, save_tensors, start_from, vocab_of)
 from run import Run, file_hash, lr_at, micro_batch_size, model_folder, run_script, set_seed, steps_of
 
 
@@ -40,7 +43,9 @@ class Config:
     block_size: int = 24  # tokens of a sequence, [CLS] and [SEP] included
     eval_blocks: int = 2000  # validation blocks that are read
     # models
-    teacher: str = ""  # a run of teacher.py or a Hugging Face BERT folder; empty = the demo world's teacher
+    teacher: str = ""  # a run of teacher.py, a BERT folder, a CLIP folder or file; empty = the demo's teacher
+    segments: int = 2  # of a teacher of other tokens for a sequence, each of its positions; the rest is cut
+    quick_gelu: bool = False  # a CLIP file that does not tell its activation has OpenAI's
     init_from: str = ""  # start the student from this model (two-stage pre-training); empty = from scratch
     model: str = "demo"  # shape of the student: demo, or layers and width: 6L-512H, 12L-768H
     dropout: float = 0.1  # of hidden states and attention
@@ -109,8 +114,8 @@ class Config:
 
 
 def tokens(batch):
-    """How many tokens a micro-batch has; all are real."""
-    return batch["ids"].numel()
+    """How many tokens a micro-batch has that student and teacher read both."""
+    return batch["mask"].sum()
 
 
 # every term of the loss, and how many items of it a micro-batch has
@@ -141,24 +146,45 @@ PAPER = dict(w_nst=1.0, mask_split="100/0/0")  # L^S is a plain sum (3.3); 15 % 
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | PAPER, "paper-6l": SMALL | PAPER}
 
 
+def is_paired(path, vocab):
+    """Whether the teacher at `path` reads other tokens than the student, whose Vocab is `vocab`."""
+    return is_clip(path, "--teacher") or config_and_vocab(model_folder(path, "--teacher"), weights=False)[
+        1].hash != vocab.hash
+
+
 class FrozenTeacher:
-    """The teacher as the student sees it: hidden states, word distributions, vokens; frozen."""
+    """The teacher as the student sees it: hidden states, word distributions, vokens; frozen.
+
+    paired: it reads tokens of its own, unmasked, beside the student's words; see is_paired.
+    """
 
     def __init__(self, cfg, vocab, device, dtype):
-        self.folder = model_folder(cfg.teacher, "--teacher")
-        self.vocab = vocab_of(self.folder, "--teacher", vocab)
-        self.bert, soft = load_bert(self.folder), "soft" in cfg.objective.split("+")
-        self.mlm = load_mlm_head(self.folder, self.bert) if soft else None  # no other objective reads it
-        self.width, self.hash = self.bert.config.hidden, file_hash(self.folder)
-        if cfg.block_size > self.bert.config.max_positions:
-            raise SystemExit(f"--block_size: the teacher has {self.bert.config.max_positions} positions")
-        if soft and self.mlm is None:
-            raise SystemExit(f"--objective soft: {self.folder} has no masked-word head, so no word "
-                             "distributions; leave soft out or choose another teacher")
-        if "voken" in cfg.objective.split("+"):
-            path = self.folder / "vokens.safetensors"
+        self.paired, self.clip = is_paired(cfg.teacher, vocab), is_clip(cfg.teacher, "--teacher")
+        self.mlm, chosen = None, cfg.objective.split("+")
+        if self.paired and (refused := [name for name in HEADLESS if name in chosen]):
+            raise SystemExit(f"--objective {refused[0]}: compares the same words, but --teacher "
+                             f"{cfg.teacher} reads other tokens; choose from l2, nst and crd")
+        if self.paired and cfg.crd_views == "different":
+            raise SystemExit(f"--crd_views different: --teacher {cfg.teacher} reads tokens of its own, which "
+                             "are never masked")
+        if self.clip:
+            self.bert, self.hash, self.own = open_clip(cfg.teacher, "--teacher", cfg.quick_gelu)
+        else:
+            folder = model_folder(cfg.teacher, "--teacher")
+            self.bert, self.hash, self.own = load_bert(folder), file_hash(folder), config_and_vocab(folder)[1]
+        self.width = self.bert.width
+        self.positions = self.bert.config.positions if self.clip else self.bert.config.max_positions
+        if not self.paired and cfg.block_size > self.positions:
+            raise SystemExit(f"--block_size: the teacher has {self.positions} positions")
+        if "soft" in chosen:  # no other objective reads it
+            self.mlm = load_mlm_head(folder, self.bert)
+            if self.mlm is None:
+                raise SystemExit(f"--objective soft: {folder} has no masked-word head, so no word "
+                                 "distributions; leave soft out or choose another teacher")
+        if "voken" in chosen:
+            path = folder / "vokens.safetensors"
             if not path.exists():
-                raise SystemExit(f"--objective voken: {self.folder} has no video encoder; teacher.py's have")
+                raise SystemExit(f"--objective voken: {folder} has no video encoder; teacher.py's have")
             self.vokens = F.normalize(read_tensors(path)["vectors"], dim=-1).to(device)  # (K, C_t)
         for part in (self.bert, self.mlm):
             if part is not None:
@@ -166,10 +192,30 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def __call__(self, batch):
-        """Adds to a micro-batch what the student is to match: h_t (B, T, C_t); h_t_crd for other views."""
+        """Adds to a micro-batch what the student is to match: h_t (B, T, C_t); h_t_crd for other views.
+
+        A teacher of other tokens: at each piece of a word the mean of the word's states; and sentence_t (B,
+        C_t), the mean of the text's, of CLIP the mean of the segments' end states.
+        """
+        if self.paired:
+            return self.read_beside(batch)
         batch["h_t"] = self.bert(batch["inputs"])
         if "inputs_t" in batch:
             batch["h_t_crd"] = self.bert(batch["inputs_t"])
+
+    def read_beside(self, batch):
+        """`__call__` for a teacher that reads clip_ids."""
+        ids, place, real = batch["clip_ids"], batch["clip_place"], batch["clip_mask"]
+        seen = torch.zeros(ids.numel() + 1, dtype=torch.bool, device=ids.device)
+        seen[place.where(real, ids.numel())] = True  # of padding: the last one, which is none of ids
+        states = self.bert(ids, seen[:-1].view_as(ids)).flatten(0, 1)  # (n l, C_t)
+        rows = F.embedding(place, states)  # (B, R, C_t)
+        ends = batch["clip_end"]  # (B, S)
+        batch["sentence_t"] = (masked_mean(F.embedding(ends, states), ends > 0) if self.clip
+                               else masked_mean(rows, real))
+        of_word = (batch["word"][..., None] == batch["clip_word"][:, None]) & batch["mask"][..., None]
+        of_word = of_word.to(rows.dtype)  # (B, T, R)
+        batch["h_t"] = of_word @ rows / of_word.sum(-1, keepdim=True).clamp(min=1)
 
 
 class Distiller(nn.Module):
@@ -241,16 +287,22 @@ class Distiller(nn.Module):
             h, h_t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))  # (A, C)
             s = self.heads["crd"](h)
         else:  # the mean over a block's tokens, which are all real
-            s, h_t = self.heads["crd"](h).mean(1), h_t.mean(1)  # (B, C)
+            s, h_t = self.heads["crd"](h).mean(1), batch.get("sentence_t", h_t.mean(1))  # (B, C)
         z_s, z_t = self.f1(s).float(), self.f2(h_t.to(s.dtype)).float()
         return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
 
 
-def make_batch(blocks, cfg, index, *keys):
-    """Blocks `index` as a micro-batch: masked inputs, targets, anchors. keys: (seed, step, positions)."""
-    batch = blocks.batch(index)
-    ids, mask, how = batch["ids"], batch["mask"], (blocks.vocab, cfg.mask_rate, cfg.mask_split)
+def make_batch(blocks, cfg, index, *keys, paired=False):
+    """Blocks `index` as a micro-batch: masked inputs, targets, anchors. keys: (seed, step, positions).
+
+    paired: with the tokens of a FrozenTeacher of other tokens; mask is then True where both read a word.
+    """
+    batch, how = blocks.batch(index), (blocks.vocab, cfg.mask_rate, cfg.mask_split)
     batch |= data.masked_words(batch, *how, *keys)
+    if paired:
+        batch |= blocks.clip_batch(index) | blocks.alignment(index)
+        batch["mask"] = batch["word"] >= 0
+    ids, mask = batch["ids"], batch["mask"]
     if "crd" in cfg.objective.split("+"):
         if cfg.crd_views == "different":
             batch["inputs_t"], _ = data.mask_tokens(ids, mask, *how, "teacher", *keys)
@@ -307,14 +359,26 @@ def make_bank(cfg, blocks, device):
 
 def open_parts(cfg, device, dtype):
     """(TextBlocks to train on and to evaluate on, FrozenTeacher or None, the student's Vocab, hashes)."""
-    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
-    vocab, teacher = train.vocab, None
+    vocab, teacher = data.open_vocab(data.find_shards(cfg.train)[0]), None
+    length = CLIPConfig.positions
+    if cfg.objective != "none":
+        teacher = FrozenTeacher(cfg, vocab, device, dtype)
+        length = teacher.positions
+    train, val = (data.open_text(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, length)
+                  for part in ("train", "val"))
     if val.vocab.hash != vocab.hash:
         raise SystemExit(f"--val {cfg.val} has another vocabulary than --train {cfg.train}; pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
-    if cfg.objective != "none":
-        teacher = FrozenTeacher(cfg, vocab, device, dtype)
-        hashes["teacher"], vocab = teacher.hash, teacher.vocab  # their tables have one size
+    if teacher and teacher.paired:
+        if not isinstance(train, data.PairBlocks):
+            raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary than the packed text "
+                             f"({vocab.size:,} tokens); pack it for both, with `python data.py xtext` and "
+                             "the teacher's vocabulary as --clip_vocab")
+        check_tower("--teacher", cfg.teacher, teacher.bert, teacher.own, train.clip_vocab, cfg.train)
+    if teacher:
+        hashes["teacher"] = teacher.hash
+    if teacher and not teacher.paired:
+        vocab = teacher.own  # their tables have one size
     elif cfg.init_from:
         vocab = vocab_of(model_folder(cfg.init_from, "--init_from"), "--init_from", vocab)
     return train, val, teacher, vocab, hashes
@@ -346,7 +410,7 @@ def main(cfg):
         start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
     print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size, cfg.mask_rate))
-    weights, names = model.weights, list(model.weights)
+    weights, names, paired = model.weights, list(model.weights), bool(teacher) and teacher.paired
 
     # ---- optimizer
     optimizer = torch.optim.AdamW(param_groups(model, cfg.weight_decay), lr=cfg.lr, betas=(0.9, cfg.beta2),
@@ -382,9 +446,9 @@ def main(cfg):
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
         index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
         batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):
+        for micro in range(cfg.grad_accum):  # HACK HERE: the batch
             rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
+            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows, paired=paired)
             items += torch.tensor([ITEMS[name](batch) for name in names])
             batches.append(move(batch, ranks.device))
             if teacher:

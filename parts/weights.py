@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from common import atomic, check_archive, check_pickle, print0, read_json, read_settings
 from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, TaskModel,
                    VideoEncoder, init_weights)
-from parts.vocab import Vocab, load_clip_vocab, load_vocab
-from run import weight_files
+from parts.vocab import OPENAI_CLIP, Vocab, load_clip_vocab, load_vocab
+from run import file_hash, model_folder, weight_files
 
 AGAIN = "fetch or save the model again"
 LAYERS = 1000  # no model has more, and to build them takes time before one is found to be missing
@@ -224,6 +224,28 @@ def config_and_vocab(folder, weights=True):
         raise SystemExit(f"{folder}: {vocab.size:,} tokens in its vocabulary, {config.vocab_size:,} in its "
                          f"config.json, {rows:,} in its weights; fetch or save the model again")
     return config, vocab
+
+
+def is_clip(path, flag):
+    """Whether a path is CLIP's text tower: OpenAI's file, or a model's folder."""
+    return Path(path).is_file() or model_type(model_folder(path, flag)) == "clip"
+
+
+def open_clip(path, flag, quick_gelu=False):
+    """(CLIPText, hash of its weights, its vocabulary or None) of a folder, or of OpenAI's file without."""
+    if Path(path).is_file():
+        return load_clip(path, quick_gelu=quick_gelu), file_hash(path), None
+    folder = model_folder(path, flag)
+    return load_clip(folder), file_hash(folder), config_and_vocab(folder)[1]
+
+
+def check_tower(flag, path, tower, own, text, train):
+    """SystemExit where CLIP's side of packed pairs, of vocabulary `text` in `train`, is not the tower's; own:
+    its vocabulary, None = OpenAI's."""
+    if (own.hash if own else OPENAI_CLIP) != text.hash or not own and tower.config.vocab_size != text.size:
+        raise SystemExit(f"--train {train}: packed with another tokenizer ({text.size:,} tokens) than that "
+                         f"of {flag} {path} ({tower.config.vocab_size:,}); pack it again with its "
+                         "--clip_vocab")
 
 
 def vocab_of(folder, flag, text):

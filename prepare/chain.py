@@ -19,6 +19,7 @@ from data import open_vocab
 from parts.machine import init_ranks, side_by_side
 from parts.tasks import TASKS
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
+from parts.weights import is_clip
 from prepare.world import demo_world, demo_xtext
 from run import check_started, model_folder
 
@@ -37,21 +38,24 @@ def distill(cfg):
     folder, beside = distill_script.run_folder(cfg), []
     check_started(cfg, folder)
     if not cfg.train:
-        cfg = on_demo(cfg, folder.parent, demo_world(cfg.data_dir, cfg.seed, ranks))
+        world = demo_world(cfg.data_dir, cfg.seed, ranks)
+        cfg = on_demo(cfg, folder.parent, world)
         if cfg.objective != "none":
+            text_only = text_only_run(cfg, folder.parent)
+            if distill_script.is_paired(cfg.teacher, open_vocab(cfg.train)):
+                cfg = replace(cfg, train=str(demo_xtext(world, ranks)))
             # what does not fit is said before the text-only student is trained
-            distill_script.FrozenTeacher(cfg, open_vocab(cfg.train), "cpu", torch.float32)
+            distill_script.open_parts(cfg, "cpu", torch.float32)
             if cfg.init_from:
                 model_folder(cfg.init_from, "--init_from")
-            text_only = text_only_run(cfg, folder.parent)
             distill_script.main(text_only)
             beside = [text_only.out_dir]
     if cfg.objective != "none" and not cfg.teacher:
         raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
                          "--videos FILE, or any Hugging Face BERT of the same vocabulary")
     if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
-        model = model_folder(cfg.teacher, "--teacher")
-        if not analyze.open_clips(cfg.videos, model, load_vocab(model)) and asked:
+        model = None if is_clip(cfg.teacher, "--teacher") else model_folder(cfg.teacher, "--teacher")
+        if not (model and analyze.open_clips(cfg.videos, model, load_vocab(model))) and asked:
             raise SystemExit(f"--videos {asked}: nothing reads them, as --teacher {cfg.teacher} has no video "
                              "encoder; leave --videos out, or give a run of teacher.py")
     results = distill_script.main(cfg)

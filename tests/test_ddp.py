@@ -90,6 +90,11 @@ def adaptations(pairs, clip, language, out):
                   objective="match+itc", grad_accum=3, freeze="none", w_itc=2.0), dict(grad_accum=1)),
               "adapt, itc, no cross": ("adapt", flags | dict(objective="mlm+itc", cross_layers=0), {}),
               "adapt, no clip": ("adapt", flags | dict(objective="mlm", no_clip=True, clip=""), {})}
+    student = QUICK_STUDENT | dict(train=pairs, teacher=clip, dropout=0.0, batch_size=12, eval_blocks=13, grad_every=2,
+                                   crd_tokens=31, segments=2)
+    found |= {"other tokens": ("distill", student | dict(objective="l2+nst+crd"), {}),
+              "other tokens, sentences": ("distill", student | dict(
+                  objective="crd", crd_level="sentence", grad_accum=3), dict(grad_accum=1))}
     return in_both(found, out)
 
 
