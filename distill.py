@@ -206,8 +206,9 @@ class FrozenTeacher:
     def read_beside(self, batch):
         """`__call__` for a teacher that reads clip_ids."""
         ids, place, real = batch["clip_ids"], batch["clip_place"], batch["clip_mask"]
+        # tokens that are no padding; padding of `place` marks the last one, which is none of ids
         seen = torch.zeros(ids.numel() + 1, dtype=torch.bool, device=ids.device)
-        seen[place.where(real, ids.numel())] = True  # of padding: the last one, which is none of ids
+        seen.scatter_(0, place.masked_fill(~real, ids.numel()).flatten(), True)
         states = self.bert(ids, seen[:-1].view_as(ids)).flatten(0, 1)  # (n l, C_t)
         rows = F.embedding(place, states)  # (B, R, C_t)
         ends = batch["clip_end"]  # (B, S)

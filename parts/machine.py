@@ -126,7 +126,7 @@ def return_freed_memory():
 def side_by_side(jobs):
     """Runs jobs, each a list of commands one after the other, in as many processes as there are cores, each
     of one thread. Where a command fails or this process is stopped the others are ended, too."""
-    waiting, running = [list(job) for job in jobs], {}
+    waiting, running, shown = [list(job) for job in jobs], {}, 0.0
     bar = progress(None, sum(map(len, jobs)), " commands", "side by side")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     try:
@@ -137,6 +137,9 @@ def side_by_side(jobs):
                                            stderr=subprocess.STDOUT, env=environment)
                 running[process] = job, output
             time.sleep(0.1)
+            if time.monotonic() > shown + 5:  # the first command may take minutes
+                bar.refresh()
+                shown = time.monotonic()
             for process in [process for process in running if process.poll() is not None]:
                 job, output = running.pop(process)
                 if process.returncode:

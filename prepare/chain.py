@@ -172,7 +172,7 @@ def adaptation_rows(cfg, ranks, seeds=3):
         for seed in range(cfg.seed, cfg.seed + seeds):
             of_seed = f"-seed{seed}" if seed > cfg.seed else ""
             one = replace(run, preset="demo", seed=seed, out_dir=run.out_dir + of_seed, resume="auto",
-                          max_minutes=0.0, table=False)
+                          max_minutes=0.0, table=False, data_dir=adapt_script.Config.data_dir)
             tune = finetune_script.Config(
                 data_dir=cfg.data_dir, device=cfg.device, seed=cfg.seed, seeds=1, model=one.out_dir,
                 out_dir=str(out / "finetune" / Path(one.out_dir).name))

@@ -48,6 +48,25 @@ def test_figure_of_a_run_is_drawn(tmp_path):
         analyze.main(["curves", str(tmp_path / "nowhere")])
 
 
+def test_difference_counts_above_twice_the_pooled_deviation_of_the_seeds():
+    """By hand: deviations 1 and 2, pooled sqrt((1 + 4) / 2) = 1.58."""
+    assert analyze.differs([1, 2, 3], [4.2, 6.2, 8.2]) and analyze.differs([4.2, 6.2, 8.2], [1, 2, 3])
+    assert not analyze.differs([1, 2, 3], [3.1, 5.1, 7.1]) and not analyze.differs([1, 2, 3], [1, 2, 3])
+    assert not analyze.differs([1], [50]) and not analyze.differs([1, 2], [50])
+
+
+def test_table_of_seeds_has_means_deviations_and_stars():
+    rows = {"before": {"material": [10.0], "order": [50.0]},
+            "text": {"material": [9.0, 10.0, 11.0], "order": [50.0, 60.0, 40.0]},
+            "itc": {"material": [70.0, 72.0, 74.0], "order": [60.0, 80.0, 70.0]}}
+    text = analyze.seeds_table("probe", rows, "text", [10, 50])
+    lines = text.splitlines()
+    assert len({len(line) for line in lines}) == 1 and lines[0].split() == ["probe", "material", "order"]
+    assert [line.split() for line in lines[2:]] == [
+        ["before", "10.0", "50.0"], ["text", "10.0", "±", "1.0", "50.0", "±10.0"],
+        ["itc", "72.0", "±", "2.0*", "70.0", "±10.0"], ["chance", "10.0", "50.0"]]
+
+
 def test_tasks_table_has_medians_of_both_sets_and_chance():
     tasks = [SimpleNamespace(name="mishap", title="mishap", words=("a", "b")),
              SimpleNamespace(name="four", title="four endings", words=tuple("abcd"))]

@@ -92,9 +92,17 @@ def adapt_config(demo, teacher_run, tmp_path):
     return lambda **flags: adapt_xdbert.Config(**(QUICK_ADAPTATION | dict(device="cuda") | paths | flags))
 
 
+@pytest.fixture
+def paired_config(demo, distill_config, tmp_path):
+    """distill.Config for a run of a second on the GPU with a CLIP tower as the teacher; flags as keywords."""
+    train, clip = pairs_and_tower(demo / "demo-s0", tmp_path)
+    return lambda **flags: distill_config(**dict(device="cuda", train=train, teacher=clip) | flags)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adaptation_learns_on_the_gpu(adapt_config, dtype):
-    cfg = adapt_config(dtype=dtype, max_steps=60, eval_every=60, save_every=60, grad_accum=2)
+    cfg = adapt_config(dtype=dtype, max_steps=60, eval_every=60, save_every=60, grad_accum=2, grad_every=30,
+                       objective="mlm+match+cliptc+itc", freeze="none")
     results = adapt_xdbert.main(cfg)
     lines = steps_of(cfg)
     for term in adapt_xdbert.ITEMS:
@@ -106,8 +114,10 @@ def test_adaptation_learns_on_the_gpu(adapt_config, dtype):
 
 
 STAGES = pytest.mark.parametrize("stage, config, flags", [
-    (distill, "distill_config", dict(objective="nst+crd", grad_every=2)), (adapt_xdbert, "adapt_config", {})],
-    ids=["distill", "adapt"])
+    (distill, "distill_config", dict(objective="nst+crd", grad_every=2)), (adapt_xdbert, "adapt_config", {}),
+    (adapt_xdbert, "adapt_config", dict(objective="mlm+match+cliptc+itc", grad_accum=2, grad_every=2)),
+    (distill, "paired_config", dict(objective="l2+crd", crd_level="sentence", grad_every=2))],
+    ids=["distill", "adapt", "adapt itc", "distill paired"])
 
 
 @STAGES
@@ -325,7 +335,7 @@ FIVE = dict(device="cuda", max_steps=5, log_every=5, save_every=5)
 @STAGES
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_optimizer_step_never_waits_for_the_device(request, strict_steps, stage, config, flags, dtype):
-    more = dict(objective=EVERY, grad_every=5) if stage is distill else {}
+    more = dict(grad_every=5) | (dict(objective=EVERY) if config == "distill_config" else {})
     stage.main(request.getfixturevalue(config)(**(flags | FIVE | more), eval_every=5, dtype=dtype))
     assert len(strict_steps) == 5
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
 from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, init_ranks, keep_freed_memory,
-                           memory_report, peak_flops, return_freed_memory)
+                           memory_report, peak_flops, return_freed_memory, side_by_side)
 from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, run_script,
                  save_checkpoint, steps_of)
 
@@ -535,6 +535,28 @@ def test_freed_memory_returns_to_the_system_when_asked():
         assert resident() < before - 150
     finally:
         keep_freed_memory(False)
+
+
+def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path):
+    """Second commands read what the first wrote; a job does not wait for another's."""
+    code = "import os, sys; a, b = sys.argv[1:]; open(b, 'w').write(open(a).read() + os.environ['OMP_NUM_THREADS'])"
+    jobs = []
+    for name in "abc":
+        (tmp_path / name).write_text(name)
+        jobs.append([[sys.executable, "-c", code, tmp_path / f"{name}{'1' * i}", tmp_path / f"{name}{'1' * (i + 1)}"]
+                     for i in range(2)])
+    side_by_side(jobs)
+    assert [(tmp_path / f"{name}11").read_text() for name in "abc"] == ["a11", "b11", "c11"]
+
+
+def test_command_that_fails_ends_the_others_with_its_last_line(tmp_path):
+    waits = f"import time; open({str(tmp_path / 'began')!r}, 'w'); time.sleep(60)"
+    fails = (f"import os, sys, time\nwhile not os.path.exists({str(tmp_path / 'began')!r}): time.sleep(0.01)\n"
+             "print('so far'); sys.exit('no such thing')")
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match="no such thing$"):
+        side_by_side([[[sys.executable, "-c", waits]], [[sys.executable, "-c", fails], ["never"]]])
+    assert time.monotonic() - began < 50
 
 
 def test_hash_of_a_teacher_tells_its_vokens_and_video_encoder(tmp_path):

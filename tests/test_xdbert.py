@@ -3,7 +3,10 @@
 Run: python -m pytest -q tests/test_xdbert.py
 """
 import dataclasses
+import functools
+import itertools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from safetensors.torch import load_file
 import adapt_xdbert
 import common
 import data
+import finetune
 import teacher
 from conftest import QUICK_TEACHER, widened
 from data import open_vocab
@@ -412,6 +416,52 @@ def test_training_flags_choose_the_preset():
     assert (base.block_size, base.segments, base.lr, base.warmup_steps, base.epochs) == (512, 9, 1e-4, 0.05, 1.0)
     assert parse("--preset paper --train x.h5").schedule_steps == 32_000 and base.schedule_steps == 0
     assert parse("--preset demo --train x.h5").block_size == 24
+
+
+def run_here(jobs):
+    """side_by_side in this process: the commands do what they say."""
+    modules = {"adapt_xdbert.py": adapt_xdbert, "finetune.py": finetune}
+    for argv in itertools.chain(*jobs):
+        module = modules[Path(argv[1]).name]
+        module.main(common.parse_cli(module.Config, module.PRESETS, argv[2:], module.NEEDS))
+
+
+def test_demo_compares_seeds_of_text_alone_the_papers_three_and_itc(parts, demo, config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(chain, "side_by_side", run_here)
+    monkeypatch.setattr(finetune, "own_settings", lambda cfg, *args, own=finetune.own_settings: (
+        dataclasses.replace(own(cfg, *args)[0], max_steps=1, warmup_steps=0), own(cfg, *args)[1]))
+    cfg = config(train="", data_dir=str(demo), table=True, out_dir=str(tmp_path / "out" / "own"), language=parts["language"])
+    chain.adapt_xdbert(cfg)
+    out = capsys.readouterr().out
+    rows = ["as much text alone", "mlm+match+cliptc", "mlm+match+cliptc+itc"]
+    for head, names in (("probe of held-out nouns, % +material", ["before", *rows, "chance"]),
+                        ("held-out nouns, accuracy, % .*before/after +average", [*rows, "chance"])):
+        lines = out[re.search(head, out).start():].splitlines()[2:2 + len(names)]
+        assert [re.match(r"\S+( \S+)*", line)[0] for line in lines] == names
+    table = json.loads((tmp_path / "out" / "own" / "table.json").read_text())
+    assert [len(table["tasks"][row]["average"]) for row in rows] == [3, 3, 3]
+    runs = sorted(path.parent.name for path in (tmp_path / "out").glob("*/results.json"))
+    assert runs == sorted(name + seed for name in ("own", "xdbert-mlm+match+cliptc+itc-s0", "xdbert-mlm-noclip-s0")
+                          for seed in ("", "-seed1", "-seed2"))
+    for run in runs:
+        settings = json.loads((tmp_path / "out" / run / "config.json").read_text())["config"]
+        assert (settings["seed"], settings["block_size"], settings["language"]) == (
+            int(run[-1]) if "seed" in run else 0, 24, parts["language"])
+    material = [json.loads((tmp_path / "out" / f"own{seed}" / "results.json").read_text())["probes"]["material"]["linear"]
+                for seed in ("", "-seed1", "-seed2")]
+    assert table["probes"]["mlm+match+cliptc"]["material"] == [100 * x for x in material]
+
+
+def test_own_objective_is_compared_with_text_alone(config, tmp_path, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(chain, "side_by_side", jobs.extend)
+    monkeypatch.setattr(chain.analyze, "close_adaptation", lambda runs, path: jobs.append(list(runs)))
+    chain.adaptation_rows(config(objective="mlm+itc", cross_layers=0, max_minutes=3.0), init_ranks("cpu"))
+    *jobs, rows = jobs
+    assert rows == ["as much text alone", "mlm+itc"] and len(jobs) == 6
+    adapt, tune = jobs[-1]
+    assert {"--objective=mlm+itc", "--cross_layers=0", "--seed=2", "--resume=auto", "--preset=demo"} <= set(adapt)
+    assert not [flag for flag in adapt if "minutes" in flag] and "--seeds=1" in tune and "--seed=0" not in tune
 
 
 # ---------------------------------------------------------------------------- bad input
