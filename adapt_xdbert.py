@@ -102,13 +102,13 @@ class Config:
         if not (self.cross_layers or self.no_clip or self.objective in ("mlm+itc", "itc+mlm", "itc")):
             raise ValueError("--cross_layers 0: match and cliptc read the cross-modal encoder, without it "
                              "only itc reads CLIP; give --objective mlm+itc or itc")
-        if not has_cross(self) and self.freeze not in ("auto", "clip", "none"[:4 * self.no_clip]):
+        if self.freeze not in (*FREEZE, ""):  # "": none, in runs of before
+            raise ValueError(f"--freeze {self.freeze}: write one of {' '.join(FREEZE)}")
+        if not (self.no_clip or has_cross(self)) and self.freeze not in ("auto", "clip"):
             raise ValueError(f"--freeze {self.freeze}: without a cross-modal encoder CLIP's tower is never "
                              "trained and the language encoder always; leave --freeze out")
         if self.preset in ("base", "paper") and not self.train and not self.dry_run:
             raise ValueError(f"--preset {self.preset} needs --train, text packed by data.py xtext")
-        if self.freeze not in FREEZE:
-            raise ValueError(f"--freeze {self.freeze}: write one of {' '.join(FREEZE)}")
         data.parse_split(self.mask_split)
 
 
@@ -258,7 +258,8 @@ class Adapter(nn.Module):
 
 @torch.no_grad()
 def share_pairs(model, batches, ranks):
-    """Before a step of several micro-batches: gives each the pairs of all others, by a pass of its own."""
+    """Before a step of several micro-batches: gives each the pairs of all others, by a pass of its own, with
+    its own dropout."""
     pairs = [model.pairs(*model.states(batch), batch) for batch in batches]
     for batch, others in zip(batches, exchange(pairs, ranks)):
         batch["others"] = others
@@ -347,8 +348,10 @@ def contrast(model, pairs, cfg, ranks):
     """Loss and accuracy of ITC among as many blocks as a step has; pairs: (n, S, ..), see evaluate."""
     z, z_clip, mask = map(ranks.sum, pairs)
     loss = right = items = 0.0
-    for part in np.array_split(np.arange(len(z)), max(1, len(z) // cfg.batch_size)):
-        x, y, real = (found[part].flatten(0, 1) for found in (z, z_clip, mask > 0))
+    for begin in range(0, len(z), cfg.batch_size):
+        x, y, real = (found[begin:begin + cfg.batch_size].flatten(0, 1) for found in (z, z_clip, mask > 0))
+        if not real.any():
+            continue
         loss += losses.itc(x, y, model.itc_scale, real, 1.0).item()
         cos = F.normalize(x[real], dim=-1) @ F.normalize(y[real], dim=-1).T
         right += (cos.argmax(1) == torch.arange(len(cos), device=cos.device)).sum().item()
@@ -442,7 +445,7 @@ def flops_of(model, cfg, length, used):
     """Floating-point operations of training on a sequence, of a frozen tower forward alone; used: mean share
     of segments in use."""
     T, config = cfg.block_size, model.language.config
-    total = 3 * T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.weights))
+    total = 3 * T * flops_per_token(config, T, cfg.mask_rate * ("mlm" in model.weights))  # backward: 2
     if cfg.no_clip:
         return total
     tower, R = model.tower.config, used * cfg.segments * length
@@ -614,7 +617,7 @@ def main(cfg):
         if model.crossed:  # a head that was trained on cross-modal states is not the language encoder's
             save_xdbert(model.encoder, run.folder / "model", *vocabs, None if "mlm" in weights else mlm)
         else:
-            save_bert(language, run.folder / "model", vocabs[0], mlm)
+            save_bert(language, run.folder / "model", vocabs[0], model.mlm if "mlm" in weights else None)
     print0(f"made {run.folder}/model in {duration(seconds)}")
     return run.finish(results)
 

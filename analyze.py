@@ -55,7 +55,7 @@ def open_judge(folder, device):
     """
     config, _ = read_run(folder)
     cfg = SimpleNamespace(**config["config"])
-    train, val = (data.open_text(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     latents = Path(cfg.train).parent / "raw" / "latents.json"
     judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
                             latents=read_json(latents) if latents.exists() else None)
@@ -270,9 +270,10 @@ def close_adaptation(runs, path):
         scored[row] = columns | {"average": np.mean(list(columns.values()), 0).tolist(),
                                  "seen nouns": np.mean(seen, 0).tolist()}
     log = [parse_json(line) for line in read_text(Path(runs[against][0][0], "log.jsonl")).splitlines()]
-    start = next(line for line in log if "probe_material" in line)
+    start = next(line for line in log if "probe_material" in line)  # before the first step
     before = {"before": {name: [100 * start[f"probe_{name}"]] for name in PERCEPTUAL}}
-    chance = [100 * results[0]["probes"][name]["linear_chance"] for name in PERCEPTUAL]
+    any_run = read_run(runs[against][0][0])[1]
+    chance = [100 * any_run["probes"][name]["linear_chance"] for name in PERCEPTUAL]
     by_luck = [100 / len(TASKS[name].words) for name in DEMO_TASKS]
     by_luck += [float(np.mean(by_luck))] * 2
     print0("\n" + seeds_table("probe of held-out nouns, %", before | found, against, chance))

@@ -14,16 +14,19 @@ take their slices. What it holds:
 
   ids, mask (B, T), index (B,)                 blocks and clips: words, True = real, sample
   frames (B, F, D), frame_mask (B, F)          VideoClips
-  clip_ids, clip_place, clip_mask              PairBlocks: CLIP's side of the text, see segment_batch
+  clip_ids, clip_place, clip_mask, clip_end    PairBlocks: CLIP's side of the text, see clip_batch
   inputs (B, T), mlm_index, mlm_targets (M,)   masked_words: what the model reads and is to predict
   anchors, slots (A,), first (B,), inputs_t    distill.make_batch: CRD's anchors (rows of the flattened B T),
                                                their rows of the bank, each sequence's first anchor (which the
                                                bank stores), the teacher's own view of the words
   h_t, h_t_crd (B, T, C_t), negatives (N,)     distill's loop: the teacher's states, drawn rows of the bank
-  word (B, T), clip_word (B, R), sentence_t    the same of a teacher of other tokens: alignment, its vectors
+  word (B, T), clip_word (B, R), aligned       distill.make_batch, with a teacher of other tokens: alignment,
+                                               and rows of the flattened B T that both read
+  sentence_t (B, C_t)                          distill's loop: that teacher's vectors of the texts
   text_mask, partner, partner_video, ..        teacher.make_batch: the hinge's words, Eq. 3's negatives
   match_targets, cliptc_index, cliptc_targets  adapt_xdbert.make_batch: the other terms' places and targets
-  segment_words (B, S, T), clip_end, itc_mask  the same: words of each CLIP segment, where it ends, real pairs
+  segment_words (B, S, T), itc_mask (B, S)     the same: words of each CLIP segment, and which pairs are real
+  others                                       adapt_xdbert.share_pairs: pairs of the other micro-batches
 """
 import functools
 import glob
@@ -96,7 +99,7 @@ def open_packed(path, kind="", vocab=None):
         held, form = attributes["kind"], attributes["format"]
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path}: not a packed file, or damaged ({error}); pack it anew") from None
-    if kind and held != kind:
+    if kind and held != kind and (kind, held) != ("text", "xtext"):  # pairs hold the text, too
         raise SystemExit(f"{path}: holds packed {held}, not {kind}; pack it with `python data.py {kind} ...`")
     if form != FORMAT:
         raise SystemExit(f"{path}: has format {form}, this code reads {FORMAT}; pack it again with "
@@ -348,19 +351,13 @@ def find_shards(paths, kind="text"):
     return shards
 
 
-def open_text(paths, block_size, part="train", val_glob="", segments=9, length=77):
-    """PairBlocks where the files hold text pairs, else TextBlocks."""
-    if open_packed(find_shards(paths)[0])[0]["kind"] == PairBlocks.kind:
-        return PairBlocks(paths, block_size, part, val_glob, segments, length)
-    return TextBlocks(paths, block_size, part, val_glob)
-
-
 # ---------------------------------------------------------------------------- text pairs
 
 
 class PairBlocks(TextBlocks):
-    """TextBlocks of packed pairs (data.py xtext): the CLIP tokens of the same text come beside, for XDBERT.
+    """TextBlocks of packed pairs (data.py xtext): the tokens of the same text for a second model come beside.
 
+    They are called CLIP's, which they are for XDBERT; for distill.py they may be another BERT's.
     A block's CLIP tokens fill up to `segments` segments of `length` tokens one after the other, each with its
     own start and end token, as in the released code; the first is in use even where it is empty. cut: how
     many tokens of this part do not fit. used: mean share of segments in use.
@@ -369,8 +366,8 @@ class PairBlocks(TextBlocks):
 
     def __init__(self, paths, block_size, part="train", val_glob="", segments=9, length=77):
         if segments < 1 or length < 3:
-            raise SystemExit(f"--segments {segments} of --segment_length {length}: at least 1 of 3 (start, a "
-                             "token, end)")
+            raise SystemExit(f"--segments {segments} of {length} tokens: at least 1 of 3 (start, a token, "
+                             "end)")
         self.segments, self.length, self.clip_vocab = segments, length, None
         # of each shard: CLIP's ids; where each block's begin; how many each word piece has, (blocks, T - 2)
         self.tower_tokens, self.tower_start, self.tower_counts = [], [], []

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
-from model import BERT, CLIPConfig, DistillHead, MLMHead, masked_mean, model_config, param_groups
+from model import BERT, DistillHead, MLMHead, masked_mean, model_config, param_groups
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import gradient_norms, masked_word_scores, probes
 from parts.weights import (check_tower, config_and_vocab, is_clip, load_bert, load_mlm_head, open_clip,
@@ -44,7 +44,7 @@ class Config:
     eval_blocks: int = 2000  # validation blocks that are read
     # models
     teacher: str = ""  # a run of teacher.py, a BERT folder, a CLIP folder or file; empty = the demo's teacher
-    segments: int = 2  # of a teacher of other tokens for a sequence, each of its positions; the rest is cut
+    segments: int = 2  # of a block for a teacher of other tokens, each as long as it reads; the rest is cut
     quick_gelu: bool = False  # a CLIP file that does not tell its activation has OpenAI's
     init_from: str = ""  # start the student from this model (two-stage pre-training); empty = from scratch
     model: str = "demo"  # shape of the student: demo, or layers and width: 6L-512H, 12L-768H
@@ -133,9 +133,9 @@ NEEDS |= {"head": ("objective", ("l2", "nst", "crd")), "crd_momentum": ("crd_lev
 # what a resumed run cannot change
 FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", "crd_negatives", "crd_dim",
          "crd_tau", "crd_momentum", "crd_bank_size", "crd_bank_dtype", "crd_loss", "crd_views", "mask_rate",
-         "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "seed")
+         "mask_split", "reduction", "batch_size", "weight_decay", "beta2", "segments", "seed")
 # flags that change no result: hashes tell what data and models are
-FREE = ("preset", "train", "val", "videos", "teacher")
+FREE = ("preset", "train", "val", "videos", "teacher", "quick_gelu")
 
 # VidLanKD 4.3: tokens, AdamW; released code: epochs of Wiki103, steps, batch, warm-up, beta2; the rest: ours
 SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
@@ -161,9 +161,9 @@ class FrozenTeacher:
     def __init__(self, cfg, vocab, device, dtype):
         self.paired, self.clip = is_paired(cfg.teacher, vocab), is_clip(cfg.teacher, "--teacher")
         self.mlm, chosen = None, cfg.objective.split("+")
-        if self.paired and (refused := [name for name in HEADLESS if name in chosen]):
-            raise SystemExit(f"--objective {refused[0]}: compares the same words, but --teacher "
-                             f"{cfg.teacher} reads other tokens; choose from l2, nst and crd")
+        if self.paired and "soft" in chosen:
+            raise SystemExit(f"--objective soft: compares the same words, but --teacher {cfg.teacher} reads "
+                             "other tokens; leave soft out, or pack the text with the teacher's vocabulary")
         if self.paired and cfg.crd_views == "different":
             raise SystemExit(f"--crd_views different: --teacher {cfg.teacher} reads tokens of its own, which "
                              "are never masked")
@@ -172,7 +172,7 @@ class FrozenTeacher:
         else:
             folder = model_folder(cfg.teacher, "--teacher")
             self.bert, self.hash, self.own = load_bert(folder), file_hash(folder), config_and_vocab(folder)[1]
-        self.width = self.bert.width
+        self.width, self.by_word = self.bert.width, chosen != ["crd"] or cfg.crd_level == "token"
         self.positions = self.bert.config.positions if self.clip else self.bert.config.max_positions
         if not self.paired and cfg.block_size > self.positions:
             raise SystemExit(f"--block_size: the teacher has {self.positions} positions")
@@ -182,9 +182,9 @@ class FrozenTeacher:
                 raise SystemExit(f"--objective soft: {folder} has no masked-word head, so no word "
                                  "distributions; leave soft out or choose another teacher")
         if "voken" in chosen:
-            path = folder / "vokens.safetensors"
-            if not path.exists():
-                raise SystemExit(f"--objective voken: {folder} has no video encoder; teacher.py's have")
+            path = Path() if self.clip else folder / "vokens.safetensors"
+            if not path.is_file():
+                raise SystemExit(f"--objective voken: {cfg.teacher} has no video encoder; teacher.py's have")
             self.vokens = F.normalize(read_tensors(path)["vectors"], dim=-1).to(device)  # (K, C_t)
         for part in (self.bert, self.mlm):
             if part is not None:
@@ -209,11 +209,13 @@ class FrozenTeacher:
         # tokens that are no padding; padding of `place` marks the last one, which is none of ids
         seen = torch.zeros(ids.numel() + 1, dtype=torch.bool, device=ids.device)
         seen.scatter_(0, place.masked_fill(~real, ids.numel()).flatten(), True)
-        states = self.bert(ids, seen[:-1].view_as(ids)).flatten(0, 1)  # (n l, C_t)
+        states = self.bert(ids, seen[:-1].view_as(ids)).flatten(0, 1).float()  # (n l, C_t)
         rows = F.embedding(place, states)  # (B, R, C_t)
         ends = batch["clip_end"]  # (B, S)
         batch["sentence_t"] = (masked_mean(F.embedding(ends, states), ends > 0) if self.clip
                                else masked_mean(rows, real))
+        if not self.by_word:
+            return
         of_word = (batch["word"][..., None] == batch["clip_word"][:, None]) & batch["mask"][..., None]
         of_word = of_word.to(rows.dtype)  # (B, T, R)
         batch["h_t"] = of_word @ rows / of_word.sum(-1, keepdim=True).clamp(min=1)
@@ -253,12 +255,12 @@ class Distiller(nn.Module):
 
     def states(self, batch):
         """(the student's last hidden states (B, T, C_s),)."""
-        return self.bert(batch["inputs"]),
+        return (self.bert(batch["inputs"]),)
 
     def terms(self, h, batch, divisor):
         """Every term from the student's last hidden states h (B, T, C_s)."""
         cfg, terms, h_t = self.cfg, {}, batch.get("h_t")
-        h_rows = h.flatten(0, 1)  # (B T, C_s)
+        h_rows, both = h.flatten(0, 1), batch.get("aligned", slice(None))  # (B T, C_s), of them where h_t is
         # HACK HERE: the objective
         terms["mlm"] = losses.mlm(self.mlm(h_rows[batch["mlm_index"]]), batch["mlm_targets"], divisor["mlm"])
         if "soft" in self.kd:
@@ -269,8 +271,8 @@ class Distiller(nn.Module):
         if "l2" in self.kd:
             terms["l2"] = losses.l2(self.heads["l2"](h), h_t, batch["mask"], divisor["l2"])
         if "voken" in self.kd:
-            terms["voken"] = losses.voken(h_rows, self.voken.weight, self.voken.bias, h_t.flatten(0, 1),
-                                          self.vokens, divisor["voken"])
+            terms["voken"] = losses.voken(h_rows[both], self.voken.weight, self.voken.bias,
+                                          h_t.flatten(0, 1)[both], self.vokens, divisor["voken"])
         if "nst" in self.kd:
             terms["nst"] = losses.nst(self.heads["nst"](h), h_t, batch["mask"], cfg.nst_kernel,
                                       normalize=cfg.nst_normalize, divisor=divisor["nst"])
@@ -283,12 +285,14 @@ class Distiller(nn.Module):
 
     def project(self, h, batch):
         """CRD's anchors: f_1 of the student's and f_2 of the teacher's states, unit rows (A, E)."""
-        h_t = batch.get("h_t_crd", batch["h_t"])
+        h_t = batch.get("h_t_crd", batch.get("h_t"))
         if self.cfg.crd_level == "token":
             h, h_t = (x.flatten(0, 1)[batch["anchors"]] for x in (h, h_t))  # (A, C)
             s = self.heads["crd"](h)
-        else:  # the mean over a block's tokens, which are all real
-            s, h_t = self.heads["crd"](h).mean(1), batch.get("sentence_t", h_t.mean(1))  # (B, C)
+        elif "sentence_t" in batch:  # the mean over the words that both read
+            s, h_t = masked_mean(self.heads["crd"](h), batch["mask"]), batch["sentence_t"]  # (B, C)
+        else:  # over a block's tokens, which are all real
+            s, h_t = self.heads["crd"](h).mean(1), h_t.mean(1)  # (B, C)
         z_s, z_t = self.f1(s).float(), self.f2(h_t.to(s.dtype)).float()
         return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
 
@@ -303,6 +307,7 @@ def make_batch(blocks, cfg, index, *keys, paired=False):
     if paired:
         batch |= blocks.clip_batch(index) | blocks.alignment(index)
         batch["mask"] = batch["word"] >= 0
+        batch["aligned"] = batch["mask"].flatten().nonzero()[:, 0]
     ids, mask = batch["ids"], batch["mask"]
     if "crd" in cfg.objective.split("+"):
         if cfg.crd_views == "different":
@@ -358,24 +363,48 @@ def make_bank(cfg, blocks, device):
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 
 
+def vocab_of_text(paths):
+    """The Vocab of packed text."""
+    return data.open_packed(data.find_shards(paths)[0], data.TextBlocks.kind)[1]
+
+
+def open_pairs(cfg, teacher, vocab):
+    """PairBlocks to train on beside a teacher of other tokens; one line where it cannot read them."""
+    if data.open_packed(data.find_shards(cfg.train)[0])[0]["kind"] != data.PairBlocks.kind:
+        raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary than the packed text "
+                         f"({vocab.size:,} tokens); pack it for both, with `python data.py xtext` and the "
+                         "teacher's vocabulary as --clip_vocab" + (
+                             "" if teacher.clip else ", or for one, with that as --vocab"))
+    train = data.PairBlocks(cfg.train, cfg.block_size, "train", cfg.val, cfg.segments, teacher.positions)
+    check_tower("--teacher", cfg.teacher, teacher.bert, teacher.own, train.clip_vocab, cfg.train)
+    print0(f"--teacher {cfg.teacher}: reads {cfg.segments} x {train.length} tokens of its own beside a block "
+           f"({100 * train.used:.0f} % of the segments in use, {train.cut:,} of its tokens cut)")
+    return train
+
+
+def flops_of(cfg, config, teacher, blocks):
+    """Floating-point operations of a training step; the teacher reads forward alone."""
+    flops = 3 * cfg.block_size * flops_per_token(config, cfg.block_size, cfg.mask_rate)
+    if teacher:
+        paired = teacher.paired  # it reads segments
+        read = blocks.used * cfg.segments * blocks.length if paired else cfg.block_size
+        flops += read * flops_per_token(teacher.bert.config, blocks.length if paired else cfg.block_size)
+    return cfg.batch_size * flops
+
+
 def open_parts(cfg, device, dtype):
     """(TextBlocks to train on and to evaluate on, FrozenTeacher or None, the student's Vocab, hashes)."""
-    vocab, teacher = data.open_vocab(data.find_shards(cfg.train)[0]), None
-    length = CLIPConfig.positions
+    vocab, teacher = vocab_of_text(cfg.train), None
     if cfg.objective != "none":
         teacher = FrozenTeacher(cfg, vocab, device, dtype)
-        length = teacher.positions
-    train, val = (data.open_text(cfg.train, cfg.block_size, part, cfg.val, cfg.segments, length)
-                  for part in ("train", "val"))
+    val = data.TextBlocks(cfg.train, cfg.block_size, "val", cfg.val)
+    if teacher and teacher.paired:
+        train = open_pairs(cfg, teacher, vocab)
+    else:
+        train = data.TextBlocks(cfg.train, cfg.block_size, "train", cfg.val)
     if val.vocab.hash != vocab.hash:
         raise SystemExit(f"--val {cfg.val} has another vocabulary than --train {cfg.train}; pack it again")
     hashes = {"corpus": train.hash, "validation text": val.hash, "vocabulary": vocab.hash}
-    if teacher and teacher.paired:
-        if not isinstance(train, data.PairBlocks):
-            raise SystemExit(f"--teacher {cfg.teacher} reads another vocabulary than the packed text "
-                             f"({vocab.size:,} tokens); pack it for both, with `python data.py xtext` and "
-                             "the teacher's vocabulary as --clip_vocab")
-        check_tower("--teacher", cfg.teacher, teacher.bert, teacher.own, train.clip_vocab, cfg.train)
     if teacher:
         hashes["teacher"] = teacher.hash
     if teacher and not teacher.paired:
@@ -424,11 +453,9 @@ def main(cfg):
         scores = evaluate(model, val, cfg, ranks)
         print0(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         return scores
-    tokens, flops = cfg.batch_size * cfg.block_size, flops_per_token(config, cfg.block_size, cfg.mask_rate)
-    flops = 3 * flops + (flops_per_token(teacher.bert.config, cfg.block_size) if teacher else 0)
     print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
            f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
-    run.begin(names, "tokens", tokens, tokens * flops)
+    run.begin(names, "tokens", cfg.batch_size * cfg.block_size, flops_of(cfg, config, teacher, train))
     if cfg.compile_model:
         for part in filter(None, (model, teacher)):
             part.bert.compile()
@@ -493,6 +520,8 @@ def main(cfg):
     seconds = run.leave_loop()
     results = {"objective": cfg.objective, "steps": step, "vocabulary": vocab.hash,
                **evaluate(model, val, cfg, ranks)}
+    if paired:
+        results |= {"teacher_tokens_cut": train.cut, "segments_used": train.used}
     if ranks.main:
         model.eval()
         save_bert(model.bert, run.folder / "model", vocab, model.mlm)

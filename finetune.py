@@ -233,7 +233,8 @@ def open_start(model, like="", demo=None, flag="--model"):
             for part in ("cross.json", "cross.safetensors", "clip"):
                 if not (folder / part).exists():
                     raise SystemExit(f"--cross {model}: has no cross-modal encoder ({part}); give a run of "
-                                     "adapt_xdbert.py without --no_clip, or this one as --model")
+                                     "adapt_xdbert.py without --no_clip or --cross_layers 0, or give this as "
+                                     "--model")
             name, beside = f"{name}-cross", config_and_vocab(folder / "clip")
             read += [beside[0], file_hash(folder / "clip"), file_hash(folder / "cross.safetensors"),
                      beside[1].hash]

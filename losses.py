@@ -13,7 +13,7 @@ student (s, t: states of student and teacher, d_s and d_t wide; the teacher is f
   crd             softplus(-l_positive) + sum softplus(l_negative), both directions      Eq. 8, per anchor
   voken           - log softmax(head(s))[argmax_k c(t, video_k)]                         Eq. 9, per token
 adaptation (XDBERT, Hsu et al. 2022; cross-entropies beside)
-  itc             clip, between a text's mean state and CLIP's frozen vector of it       ours, per text
+  itc             clip, between a text's mean state and CLIP's fixed vector of it        ours, per segment
 
 divisor: None = the number of items present, which makes the mean. A script passes the items of the GLOBAL
 batch / number of ranks: ranks and micro-batches together then make the step of one process on the whole
@@ -185,6 +185,7 @@ def clip(z_text: Tensor, z_video: Tensor, log_scale: Tensor, divisor: float | No
     z_text, z_video (B, E), normalised here; log_scale: 0-d, r = min(100, exp(log_scale)); mask (B,): real
     pairs, None = all. items: pairs. others: (z_text, z_video, mask) of the batch's other parts, constants,
     whose pairs are negatives, too. Values and gradients of all parts then add up to the whole batch's.
+    Memory: a few matrices of the scores of all pairs.
     """
     B, scale = len(z_text), log_scale.exp().clamp(max=100)
     mask = mask if mask is not None else torch.ones(B, dtype=torch.bool, device=z_text.device)
@@ -353,7 +354,7 @@ def nst(s: Tensor, t: Tensor, mask: Tensor, kernel: str = "gaussian", sigma: flo
     return per_item(Fused.apply(total.to(s.dtype), [grad], s), B, divisor)
 
 
-# ---------------------------------------------------------------------------- student: crd, itc
+# ---------------------------------------------------------------------------- student: crd
 
 
 class CRDBank:
@@ -485,6 +486,9 @@ def crd(z_s: Tensor, z_t: Tensor, slots: np.ndarray, bank: CRDBank, negatives: n
             grads[side].addcmul_(d_positive[:, None], other, value=1 / bank.tau)
             grads[1 - side].addcmul_(d_positive[:, None], anchor, value=1 / bank.tau)
     return per_item(Fused.apply(total, grads, z_s, z_t), len(z_s), divisor)
+
+
+# ---------------------------------------------------------------------------- adaptation
 
 
 def itc(z: Tensor, z_clip: Tensor, log_scale: Tensor, mask: Tensor, divisor: float | None = None,

@@ -429,7 +429,7 @@ class Run:
         self.note(step, "gradient", norms, "into the last hidden states: "
                   + "  ".join(f"{name} {norm:.1e}" for name, norm in norms.items()))
         words = norms.get("mlm", 0.0)
-        for name in [name for name, norm in norms.items() if norm < 0.01 * words]:
+        for name in [name for name, norm in norms.items() if norm < 0.01 * words and weights[name]]:
             print0(f"step {step:6d}  {name} sends {norms[name] / words:.1e} of the gradient that mlm does: "
                    f"at --w_{name} {weights[name]:g} it teaches next to nothing; raise it")
 

@@ -128,10 +128,11 @@ def side_by_side(jobs):
     of one thread. Where a command fails or this process is stopped the others are ended, too."""
     waiting, running, shown = [list(job) for job in jobs], {}, 0.0
     bar = progress(None, sum(map(len, jobs)), " commands", "side by side")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         while waiting or running:
-            while waiting and len(running) < (os.cpu_count() or 1):
+            while waiting and len(running) < cores:
                 job, output = waiting.pop(0), tempfile.TemporaryFile("w+")
                 process = subprocess.Popen(job[0], stdin=subprocess.DEVNULL, stdout=output,
                                            stderr=subprocess.STDOUT, env=environment)

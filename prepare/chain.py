@@ -42,7 +42,8 @@ def distill(cfg):
         cfg = on_demo(cfg, folder.parent, world)
         if cfg.objective != "none":
             text_only = text_only_run(cfg, folder.parent)
-            if distill_script.is_paired(cfg.teacher, open_vocab(cfg.train)):
+            if distill_script.is_paired(cfg.teacher, vocab := distill_script.vocab_of_text(cfg.train)):
+                check_reader("teacher", cfg.teacher, vocab)
                 cfg = replace(cfg, train=str(demo_xtext(world, ranks)))
             # what does not fit is said before the text-only student is trained
             distill_script.open_parts(cfg, "cpu", torch.float32)
@@ -52,12 +53,13 @@ def distill(cfg):
             beside = [text_only.out_dir]
     if cfg.objective != "none" and not cfg.teacher:
         raise SystemExit(f"--objective {cfg.objective} needs a teacher: --teacher FOLDER, made by teacher.py "
-                         "--videos FILE, or any Hugging Face BERT of the same vocabulary")
+                         "--videos FILE, or any Hugging Face BERT or CLIP")
     if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
-        model = None if is_clip(cfg.teacher, "--teacher") else model_folder(cfg.teacher, "--teacher")
+        paired = distill_script.is_paired(cfg.teacher, distill_script.vocab_of_text(cfg.train))
+        model = None if paired else model_folder(cfg.teacher, "--teacher")
         if not (model and analyze.open_clips(cfg.videos, model, load_vocab(model))) and asked:
             raise SystemExit(f"--videos {asked}: nothing reads them, as --teacher {cfg.teacher} has no video "
-                             "encoder; leave --videos out, or give a run of teacher.py")
+                             "encoder or reads other tokens; leave --videos out, or give a run of teacher.py")
     results = distill_script.main(cfg)
     if not cfg.eval_only and ranks.main:
         analyze.close(folder, beside, ranks.device)
@@ -72,7 +74,10 @@ def adapt_xdbert(cfg):
     ranks, folder = init_ranks(cfg.device), adapt_script.run_folder(cfg)
     check_started(cfg, folder)
     world = demo_world(cfg.data_dir, cfg.seed, ranks)
-    check_readers(cfg, open_vocab(world / "corpus.h5"))
+    vocab = open_vocab(world / "corpus.h5")
+    for flag in ("language", "clip"):
+        if getattr(cfg, flag) not in ("", *adapt_script.LANGUAGE, "random"):
+            check_reader(flag, getattr(cfg, flag), vocab)
     cfg = replace(cfg, train=str(demo_xtext(world, ranks)))
     if not cfg.language:
         student = distill_script.Config(seed=cfg.seed, data_dir=cfg.data_dir, device=cfg.device,
@@ -125,15 +130,13 @@ def on_demo(cfg, out, world):
     return replace(cfg, **files)
 
 
-def check_readers(cfg, vocab):
-    """One line where a model that was given cannot read the demo world, whose Vocab is `vocab`."""
-    for flag, load in (("language", load_vocab), ("clip", load_clip_vocab)):
-        path = getattr(cfg, flag)
-        if path and path not in (*adapt_script.LANGUAGE, "random"):
-            own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
-            if own != vocab.hash:
-                raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text "
-                                 "with `python data.py xtext`")
+def check_reader(flag, path, vocab):
+    """One line where the model that a flag gives cannot read the demo world, whose Vocab is `vocab`."""
+    load = load_clip_vocab if is_clip(path, f"--{flag}") else load_vocab
+    own = OPENAI_CLIP if Path(path).is_file() else load(model_folder(path, f"--{flag}")).hash
+    if own != vocab.hash:
+        raise SystemExit(f"--train is missing: --{flag} {path} cannot read the demo world; pack text with "
+                         "`python data.py xtext`")
 
 
 def text_only_run(cfg, out):
@@ -143,7 +146,7 @@ def text_only_run(cfg, out):
     weights and teachers.
     """
     unused = {field.name: field.default for field in fields(cfg)
-              if field.name in ("head", "init_from", "teacher")
+              if field.name in ("head", "init_from", "teacher", "segments", "quick_gelu")
               or field.name.startswith(("soft_", "nst_", "crd_"))
               or field.name.startswith("w_") and field.name != "w_mlm"}
     cfg = replace(cfg, **unused, objective="none", resume="auto", eval_only=False, out_dir="")
@@ -171,6 +174,7 @@ def adaptation_rows(cfg, ranks, seeds=3):
     for row, run in rows.items():
         for seed in range(cfg.seed, cfg.seed + seeds):
             of_seed = f"-seed{seed}" if seed > cfg.seed else ""
+            # as a command: --train alone would choose another preset, and nothing reads --data_dir beside it
             one = replace(run, preset="demo", seed=seed, out_dir=run.out_dir + of_seed, resume="auto",
                           max_minutes=0.0, table=False, data_dir=adapt_script.Config.data_dir)
             tune = finetune_script.Config(

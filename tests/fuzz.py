@@ -234,6 +234,8 @@ def read_pairs(path):
         blocks = data.PairBlocks(str(path), 8, part, segments=2, length=5)
         blocks.batch(np.arange(len(blocks)))
         blocks.clip_batch(np.arange(len(blocks)))
+        blocks.segment_words(np.arange(len(blocks)))
+        blocks.alignment(np.arange(len(blocks)))
 
 
 def read_clips(path):

@@ -585,6 +585,7 @@ def test_wrong_models_and_files_are_refused(distill_config, teacher_run, tmp_pat
     vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
     (tmp_path / "text.txt").write_text("a b c d e f g h " * 400)
     pack_text([tmp_path / "text.txt"], vocab, tmp_path / "other.h5")
+    refused("text.txt: not a packed file", lambda: distill.main(distill_config(train=str(tmp_path / "text.txt"))))
     other = distill_config(train=str(tmp_path / "other.h5"))
     refused("--teacher .*another vocabulary.*data.py xtext", lambda: distill.main(other))
     other = replace(other, objective="none", teacher="", init_from=str(teacher_run))

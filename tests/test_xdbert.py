@@ -225,6 +225,16 @@ def test_without_cross_layers_the_run_leaves_an_ordinary_bert(parts, config, tmp
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in Path(language).iterdir())
     head = load_mlm_head(folder, load_bert(folder))
     assert not torch.equal(head.dense.weight, load_mlm_head(language, load_bert(language)).dense.weight)
+    adapt_xdbert.main(config(objective="mlm+itc", cross_layers=0))  # a fresh head is trained, and kept
+    assert load_mlm_head(folder, load_bert(folder)) is not None
+    adapt_xdbert.main(config(objective="itc", language=language))  # the old one is out of date
+    assert load_mlm_head(folder, load_bert(folder)) is None
+
+
+def test_evaluation_without_a_pair_counts_nothing(parts, config):
+    model = adapter(parts, cfg := config(objective="mlm+itc"))
+    nothing = [torch.zeros(5, 2, 32), torch.zeros(5, 2, 32), torch.zeros(5, 2)]
+    assert adapt_xdbert.contrast(model, nothing, cfg, init_ranks("cpu")) == {"itc": 0, "itc_accuracy": 0}
 
 
 def test_log_has_gradients_and_probes_of_the_demo(config, tmp_path):
