@@ -88,6 +88,7 @@ def adaptations(pairs, clip, language, out):
               "adapt, itc": ("adapt", flags | dict(objective="mlm+match+cliptc+itc"), {}),
               "adapt, itc, accumulation": ("adapt", flags | dict(
                   objective="match+itc", grad_accum=3, freeze="none", w_itc=2.0), dict(grad_accum=1)),
+              "adapt, itc alone": ("adapt", flags | dict(objective="itc"), {}),
               "adapt, itc, no cross": ("adapt", flags | dict(objective="mlm+itc", cross_layers=0), {}),
               "adapt, no clip": ("adapt", flags | dict(objective="mlm", no_clip=True, clip=""), {})}
     student = QUICK_STUDENT | dict(train=pairs, teacher=clip, dropout=0.0, batch_size=12, eval_blocks=13, grad_every=2,
