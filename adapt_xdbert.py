@@ -250,8 +250,8 @@ class Adapter(nn.Module):
     def pairs(self, h, c, batch):
         """ITC's pairs, one for each of CLIP's segments: z (B, S, P), of the mean state of the words that it
         covers; CLIP's state at its end (B, S, P); and which are real (B, S)."""
-        words = batch["segment_words"].to(h.dtype)  # (B, S, T)
-        mean = words @ h / words.sum(-1, keepdim=True).clamp(min=1)  # (B, S, C)
+        words = batch["segment_words"]  # (B, S, T)
+        mean = (words.to(h.dtype) @ h).float() / words.sum(-1, keepdim=True).clamp(min=1)  # (B, S, C)
         ends = F.embedding(batch["clip_end"], c.flatten(0, 1))  # (B, S, P)
         return self.itc(mean).float(), ends.float(), batch["itc_mask"]
 
