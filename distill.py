@@ -377,8 +377,6 @@ def open_pairs(cfg, teacher, vocab):
                              "" if teacher.clip else ", or for one, with that as --vocab"))
     train = data.PairBlocks(cfg.train, cfg.block_size, "train", cfg.val, cfg.segments, teacher.positions)
     check_tower("--teacher", cfg.teacher, teacher.bert, teacher.own, train.clip_vocab, cfg.train)
-    print0(f"--teacher {cfg.teacher}: reads {cfg.segments} x {train.length} tokens of its own beside a block "
-           f"({100 * train.used:.0f} % of the segments in use, {train.cut:,} of its tokens cut)")
     return train
 
 
@@ -454,7 +452,9 @@ def main(cfg):
         print0(f"step {step}: " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
         return scores
     print0(f"student: {cfg.objective}, {len(train):,} blocks of {cfg.block_size} tokens, {max_steps:,} steps "
-           f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs")
+           f"of {cfg.batch_size}, {max_steps * cfg.batch_size / len(train):.2f} epochs" + (
+               f", beside {cfg.segments} x {train.length} tokens of the teacher ({100 * train.used:.0f} % of "
+               f"the segments in use, {train.cut:,} tokens cut)" if paired else ""))
     run.begin(names, "tokens", cfg.batch_size * cfg.block_size, flops_of(cfg, config, teacher, train))
     if cfg.compile_model:
         for part in filter(None, (model, teacher)):
