@@ -537,9 +537,12 @@ def test_freed_memory_returns_to_the_system_when_asked():
         keep_freed_memory(False)
 
 
-def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path):
-    """Second commands read what the first wrote; a job does not wait for another's."""
-    code = "import os, sys; a, b = sys.argv[1:]; open(b, 'w').write(open(a).read() + os.environ['OMP_NUM_THREADS'])"
+def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path, monkeypatch):
+    """Second commands read what the first wrote; the first job waits for the last command of the second."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    code = ("import os, sys, time; a, b = sys.argv[1:]\n"
+            f"while os.path.basename(a) == 'a' and not os.path.exists({str(tmp_path / 'b11')!r}): time.sleep(0.01)\n"
+            "open(b, 'w').write(open(a).read() + os.environ['OMP_NUM_THREADS'])")
     jobs = []
     for name in "abc":
         (tmp_path / name).write_text(name)
@@ -549,7 +552,8 @@ def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path):
     assert [(tmp_path / f"{name}11").read_text() for name in "abc"] == ["a11", "b11", "c11"]
 
 
-def test_command_that_fails_ends_the_others_with_its_last_line(tmp_path):
+def test_command_that_fails_ends_the_others_with_its_last_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     waits = f"import time; open({str(tmp_path / 'began')!r}, 'w'); time.sleep(60)"
     fails = (f"import os, sys, time\nwhile not os.path.exists({str(tmp_path / 'began')!r}): time.sleep(0.01)\n"
              "print('so far'); sys.exit('no such thing')")
