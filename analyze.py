@@ -7,406 +7,21 @@
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
 import argparse
-from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 import common
-import data
-import distill
-from common import parse_json, print0, read_json, read_settings, read_text, write_json
-from model import DistillHead
-from parts.machine import Ranks, init_ranks
-from parts.metrics import PERCEPTUAL, mean_state, probes, retrieval, shared_neighbours
-from parts.tasks import DEMO_TASKS, TASKS
-from parts.weights import load_bert, load_mlm_head, load_video_encoder, read_tensors
-from run import model_folder, read_run
-
-# ---------------------------------------------------------------------------- what a model learned
+from analyses.closing import newest_run, open_judge, read_table, table
+from analyses.curves import curves
+from analyses.figures import clip_states, draw_clip, grid, save
 
 
-def open_clips(videos, teacher, vocab):
-    """The training and the held-out clips of a packed file, cut as the teacher's; None where there are none.
-
-    teacher: its model's folder; vocab: the students' Vocab.
-    """
-    if not videos or not (teacher / "video_encoder.json").exists():
-        return None
-    kinds = {"T": int, "max_frames": int, "vision": str, "val_clips": int, "feat_norm": bool}
-    advice = "train the teacher again"
-    options = read_settings(teacher / "clips.json", kinds, advice)
-    options = {name: options[name] for name in kinds}
-    features = read_settings(teacher / "video_encoder.json", {"features": int}, advice)["features"]
-    clips = [data.VideoClips(videos, part=part, **options) for part in ("train", "val")]
-    if clips[0].vocab.hash != vocab.hash or clips[0].features != features:
-        raise SystemExit(f"--videos {videos}: its vocabulary or its {clips[0].features} channels a frame are "
-                         f"not the teacher's ({features}); give the file it was trained on")
-    return clips
-
-
-def open_judge(folder, device):
-    """What a distillation is measured beside: its teacher, texts and clips, as a namespace.
-
-    A text-only run takes the teacher that lies beside it. bert, mlm, video, clips, latents are None where
-    there are none, or where the teacher reads other tokens.
-    """
-    config, _ = read_run(folder)
-    cfg = SimpleNamespace(**config["config"])
-    train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
-    latents = Path(cfg.train).parent / "raw" / "latents.json"
-    judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
-                            latents=read_json(latents) if latents.exists() else None)
-    path = cfg.teacher or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
-    if not Path(path).exists() or distill.is_paired(path, train.vocab):  # it cannot read the student's words
-        return judge
-    path = model_folder(path, "--teacher")
-    judge.bert = load_bert(path).to(device)
-    judge.mlm = load_mlm_head(path, judge.bert, needed=False)
-    if judge.mlm:
-        judge.mlm.to(device)
-    if (path / "video_encoder.safetensors").exists():
-        judge.video = load_video_encoder(path).to(device)
-        judge.clips = open_clips(cfg.videos, path, train.vocab)
-    return judge
-
-
-def aligned_space(folder, objective, device="cpu"):
-    """The maps (text, clip) from h, mask and from v into the objective's space, or None.
-
-    crd: mean over real tokens of f_1(head(h)), and f_2(v); l2: mean of head(h), and v.
-    """
-    tensors = {key: x.to(device)
-               for key, x in read_tensors(Path(folder) / "model" / "heads.safetensors").items()}
-
-    def head(name):
-        parts = {key.removeprefix(f"heads.{name}."): x for key, x in tensors.items()
-                 if key.startswith(f"heads.{name}.")}
-        if not parts:
-            return lambda h: h
-        head = DistillHead(parts["0.weight"].shape[1], parts["2.weight"].shape[0]).to(device)
-        head.load_state_dict(parts)
-        return head
-
-    def linear(name, x):
-        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
-    if "crd" in objective.split("+"):
-        return (lambda h, mask: mean_state(linear("f1", head("crd")(h)), mask)), lambda v: linear("f2", v)
-    if "l2" in objective.split("+"):
-        return (lambda h, mask: mean_state(head("l2")(h), mask)), lambda v: v
-    return None
-
-
-def measure(folder, judge, device):
-    """{mlm_loss, mlm_accuracy, probes} of a run's results, and neighbours and retrieval beside its judge."""
-    config, results = read_run(folder)
-    bert = load_bert(Path(folder) / "model").to(device)
-    found = {name: results.get(name) for name in ("mlm_loss", "mlm_accuracy", "probes")}
-    if judge.bert:
-        found["neighbours"] = shared_neighbours(bert, judge.bert, judge.val, device)
-    if judge.clips:
-        space = aligned_space(folder, config["config"]["objective"], device)
-        found["retrieval"] = retrieval(bert, judge.video, *judge.clips, device, space)
-    return found
-
-
-def measure_teacher(judge, device):
-    """The same of the judge itself."""
-    found = {"mlm_loss": None, "mlm_accuracy": None}
-    if judge.mlm:
-        found = distill.evaluate(judge, judge.val, judge.cfg, Ranks(0, 1, device))
-    if judge.clips:
-        found["retrieval"] = retrieval(judge.bert, judge.video, *judge.clips, device,
-                                       (mean_state, lambda v: v))
-    if judge.latents:
-        found["probes"] = probes(judge.bert, judge.train, judge.latents, device)
-    return found
-
-
-def close(folder, beside, device):
-    """Prints the closing table of a distillation: its teacher, the runs `beside`, itself; and two samples.
-
-    The columns are kept in the run's table.json.
-    """
-    judge, objective = open_judge(folder, device), read_run(folder)[1]["objective"]
-    columns = {}
-    if judge.clips:
-        print0(f"measuring retrieval on {len(judge.clips[1]):,} held-out clips")
-    if judge.bert and objective != "none":
-        columns["teacher"] = measure_teacher(judge, device)
-    for run in (*beside, folder):
-        name = read_run(run)[1]["objective"]
-        columns["text-only" if name == "none" else name] = measure(run, judge, device)
-    columns = {name: column for name, column in columns.items() if any(column.values())}
-    n_clips = len(judge.clips[1]) if judge.clips else 0
-    print0(f"\n{closing_table(columns, n_clips)}\n")
-    write_json(Path(folder) / "table.json", {"columns": columns, "clips": n_clips})
-    if objective == "none" or not judge.latents:
-        return
-    bert = load_bert(Path(folder) / "model").to(device)
-    head, vocab = load_mlm_head(Path(folder) / "model", bert).to(device), judge.val.vocab
-    ids, place = judge.val.batch([0])["ids"][0], judge.cfg.block_size // 2
-    text, words = fill_in(bert, head, vocab, ids, place, device)
-    print0(f"fills in   {text}\n           " + ", ".join(f"{w} {100 * p:.0f}%" for w, p in words)
-           + f" (it was {vocab.decode([int(ids[place])])})")
-    if judge.clips:
-        states = clip_states(judge.latents, judge.clips[1])
-        found = describe(states[columns[objective]["retrieval"]["nearest"][0]])
-        print0(f"retrieves  {states[0]['text']}\n           {found}\n")
-
-
-@torch.no_grad()
-def fill_in(bert, head, vocab, ids, place, device):
-    """Text of a sequence ids (T,) with [MASK] at `place`, and the three likeliest words: [(word, share)]."""
-    masked = ids.clone()
-    masked[place] = vocab.mask
-    best = head(bert(masked[None].to(device))[0, place]).float().softmax(-1).topk(3)
-    text = vocab.decode(masked[1:-1].tolist())
-    return text, [(vocab.decode([i]), p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
-
-
-def clip_states(latents, clips):
-    """The latent state of each of the demo's held-out clips, by the caption that it begins with."""
-    return [latents["clips"][c] for c in clips.captions(np.arange(len(clips)))]
-
-
-def describe(state):
-    """One line on a clip's latent state."""
-    effect = f", it {state['effect']}" if state["effect"] else ""
-    return (f"{state['size']} {state['colour']} {state['material']} {state['noun']}, {state['scene']}: "
-            f"{state['action']}{effect} ({state['order']})")
-
-
-def closing_table(columns, n_clips):
-    """Text of the closing table.
-
-    columns: {model: {"mlm_loss", "mlm_accuracy", "neighbours", "retrieval", "probes"}}, what was not measured
-    missing or None; n_clips: held-out clips, 0 without retrieval. All but the loss in percent.
-    """
-    def percent(value):
-        return "-" if value is None else f"{100 * value:.1f}"
-
-    def shares(found):
-        return "-" if found is None else " / ".join(percent(found[k]) for k in ("1", "5", "10"))
-
-    every = list(columns.values())
-    loss = ["-" if column.get("mlm_loss") is None else f"{column['mlm_loss']:.3f}" for column in every]
-    rows = [["", *columns, "chance"], ["masked words: loss", *loss, "-"],
-            ["masked words: accuracy", *(percent(column.get("mlm_accuracy")) for column in every), "-"],
-            ["10 nearest blocks shared with the teacher",
-             *(percent(column.get("neighbours")) for column in every), "-"]]
-    spaces = {"aligned": "aligned space", "mean state": "mean state as it is", "ridge": "after one ridge map"}
-    for space, title in spaces.items():
-        if n_clips:
-            rows.append([f"text-to-video R@1/5/10: {title}",
-                         *(shares(column["retrieval"][space]) for column in every),
-                         shares({str(k): k / n_clips for k in (1, 5, 10)})])
-    for name, chance in (every[-1].get("probes") or {}).items():
-        for kind, title in (("linear", "linear probe"), ("neighbours", "5 nearest nouns")):
-            rows.append([f"{name} of held-out nouns: {title}",
-                         *(percent(column["probes"][name][kind]) for column in every),
-                         percent(chance[kind + "_chance"])])
-    return common.table(rows)
-
-
-def tasks_table(rows, tasks):
-    """Text of the demo's table of tasks: accuracy on held-out / seen nouns, medians over the runs.
-
-    rows: {model: {task: results of its runs}}.
-    """
-    def median(runs, name):
-        return sorted(run["scores"][name]["accuracy"] for run in runs)[(len(runs) - 1) // 2]
-    runs = max(len(found) for row in rows.values() for found in row.values())
-    lines = [[f"median of {runs}: held-out / seen", *(task.title for task in tasks), "average"]]
-    for row, found in rows.items():
-        cells = [[median(found[task.name], name) for task in tasks] for name in ("", "seen")]  # (2, tasks)
-        lines.append([row, *(f"{held:.1f} / {seen:.1f}" for held, seen in
-                             zip(*([*x, np.mean(x)] for x in cells)))])
-    chance = [100 / len(task.words) for task in tasks]
-    lines.append(["chance", *(f"{x:.1f}" for x in [*chance, np.mean(chance)])])
-    return common.table(lines)
-
-
-def seeds_table(title, rows, against, chance):
-    """Text of a table of means over seeds, with their standard deviation.
-
-    rows: {model: {column: [a value a seed]}}; against: the row that the others are compared with: a star
-    marks a mean that differs from its by more than twice the pooled standard deviation, see differs.
-    """
-    def cell(values, others):
-        spread = f" ±{np.std(values, ddof=1):4.1f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.1f}{spread:6}{'*' if differs(values, others) else ' '}"
-    lines = [[title, *rows[against]]]
-    lines += [[row, *(cell(values, rows[against][column]) for column, values in columns.items())]
-              for row, columns in rows.items()]
-    return common.table([*lines, ["chance", *(cell([x], []) for x in chance)]])
-
-
-def differs(values, others):
-    """Whether two means differ by more than twice the pooled standard deviation of single values:
-    sqrt((s^2 + s'^2) / 2) of equally many seeds; False below two seeds."""
-    if min(len(values), len(others)) < 2:
-        return False
-    pooled = np.sqrt((np.var(values, ddof=1) + np.var(others, ddof=1)) / 2)
-    return bool(abs(np.mean(values) - np.mean(others)) > 2 * pooled)
-
-
-def close_adaptation(runs, path):
-    """Prints what adaptations have passed on: probes of the encoder, and accuracy on the demo's tasks.
-
-    runs: {row: [(folder of the adaptation, folder of its fine-tuning) of each seed]}, the first row without
-    CLIP; path: of the json that keeps the numbers.
-    """
-    against, found, scored = next(iter(runs)), {}, {}
-    for row, seeds in runs.items():
-        results = [read_run(folder)[1] for folder, _ in seeds]
-        found[row] = {name: [100 * run["probes"][name]["linear"] for run in results] for name in PERCEPTUAL}
-        tasks = {task.title: [read_json(Path(folder, task.name, "results.json"))["runs"][0]["scores"]
-                              for _, folder in seeds] for task in (TASKS[name] for name in DEMO_TASKS)}
-        columns = {title: [scores[""]["accuracy"] for scores in values] for title, values in tasks.items()}
-        seen = [[scores["seen"]["accuracy"] for scores in values] for values in tasks.values()]
-        scored[row] = columns | {"average": np.mean(list(columns.values()), 0).tolist(),
-                                 "seen nouns": np.mean(seen, 0).tolist()}
-    log = [parse_json(line) for line in read_text(Path(runs[against][0][0], "log.jsonl")).splitlines()]
-    start = next(line for line in log if "probe_material" in line)  # before the first step
-    before = {"before": {name: [100 * start[f"probe_{name}"]] for name in PERCEPTUAL}}
-    any_run = read_run(runs[against][0][0])[1]
-    chance = [100 * any_run["probes"][name]["linear_chance"] for name in PERCEPTUAL]
-    by_luck = [100 / len(TASKS[name].words) for name in DEMO_TASKS]
-    by_luck += [float(np.mean(by_luck))] * 2
-    print0("\n" + seeds_table("probe of held-out nouns, %", before | found, against, chance))
-    print0("\n" + seeds_table("held-out nouns, accuracy, %", scored, against, by_luck))
-    print0(f"\nmean ± standard deviation of {len(runs[against])} seeds; * differs from {against} by more "
-           "than twice the pooled standard deviation\n")
-    write_json(path, {"probes": before | found, "tasks": scored})
-
-
-def table(runs, device):
-    """Prints a row a distillation: masked words, retrieval after the ridge map, and probes of held-out nouns
-    (linear / 5 nearest), all but the loss in percent."""
-    rows = []
-    for run in common.progress(runs, len(runs), " runs", "measure"):
-        found = measure(run, open_judge(run, device), device)
-        row = {"run": Path(run).name, "mlm loss": f"{found['mlm_loss']:.3f}",
-               "accuracy": f"{100 * found['mlm_accuracy']:.1f}"}
-        if "retrieval" in found:
-            row["ridge R@10"] = f"{100 * found['retrieval']['ridge']['10']:.1f}"
-        if found.get("neighbours") is not None:
-            row["teacher's neighbours"] = f"{100 * found['neighbours']:.1f}"
-        for name, probe in (found["probes"] or {}).items():
-            row[name] = f"{100 * probe['linear']:.1f} / {100 * probe['neighbours']:.1f}"
-        rows.append(row)
-    columns = max(rows, key=len)
-    print(common.table([list(columns), *([row.get(key, "-") for key in columns] for row in rows)]))
-
-
-# ---------------------------------------------------------------------------- figures
-
-
-def newest_run(out="out"):
-    """The folder of the latest distillation with a closing table, by its stored finish time."""
-    kinds = {"finished": (int, float)}
-    found = [(read_settings(path.with_name("results.json"), kinds)["finished"], path.parent)
-             for path in Path(out).glob("distill-*/table.json")]
-    if not found:
-        raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd")
-    return max(found)[1]
-
-
-def read_table(run):
-    """table.json of a distillation."""
-    advice = "give the folder of a finished run of distill.py"
-    return read_settings(Path(run) / "table.json", {"columns": dict, "clips": int}, advice)
-
-
-def grid(rows, columns, width, height):
-    """A matplotlib figure of rows x columns panels of width x height inches, without a screen; its axes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    return plt.subplots(rows, columns, figsize=(width * columns, height * rows), constrained_layout=True,
-                        squeeze=False)
-
-
-def curves(run, out):
-    """PNG of a distillation: its terms, the gradient that each sends, and what each model has learned."""
-    closing = read_table(run)
-    lines = [parse_json(line) for line in read_text(Path(run) / "log.jsonl").splitlines()]
-    terms, gradients, validation = ([line for line in lines if key in line]
-                                    for key in ("lr", "gradient_mlm", "val_mlm_loss"))
-    if not terms or not gradients:
-        raise SystemExit(f"{run}/log.jsonl: too few steps to draw; train for more than --log_every")
-    columns = closing["columns"]
-    own = list(columns.values())[-1]
-    has_retrieval = all(column.get("retrieval") for column in columns.values())
-    figure, ((decline, gradient, *rest),) = grid(1, 2 + has_retrieval + bool(own["probes"]), 4.3, 3.8)
-    for name in (key.removeprefix("gradient_") for key in gradients[0] if key != "step"):
-        values = np.array([line[name] for line in terms])
-        decline.plot([line["step"] for line in terms], values / values[0],
-                     label=f"{name} (from {values[0]:.3g})")
-        gradient.plot([line["step"] for line in gradients], [line["gradient_" + name] for line in gradients],
-                      "o-", label=name)
-    decline.plot([line["step"] for line in validation],
-                 [line["val_mlm_loss"] / terms[0]["mlm"] for line in validation], "k.--",
-                 label="mlm, held-out text")
-    decline.set(title="terms, relative to their start", xlabel="step", ylim=(0, 1.1))
-    gradient.set(title="weighted gradient into the last states", xlabel="step", yscale="log")
-    if has_retrieval:
-        bars(rest[0], "text-to-video recall after one ridge map, %", [f"R@{k}" for k in (1, 5, 10)],
-             {model: [100 * column["retrieval"]["ridge"][str(k)] for k in (1, 5, 10)]
-              for model, column in columns.items()}, [100 * k / closing["clips"] for k in (1, 5, 10)])
-    if own["probes"]:
-        bars(rest[-1], "linear probe of held-out nouns, %", list(own["probes"]),
-             {model: [100 * found["linear"] for found in column["probes"].values()]
-              for model, column in columns.items()},
-             [100 * found["linear_chance"] for found in own["probes"].values()])
-    for axis in figure.axes:
-        axis.title.set_fontsize(10)
-        axis.legend(fontsize=8, frameon=False, loc="upper right", ncols=2 if axis in rest else 1)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=110)
-    print(f"wrote {out}: {run}")
-
-
-def bars(axis, title, groups, values, chance):
-    """Grouped bars: a group a measure, a bar a model, a line at chance. values: {model: [one a group]}."""
-    width = 0.8 / len(values)
-    for i, (model, heights) in enumerate(values.items()):
-        axis.bar(np.arange(len(groups)) + (i - (len(values) - 1) / 2) * width, heights, width, label=model)
-    for x, level in enumerate(chance):
-        axis.plot([x - 0.42, x + 0.42], [level, level], "k:", label="chance" if x == 0 else None)
-    axis.set(title=title, xticks=range(len(groups)), xticklabels=groups, ylim=(0, 125),
-             yticks=range(0, 101, 20))
-
-
-# how a clip is drawn: the material as a form (corners, 0 polygon or 1 star), the size as its size
-FORMS = {"glass": (3, 0), "ceramic": (4, 0), "metal": (5, 0), "wood": (6, 0), "stone": (8, 0),
-         "cloth": (3, 1), "paper": (4, 1), "plastic": (5, 1), "rubber": (6, 1), "wax": (8, 1)}
-SIZES = {"small": 60, "medium": 160, "large": 340}
-
-
-def draw_clip(axis, state, mark):
-    """A clip of the demo as six frames: form = material, colour, size; it turns (spins) or leans (tilts)
-    around the middle, and pales from the fourth second on where the action has an effect."""
-    for second in range(6):
-        turn = {2: 20, 3: 40, 4: 60}.get(second, 0)
-        spins = state["order"] == "spins first"
-        axis.scatter(second, 0 if spins else turn / 150, SIZES[state["size"]], state["colour"],
-                     marker=(*FORMS[state["material"]], turn if spins else 0),
-                     alpha=0.4 if state["effect"] and second > 2 else 0.9)
-    axis.set(xlim=(-0.7, 5.7), ylim=(-0.8, 0.8), xticks=[], yticks=[])
-    axis.set_xlabel(describe(state), fontsize=6.5, labelpad=2)
-    for side in axis.spines.values():
-        side.set_color(mark)
-
-
-def clips(run, out, rows=6):
+def clips(run="", out="", rows=6):
     """PNG of held-out captions of the demo, each with its own clip and what every model retrieves first.
 
     A frame is green where the clip is the caption's own, blue where it shows the same noun, grey elsewhere.
     """
+    run = run or newest_run()
     closing, judge = read_table(run), open_judge(run, torch.device("cpu"))
     if not judge.latents or not judge.clips:
         raise SystemExit(f"{run}: not a distillation on the demo world; only its clips can be drawn")
@@ -424,27 +39,37 @@ def clips(run, out, rows=6):
                       "blue" if state["noun"] == states[i]["noun"] else "lightgrey")
             if row == 0:
                 axes[row, column].set_title(f"{name} retrieves", fontsize=8)
-    figure.savefig(out, dpi=110)
-    print(f"wrote {out}: {run}")
+    save(figure, out, {"run": str(run), "clips": models})
+
+
+def parse(argv=None):
+    """(function, its arguments by name) of the command in `argv`."""
+    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function, text, figure=True):
+        one = commands.add_parser(function.__name__, help=text, description=text, allow_abbrev=False)
+        one.set_defaults(function=function)
+        if figure:
+            one.add_argument("--out", default=f"out/figures/{function.__name__}.png",
+                             help="the PNG to write, a json beside it (default %(default)s)")
+        return one.add_argument
+
+    add = command(table, "the results of several distillations, a row each", figure=False)
+    add("runs", nargs="+", help="folders of finished runs")
+    add = command(curves, "figure of a distillation's curves and of what was learned")
+    add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    add = command(clips, "figure of the clips that each model retrieves for held-out captions")
+    add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    flags = vars(parser.parse_args(argv))
+    del flags["command"]
+    return flags.pop("function"), flags
 
 
 @common.one_line_end()
 def main(argv=None):
-    parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("curves", "figure of a distillation's curves and of what was learned"),
-                       ("clips", "figure of the clips that each model retrieves for held-out captions")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("run", nargs="?", help="folder of a finished run; default: the newest in out/")
-        command.add_argument("--out", default=f"docs/{name}.png", help="the PNG to write")
-    command = commands.add_parser("table", help="the results of several runs, a row each")
-    command.add_argument("runs", nargs="+", help="folders of finished runs")
-    args = parser.parse_args(argv)
-    if args.command == "table":
-        table(args.runs, init_ranks().device)
-    else:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        {"curves": curves, "clips": clips}[args.command](args.run or newest_run(), args.out)
+    function, flags = parse(argv)
+    function(**flags)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 import adapt_xdbert as adapt_script
-import analyze
 import distill as distill_script
 import finetune as finetune_script
 import teacher as teacher_script
+from analyses.closing import close, close_adaptation, open_clips, tasks_table
 from common import peek_json, print0, read_settings, stored_config, write_json
 from data import open_vocab
 from parts.machine import init_ranks, side_by_side
@@ -57,12 +57,12 @@ def distill(cfg):
     if cfg.videos and cfg.teacher:  # what the closing table needs must fit before the training
         paired = distill_script.is_paired(cfg.teacher, distill_script.vocab_of_text(cfg.train))
         model = None if paired else model_folder(cfg.teacher, "--teacher")
-        if not (model and analyze.open_clips(cfg.videos, model, load_vocab(model))) and asked:
+        if not (model and open_clips(cfg.videos, model, load_vocab(model))) and asked:
             raise SystemExit(f"--videos {asked}: nothing reads them, as --teacher {cfg.teacher} has no video "
                              "encoder or reads other tokens; leave --videos out, or give a run of teacher.py")
     results = distill_script.main(cfg)
     if not cfg.eval_only and ranks.main:
-        analyze.close(folder, beside, ranks.device)
+        close(folder, beside, ranks.device)
     ranks.barrier()
     return results
 
@@ -189,7 +189,7 @@ def adaptation_rows(cfg, ranks, seeds=3):
         for script, one in (stage for job in jobs for stage in job):
             script.main(one)
     if ranks.main:
-        analyze.close_adaptation(runs, Path(cfg.out_dir, "table.json"))
+        close_adaptation(runs, Path(cfg.out_dir, "table.json"))
 
 
 def command(script, cfg):
@@ -266,7 +266,7 @@ def model_of(row, newest, cfg, world):
 
 def close_tasks(rows, path, ranks):
     """Prints the table of rows fine-tuned on the demo's tasks, and writes their runs."""
-    print0(f"\n{analyze.tasks_table(rows, [TASKS[name] for name in next(iter(rows.values()))])}\n")
+    print0(f"\n{tasks_table(rows, [TASKS[name] for name in next(iter(rows.values()))])}\n")
     if ranks.main:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, rows)

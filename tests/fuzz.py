@@ -41,9 +41,9 @@ from conftest import TINY_WORDS, tiny_clip_vocab, tiny_squad, tiny_tower, write_
 from test_run import Config as RunConfig
 from test_weights import IMAGE, OpenAIText
 
-import analyze
 import data
 import finetune
+from analyses import closing
 from common import one_line_end
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, MLMHead, TaskModel, VideoEncoder
 from parts import tasks, vocab, weights
@@ -277,8 +277,8 @@ def read_checkpoint(path):
 def read_run_folder(path):
     os.chdir(path.parents[2])
     read_run(path.parent)
-    analyze.read_table(path.parent)
-    analyze.newest_run()
+    closing.read_table(path.parent)
+    closing.newest_run()
     finetune.median_run_of(path.parent)
     chain.newest_student(finetune.Config(), VOCAB)
     Run(RunConfig(resume="auto"), path.parent, ALONE, {"train": "x"}).finished()
@@ -344,9 +344,9 @@ READERS = {
     "cross-modal model": (make_models, "cross/cross.*", lambda path: weights.load_xdbert(path.parent)),
     "video encoder": (make_models, "video/*", lambda path: weights.load_video_encoder(path.parent)),
     "teacher's clips": (make_teacher, "teacher/*.json",
-                        lambda path: analyze.open_clips(path.parents[1] / "videos.h5", path.parent, VOCAB)),
+                        lambda path: closing.open_clips(path.parents[1] / "videos.h5", path.parent, VOCAB)),
     "fine-tuned model": (make_models, "[cs][lp]a*/[cm]*", lambda path: weights.load_task_model(path.parent)),
-    "heads": (make_models, "heads/model/*", lambda path: analyze.aligned_space(path.parents[1], "mlm+crd")),
+    "heads": (make_models, "heads/model/*", lambda path: closing.aligned_space(path.parents[1], "mlm+crd")),
     "checkpoint": (make_runs, "run/*.pt", read_checkpoint),
     "run folder": (make_runs, "out/*/*.json", read_run_folder),
     "GLUE's tables": (make_tasks, "*.tsv", read_task),

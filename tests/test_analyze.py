@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 import analyze
+import data
+from analyses import closing, figures
 from run import FORMAT
 
 
@@ -23,13 +25,13 @@ def results(scale):
 
 
 def test_closing_table_is_aligned_and_shows_chance():
-    text = analyze.closing_table({"text-only": results(1), "nst+crd": results(2)}, 500)
+    text = closing.closing_table({"text-only": results(1), "nst+crd": results(2)}, 500)
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert re.search(r"ridge map +10.0 / 20.0 / 30.0 +20.0 / 40.0 / 60.0 +0.2 / 1.0 / 2.0", text)
     assert "aligned space" in text
     assert re.search(r"order of held-out nouns: linear probe +50.0 +50.0 +10.0", text)
-    bare = analyze.closing_table({"text-only": {"mlm_loss": 3.0, "mlm_accuracy": 0.1}}, 0)
+    bare = closing.closing_table({"text-only": {"mlm_loss": 3.0, "mlm_accuracy": 0.1}}, 0)
     assert "3.000" in bare and "text-to-video" not in bare
 
 
@@ -50,16 +52,16 @@ def test_figure_of_a_run_is_drawn(tmp_path):
 
 def test_difference_counts_above_twice_the_pooled_deviation_of_the_seeds():
     """By hand: deviations 1 and 2, pooled sqrt((1 + 4) / 2) = 1.58."""
-    assert analyze.differs([1, 2, 3], [4.2, 6.2, 8.2]) and analyze.differs([4.2, 6.2, 8.2], [1, 2, 3])
-    assert not analyze.differs([1, 2, 3], [3.1, 5.1, 7.1]) and not analyze.differs([1, 2, 3], [1, 2, 3])
-    assert not analyze.differs([1], [50]) and not analyze.differs([1, 2], [50])
+    assert closing.differs([1, 2, 3], [4.2, 6.2, 8.2]) and closing.differs([4.2, 6.2, 8.2], [1, 2, 3])
+    assert not closing.differs([1, 2, 3], [3.1, 5.1, 7.1]) and not closing.differs([1, 2, 3], [1, 2, 3])
+    assert not closing.differs([1], [50]) and not closing.differs([1, 2], [50])
 
 
 def test_table_of_seeds_has_means_deviations_and_stars():
     rows = {"before": {"material": [10.0], "order": [50.0]},
             "text": {"material": [9.0, 10.0, 11.0], "order": [50.0, 60.0, 40.0]},
             "itc": {"material": [70.0, 72.0, 74.0], "order": [60.0, 80.0, 70.0]}}
-    text = analyze.seeds_table("probe", rows, "text", [10, 50])
+    text = closing.seeds_table("probe", rows, "text", [10, 50])
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1 and lines[0].split() == ["probe", "material", "order"]
     assert [line.split() for line in lines[2:]] == [
@@ -73,7 +75,7 @@ def test_tasks_table_has_medians_of_both_sets_and_chance():
 
     def runs(*pairs):
         return [{"scores": {"": {"accuracy": held}, "seen": {"accuracy": seen}}} for held, seen in pairs]
-    text = analyze.tasks_table({"distilled": {"mishap": runs((50, 90), (70, 80), (60, 100)),
+    text = closing.tasks_table({"distilled": {"mishap": runs((50, 90), (70, 80), (60, 100)),
                                               "four": runs((30, 40), (20, 60), (40, 50))}}, tasks)
     head, _, row, chance = text.splitlines()
     assert head.startswith("median of 3: held-out / seen") and head.endswith("average")
@@ -82,14 +84,14 @@ def test_tasks_table_has_medians_of_both_sets_and_chance():
 
 
 def test_clips_of_the_demo_are_drawn_and_described(demo, teacher_run, tmp_path):
-    held_out = analyze.data.VideoClips(demo / "demo-s0" / "videos.h5", 24, part="val", val_clips=500)
+    held_out = data.VideoClips(demo / "demo-s0" / "videos.h5", 24, part="val", val_clips=500)
     latents = json.loads((demo / "demo-s0" / "raw" / "latents.json").read_text())
-    states = analyze.clip_states(latents, held_out)
+    states = figures.clip_states(latents, held_out)
     assert len(states) == len(held_out)
     texts = [held_out.vocab.decode(row[mask][1:-1].tolist()) for row, mask in
              zip(*(held_out.clips(np.arange(40))[k] for k in ("ids", "mask")))]
     assert texts == [state["text"] for state in states[:40]]
-    assert states[0]["material"] in analyze.describe(states[0])
+    assert states[0]["material"] in figures.describe(states[0])
     run = tmp_path / "run"
     run.mkdir()
     column = results(1) | {"retrieval": {"nearest": list(range(len(held_out)))}}

@@ -16,11 +16,11 @@ from test_ddp import QUICK_ADAPTATION, flat, log_lines, pairs_and_tower, seen
 from test_scripts import EVERY, saved, stop_at
 
 import adapt_xdbert
-import analyze
 import distill
 import finetune
 import losses
 import teacher
+from analyses import closing
 from common import keyed_integers, read_json
 from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
 
@@ -66,7 +66,7 @@ def test_student_learns_on_the_gpu(distill_config, dtype):
 def test_closing_table_is_measured_on_the_gpu(distill_config, teacher_run, demo, capsys, objective):
     cfg = distill_config(objective=objective, videos=str(demo / "demo-s0" / "videos.h5"), device="cuda")
     distill.main(cfg)
-    analyze.close(cfg.out_dir, [], torch.device("cuda"))
+    closing.close(cfg.out_dir, [], torch.device("cuda"))
     columns = read_json(Path(cfg.out_dir) / "table.json")["columns"]
     assert columns["teacher"]["mlm_loss"] > 0 and columns["teacher"]["probes"]
     assert all(columns[objective]["retrieval"][space] for space in ("aligned", "ridge"))
