@@ -123,32 +123,50 @@ def return_freed_memory():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def side_by_side(jobs):
-    """Runs jobs, each a list of commands one after the other, in as many processes as there are cores, each
-    of one thread. Where a command fails or this process is stopped the others are ended, too."""
-    waiting, running, shown = [list(job) for job in jobs], {}, 0.0
-    bar = progress(None, sum(map(len, jobs)), " commands", "side by side")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores():
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def side_by_side(jobs, needs={}, workers=0, logs=None):
+    """Runs commands, {name: argv}, in `workers` processes, as many as cores where 0; these share the cores.
+
+    needs: {name: names of the jobs that must have ended well before}. logs: folder that keeps what each job
+    says, in <name>.txt; then one that fails stops only those that need it, else it ends all of them. ->
+    {name: why it failed}. Where this process is stopped the jobs are ended, too.
+    """
+    waiting, running, failed, shown = dict(jobs), {}, {}, 0.0
+    workers = workers or cores()
+    threads = str(max(1, cores() // workers))
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    bar = progress(None, len(jobs), " commands", "side by side")
     try:
         while waiting or running:
-            while waiting and len(running) < cores:
-                job, output = waiting.pop(0), tempfile.TemporaryFile("w+")
-                process = subprocess.Popen(job[0], stdin=subprocess.DEVNULL, stdout=output,
-                                           stderr=subprocess.STDOUT, env=environment)
-                running[process] = job, output
+            ready = [name for name in waiting if not any(
+                need in waiting or need in running.values() for need in needs.get(name, ()))]
+            for name in ready:
+                if lost := [need for need in needs.get(name, ()) if need in failed]:
+                    del waiting[name]
+                    failed[name] = f"not run, as {lost[0]} failed"
+                    bar.update()
+                elif len(running) < workers:
+                    output = open(logs / f"{name}.txt", "w+") if logs else tempfile.TemporaryFile("w+")
+                    process = subprocess.Popen(waiting.pop(name), stdin=subprocess.DEVNULL, stdout=output,
+                                               stderr=subprocess.STDOUT, env=environment)
+                    process.output, running[process] = output, name
             time.sleep(0.1)
             if time.monotonic() > shown + 5:  # the first command may take minutes
                 bar.refresh()
                 shown = time.monotonic()
             for process in [process for process in running if process.poll() is not None]:
-                job, output = running.pop(process)
-                if process.returncode:
+                name = running.pop(process)
+                with process.output as output:
                     output.seek(0)
-                    lines = output.read().splitlines() or [f"exit status {process.returncode}"]
-                    raise SystemExit(f"{shlex.join(job[0])}: {lines[-1]}")
-                output.close()
-                waiting[:0] = [job[1:]] if job[1:] else []
+                    lines = [line for line in output.read().splitlines() if line.strip()]
+                if process.returncode:
+                    failed[name] = lines[-1] if lines else f"exit status {process.returncode}"
+                    if not logs:
+                        raise SystemExit(f"{shlex.join(map(str, process.args))}: {failed[name]}")
                 bar.update()
     finally:
         bar.close()
@@ -156,6 +174,8 @@ def side_by_side(jobs):
             process.terminate()
         for process in running:
             process.wait()
+            process.output.close()
+    return failed
 
 
 # ---------------------------------------------------------------------------- speed and memory

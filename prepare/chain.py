@@ -170,7 +170,7 @@ def adaptation_rows(cfg, ranks, seeds=3):
         with_itc = replace(cfg, objective=f"{cfg.objective}+itc", out_dir="")
         name = adapt_script.run_folder(with_itc).name
         rows[with_itc.objective] = replace(with_itc, out_dir=str(out / name))
-    jobs, runs = [], {}
+    jobs, needs, runs = {}, {}, {}
     for row, run in rows.items():
         for seed in range(cfg.seed, cfg.seed + seeds):
             of_seed = f"-seed{seed}" if seed > cfg.seed else ""
@@ -180,13 +180,14 @@ def adaptation_rows(cfg, ranks, seeds=3):
             tune = finetune_script.Config(
                 data_dir=cfg.data_dir, device=cfg.device, seed=cfg.seed, seeds=1, model=one.out_dir,
                 out_dir=str(out / "finetune" / Path(one.out_dir).name))
-            jobs.append([(adapt_script, one), (finetune_script, tune)])
+            jobs |= {one.out_dir: (adapt_script, one), tune.out_dir: (finetune_script, tune)}
+            needs[tune.out_dir] = [one.out_dir]
             runs.setdefault(row, []).append((one.out_dir, tune.out_dir))
     print0(f"table: {len(rows)} rows of {seeds} seeds, each adapted and fine-tuned on the demo's tasks")
     if ranks.size == 1 and ranks.device.type == "cpu":
-        side_by_side([[command(*stage) for stage in job] for job in jobs])
+        side_by_side({name: command(*job) for name, job in jobs.items()}, needs)
     else:
-        for script, one in (stage for job in jobs for stage in job):
+        for script, one in jobs.values():
             script.main(one)
     if ranks.main:
         close_adaptation(runs, Path(cfg.out_dir, "table.json"))

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from parts.machine import (PEAK_TFLOPS, Ranks, flops_per_token, init_ranks, keep_freed_memory,
+from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, init_ranks, keep_freed_memory,
                            memory_report, peak_flops, return_freed_memory, side_by_side)
 from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, run_script,
                  save_checkpoint, steps_of)
@@ -543,12 +543,12 @@ def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path, monke
     code = ("import os, sys, time; a, b = sys.argv[1:]\n"
             f"while os.path.basename(a) == 'a' and not os.path.exists({str(tmp_path / 'b11')!r}): time.sleep(0.01)\n"
             "open(b, 'w').write(open(a).read() + os.environ['OMP_NUM_THREADS'])")
-    jobs = []
+    jobs, needs = {}, {"a2": ["a1"], "b2": ["b1"], "c2": ["c1"]}
     for name in "abc":
         (tmp_path / name).write_text(name)
-        jobs.append([[sys.executable, "-c", code, tmp_path / f"{name}{'1' * i}", tmp_path / f"{name}{'1' * (i + 1)}"]
-                     for i in range(2)])
-    side_by_side(jobs)
+        jobs |= {f"{name}{i + 1}": [sys.executable, "-c", code, tmp_path / f"{name}{'1' * i}", tmp_path / f"{name}{'1' * (i + 1)}"]
+                 for i in range(2)}
+    assert side_by_side(jobs, needs) == {}
     assert [(tmp_path / f"{name}11").read_text() for name in "abc"] == ["a11", "b11", "c11"]
 
 
@@ -559,8 +559,20 @@ def test_command_that_fails_ends_the_others_with_its_last_line(tmp_path, monkeyp
              "print('so far'); sys.exit('no such thing')")
     began = time.monotonic()
     with pytest.raises(SystemExit, match="no such thing$"):
-        side_by_side([[[sys.executable, "-c", waits]], [[sys.executable, "-c", fails], ["never"]]])
+        side_by_side({"waits": [sys.executable, "-c", waits], "fails": [sys.executable, "-c", fails], "after": ["never"]},
+                     {"after": ["fails"]})
     assert time.monotonic() - began < 50
+
+
+def test_command_that_fails_stops_only_what_needs_it_where_logs_are_kept(tmp_path):
+    """One worker: the jobs run in their order, and the log keeps all that one said."""
+    jobs = {"fails": [sys.executable, "-c", "import sys; print('so far'); sys.exit('no such thing')"], "silent": ["false"],
+            "after": ["never"], "last": ["never"], "other": [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]}
+    failed = side_by_side(jobs, {"after": ["fails"], "last": ["after", "other"]}, workers=1, logs=tmp_path)
+    assert failed == {"fails": "no such thing", "silent": "exit status 1", "after": "not run, as fails failed",
+                      "last": "not run, as after failed"}
+    assert (tmp_path / "fails.txt").read_text() == "so far\nno such thing\n"
+    assert int((tmp_path / "other.txt").read_text()) == cores()
 
 
 def test_hash_of_a_teacher_tells_its_vokens_and_video_encoder(tmp_path):

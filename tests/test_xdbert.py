@@ -4,7 +4,6 @@ Run: python -m pytest -q tests/test_xdbert.py
 """
 import dataclasses
 import functools
-import itertools
 import json
 import re
 import shutil
@@ -428,10 +427,10 @@ def test_training_flags_choose_the_preset():
     assert parse("--preset demo --train x.h5").block_size == 24
 
 
-def run_here(jobs):
+def run_here(jobs, needs):
     """side_by_side in this process: the commands do what they say."""
     modules = {"adapt_xdbert.py": adapt_xdbert, "finetune.py": finetune}
-    for argv in itertools.chain(*jobs):
+    for argv in jobs.values():
         module = modules[Path(argv[1]).name]
         module.main(common.parse_cli(module.Config, module.PRESETS, argv[2:], module.NEEDS))
 
@@ -463,13 +462,13 @@ def test_demo_compares_seeds_of_text_alone_the_papers_three_and_itc(parts, demo,
 
 
 def test_own_objective_is_compared_with_text_alone(config, tmp_path, monkeypatch):
-    jobs = []
-    monkeypatch.setattr(chain, "side_by_side", jobs.extend)
-    monkeypatch.setattr(chain.analyze, "close_adaptation", lambda runs, path: jobs.append(list(runs)))
+    asked, rows = [], []
+    monkeypatch.setattr(chain, "side_by_side", lambda *given: asked.extend(given))
+    monkeypatch.setattr(chain, "close_adaptation", lambda runs, path: rows.extend(runs))
     chain.adaptation_rows(config(objective="mlm+itc", cross_layers=0, max_minutes=3.0), init_ranks("cpu"))
-    *jobs, rows = jobs
-    assert rows == ["as much text alone", "mlm+itc"] and len(jobs) == 6
-    adapt, tune = jobs[-1]
+    (jobs, needs), (*_, (last, adapt_first)) = asked, asked[1].items()
+    assert rows == ["as much text alone", "mlm+itc"] and len(jobs) == 12 and len(needs) == 6
+    adapt, tune = jobs[adapt_first[0]], jobs[last]
     assert {"--objective=mlm+itc", "--cross_layers=0", "--seed=2", "--resume=auto", "--preset=demo"} <= set(adapt)
     assert not [flag for flag in adapt if "minutes" in flag] and "--seeds=1" in tune and "--seed=0" not in tune
 
