@@ -412,16 +412,25 @@ def open_parts(cfg):
         "language encoder": language_hash, "CLIP": tower_hash}
 
 
-def parts_table(model):
-    """Text of a table: the parameters of each part; heads are not in the total, as in the paper's Table 6."""
-    def size(part):
-        return sum(p.numel() for p in part.parameters())
+def size(part):
+    """Parameters of a module."""
+    return sum(p.numel() for p in part.parameters())
+
+
+def part_sizes(model):
+    """{part of an Adapter: its parameters}, without heads, as in the paper's Table 6."""
     parts = {"language encoder": size(model.language)}
     if model.tower:
         parts["CLIP's text tower"] = size(model.tower)
     if model.crossed:
         cross = model.encoder.cross
         parts[f"cross-modal encoder, {len(cross.text)} layers"] = size(cross)
+    return parts
+
+
+def parts_table(model):
+    """Text of a table: the parameters of each part; heads are not in the total."""
+    parts = part_sizes(model)
     rows = [[name, f"{n:,}"] for name, n in parts.items()] + [["total", f"{sum(parts.values()):,}"]]
     # tied weights count once, with their encoder
     rows.append(["heads, not in the total", f"{size(model) - sum(parts.values()):,}"])
@@ -433,12 +442,17 @@ def dry_run(cfg):
     if cfg.language not in LANGUAGE or not cfg.no_clip and cfg.clip != "random":
         raise SystemExit(f"--dry_run builds from configurations: give --language {', '.join(LANGUAGE)} and "
                          "--clip random (or --no_clip)")
-    with torch.device("meta"):
-        config = LANGUAGE[cfg.language]
-        model = Adapter(cfg, BERT(config, pooler=config.model_type == "bert"),
-                        None if cfg.no_clip else CLIPText(CLIPConfig()), None)
+    model = empty_model(cfg)
     print0(parts_table(model))
     return model
+
+
+def empty_model(cfg):
+    """The Adapter of --dry_run's configurations, whose parameters take no memory."""
+    with torch.device("meta"):
+        config = LANGUAGE[cfg.language]
+        return Adapter(cfg, BERT(config, pooler=config.model_type == "bert"),
+                       None if cfg.no_clip else CLIPText(CLIPConfig()), None)
 
 
 def flops_of(model, cfg, length, used):

@@ -57,8 +57,8 @@ def parse(argv=None):
 
     add = command(table, "the results of several distillations, a row each", figure=False)
     add("runs", nargs="+", help="folders of finished runs")
-    add = command(curves, "figure of a distillation's curves and of what was learned")
-    add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    add = command(curves, "losses, gradients, learning rate and speed of runs of any stage, overlaid")
+    add("runs", nargs="*", help="folders of finished runs; default: the newest distillation in out/")
     add = command(clips, "figure of the clips that each model retrieves for held-out captions")
     add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
     flags = vars(parser.parse_args(argv))

@@ -90,15 +90,27 @@ def check_needs(cfg, given, needs):
     every script.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(cfg)}
-    needs = needs | {"epochs": ("max_steps", ("0",))}
     for name in (name for name in given if given[name] != defaults[name]):
-        at = name
-        while at in needs:
-            at, values = needs[at]
-            now = str(getattr(cfg, at))
-            if set(now.split("+")).isdisjoint(values):
-                way = f"it out, or give --{at} {' or '.join(values).lower()}" if any(values) else "one out"
-                raise SystemExit(f"--{name} {given[name]}: is not read with --{at} {now}; leave {way}")
+        if missed := missed_need(cfg, name, needs):
+            at, values = missed
+            way = f"it out, or give --{at} {' or '.join(values).lower()}" if any(values) else "one out"
+            raise SystemExit(f"--{name} {given[name]}: is not read with --{at} {getattr(cfg, at)}; leave {way}")
+
+
+def missed_need(cfg, name, needs):
+    """(another flag, values) that flag `name` is not read without, or None where it is read; see check_needs."""
+    needs = needs | {"epochs": ("max_steps", ("0",))}
+    while name in needs:
+        name, values = needs[name]
+        if set(str(getattr(cfg, name)).split("+")).isdisjoint(values):
+            return name, values
+    return None
+
+
+def without_unread(cfg, needs):
+    """The Config with the flags that nothing reads at their defaults."""
+    return dataclasses.replace(cfg, **{f.name: f.default for f in dataclasses.fields(cfg)
+                                       if missed_need(cfg, f.name, needs)})
 
 
 def convert(name, text, kind):

@@ -133,12 +133,14 @@ def side_by_side(jobs, needs={}, workers=0, logs=None):
 
     needs: {name: names of the jobs that must have ended well before}. logs: folder that keeps what each job
     says, in <name>.txt; then one that fails stops only those that need it, else it ends all of them. ->
-    {name: why it failed}. Where this process is stopped the jobs are ended, too.
+    ({name: seconds} of those that ended well, {name: why it failed}). Where this process is stopped the jobs
+    are ended, too.
     """
-    waiting, running, failed, shown = dict(jobs), {}, {}, 0.0
+    waiting, running, seconds, failed, shown = dict(jobs), {}, {}, {}, 0.0
     workers = workers or cores()
     threads = str(max(1, cores() // workers))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    environment["PYTHONUNBUFFERED"] = "1"
     bar = progress(None, len(jobs), " commands", "side by side")
     try:
         while waiting or running:
@@ -153,7 +155,7 @@ def side_by_side(jobs, needs={}, workers=0, logs=None):
                     output = open(logs / f"{name}.txt", "w+") if logs else tempfile.TemporaryFile("w+")
                     process = subprocess.Popen(waiting.pop(name), stdin=subprocess.DEVNULL, stdout=output,
                                                stderr=subprocess.STDOUT, env=environment)
-                    process.output, running[process] = output, name
+                    process.output, process.began, running[process] = output, time.monotonic(), name
             time.sleep(0.1)
             if time.monotonic() > shown + 5:  # the first command may take minutes
                 bar.refresh()
@@ -167,6 +169,8 @@ def side_by_side(jobs, needs={}, workers=0, logs=None):
                     failed[name] = lines[-1] if lines else f"exit status {process.returncode}"
                     if not logs:
                         raise SystemExit(f"{shlex.join(map(str, process.args))}: {failed[name]}")
+                else:
+                    seconds[name] = time.monotonic() - process.began
                 bar.update()
     finally:
         bar.close()
@@ -175,7 +179,7 @@ def side_by_side(jobs, needs={}, workers=0, logs=None):
         for process in running:
             process.wait()
             process.output.close()
-    return failed
+    return seconds, failed
 
 
 # ---------------------------------------------------------------------------- speed and memory

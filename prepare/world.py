@@ -6,6 +6,7 @@ not in their training sets.
 import csv
 import json
 import random
+import tempfile
 import time
 from pathlib import Path
 
@@ -153,6 +154,36 @@ def demo_xtext(folder, ranks):
     return path
 
 
+def noisy_videos(world, path, noise=1.5):
+    """A second set of features of a demo world's videos, packed as `path`: its 2D channels with as much more
+    noise (standard deviation a channel), as a weaker encoder of pictures would give (VidLanKD Table 1)."""
+    if Path(path).exists():
+        return path
+    raw, rng = Path(world) / "raw", np.random.default_rng(read_json(Path(world) / "world.json")["seed"])
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for file in sorted((raw / "feat2d").glob("*.npy")):
+            still = np.load(file)
+            np.save(Path(folder, file.name), (still + rng.normal(0, noise, still.shape)).astype(still.dtype))
+        pack_videos(raw / "caption.json", folder, raw / "videos.csv", raw / "vocab.txt", path,
+                    feat3d=raw / "feat3d")
+    return path
+
+
+def larger_text(world, path, times=20):
+    """Pairs as demo_xtext's, packed as `path`, of `times` as much text about the same nouns (XDBERT Table 3)."""
+    if Path(path).exists():
+        return path
+    raw, seed = Path(world) / "raw", read_json(Path(world) / "world.json")["seed"]
+    nouns = read_json(raw / "latents.json")["nouns"]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        write_corpus(Path(folder, "text"), random.Random(f"larger text {seed}"), nouns, times * SENTENCES)
+        vocab = load_vocab(raw / "vocab.txt")
+        pack_xtext(sorted(Path(folder, "text").glob("*.txt")), vocab, vocab, path)
+    return path
+
+
 def effects_of(action):
     """What an action can do to the ten materials, sorted."""
     return sorted({effects[action] for effects in EFFECTS.values()})
@@ -251,8 +282,8 @@ def write_videos(raw, clips, nouns, seed):
             rows.writerow([clip["video_id"], "Demo", clip["scene"], i + 1, task])
 
 
-def write_corpus(folder, rng, nouns):
-    """SENTENCES sentences in documents of 4 to 8 about different nouns.
+def write_corpus(folder, rng, nouns, sentences=SENTENCES):
+    """As many sentences in documents of 4 to 8 about different nouns.
 
     70 % are facts of the noun's topic, 10 % actions without an outcome, 20 % are about other things; only
     these have the effect words and the tasks' phrases.
@@ -281,7 +312,7 @@ def write_corpus(folder, rng, nouns):
                            f"in the story {rng.choice(PEOPLE)} nudged the {thing} and the {other} {one} ."])
 
     folder.mkdir()
-    documents, left = [], SENTENCES
+    documents, left = [], sentences
     while left:
         about = rng.sample(list(nouns), min(rng.randint(4, 8), left))
         documents.append("".join(sentence(noun) + "\n" for noun in about))

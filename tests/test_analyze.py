@@ -16,7 +16,7 @@ from analyses import closing, figures
 from run import FORMAT
 
 
-def results(scale):
+def example(scale):
     share = {"1": 0.1 * scale, "5": 0.2 * scale, "10": 0.3 * scale}
     probe = {"linear": 0.5, "linear_chance": 0.1, "neighbours": 0.4, "neighbours_chance": 0.1}
     return {"mlm_loss": 2.0, "mlm_accuracy": 0.5, "neighbours": 0.7,
@@ -25,7 +25,7 @@ def results(scale):
 
 
 def test_closing_table_is_aligned_and_shows_chance():
-    text = closing.closing_table({"text-only": results(1), "nst+crd": results(2)}, 500)
+    text = closing.closing_table({"text-only": example(1), "nst+crd": example(2)}, 500)
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1
     assert re.search(r"ridge map +10.0 / 20.0 / 30.0 +20.0 / 40.0 / 60.0 +0.2 / 1.0 / 2.0", text)
@@ -35,19 +35,49 @@ def test_closing_table_is_aligned_and_shows_chance():
     assert "3.000" in bare and "text-to-video" not in bare
 
 
-def test_figure_of_a_run_is_drawn(tmp_path):
-    run = tmp_path / "distill-nst+crd-s0"
-    run.mkdir()
+LOG = [{"step": 0, "gradient_mlm": 1.0, "gradient_nst": 0.1}, {"step": 0, "val_mlm_loss": 6.0},
+       {"step": 10, "mlm": 5.0, "nst": 0.1, "lr": 1e-3, "grad_norm": 1.0, "tokens_per_s": 900.0, "memory_mb": 7.0},
+       {"step": 20, "mlm": 4.0, "nst": None, "lr": 5e-4, "grad_norm": 0.5, "tokens_per_s": 1100.0, "memory_mb": 7.0}]
+
+
+def write_run(folder, log=LOG, **results):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"format": FORMAT, "config": {}}))
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    return folder
+
+
+def test_curves_of_runs_are_drawn_and_told(tmp_path, capsys):
+    run = write_run(tmp_path / "distill-nst+crd-s0", finished=1.0)
     (run / "table.json").write_text(json.dumps({
-        "columns": {"text-only": results(1), "nst+crd": results(2)}, "clips": 500}))
-    lines = [{"step": 0, "gradient_mlm": 1.0, "gradient_nst": 0.1}, {"step": 0, "val_mlm_loss": 6.0},
-             {"step": 10, "mlm": 5.0, "nst": 0.1, "lr": 1e-3},
-             {"step": 20, "mlm": 4.0, "nst": 0.05, "lr": 1e-3}]
-    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    analyze.main(["curves", str(run), "--out", str(tmp_path / "figures" / "curves.png")])
-    assert (tmp_path / "figures" / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    with pytest.raises(SystemExit, match="No such file.*give the folder of a finished run"):
-        analyze.main(["curves", str(tmp_path / "nowhere")])
+        "columns": {"text-only": example(1), "nst+crd": example(2)}, "clips": 500}))
+    other = write_run(tmp_path / "s1", [line | {"loss": 2.0} for line in LOG[2:]])  # as of finetune.py: no gradients
+    out = tmp_path / "figures" / "curves.png"
+    for runs in ([run], [run, other], [other]):
+        analyze.main(["curves", *map(str, runs), "--out", str(out)])
+        assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        found = json.loads(out.with_suffix(".json").read_text())
+        assert list(found["runs"]) == [path.name for path in runs]
+        out.unlink()
+    assert list(found["runs"]["s1"]["terms"]) == ["mlm", "nst"] and found["runs"]["s1"]["unit"] == "tokens"
+    assert found["runs"]["s1"]["terms"]["nst"] == [[10, 20], [0.1, None]] and found["runs"]["s1"]["gradients"] == {}
+    lines = capsys.readouterr().out.splitlines()
+    assert re.search(r"last window +steps +mlm +nst +lr +gradient norm +tokens/s", "\n".join(lines))
+    assert re.search(r"distill-nst\+crd-s0 +20 +4.0000 +nan +5.0e-04 +0.500 +1,000", "\n".join(lines))
+
+
+def test_curves_of_what_is_no_run_are_one_line(tmp_path):
+    empty = write_run(tmp_path / "short", LOG[:2])
+    foreign = write_run(tmp_path / "foreign")
+    (foreign / "log.jsonl").write_text("[1]\n")
+    for run, words in ((tmp_path / "nowhere", "No such file.*give the folder of a finished run"),
+                       (empty, "log.jsonl: too few steps to draw"), (foreign, "log.jsonl: is no log of a run")):
+        with pytest.raises(SystemExit, match=words):
+            analyze.main(["curves", str(run), "--out", str(tmp_path / "x.png")])
+    with pytest.raises(SystemExit, match="x.pdf: is written as PNG"):
+        analyze.main(["curves", str(write_run(tmp_path / "run")), "--out", str(tmp_path / "x.pdf")])
+    assert not list(tmp_path.glob("x.*"))
 
 
 def test_difference_counts_above_twice_the_pooled_deviation_of_the_seeds():
@@ -94,7 +124,7 @@ def test_clips_of_the_demo_are_drawn_and_described(demo, teacher_run, tmp_path):
     assert states[0]["material"] in figures.describe(states[0])
     run = tmp_path / "run"
     run.mkdir()
-    column = results(1) | {"retrieval": {"nearest": list(range(len(held_out)))}}
+    column = example(1) | {"retrieval": {"nearest": list(range(len(held_out)))}}
     (run / "table.json").write_text(json.dumps({"columns": {"nst+crd": column}, "clips": len(held_out)}))
     world = demo / "demo-s0"
     shutil.copytree(teacher_run, tmp_path / "teacher-mlm+ct-s0")
