@@ -218,22 +218,22 @@ def draw_maps(drawn, rows):
                       "weights": drawn[name][1][side][row["layer"] - 1][0, row["head"] - 1].tolist()}
                for row in shown[name] if row["direction"] == DIRECTIONS[side]]
               for name in drawn for side, other in (("text", "clip"), ("clip", "text"))]
-    flat = [panel for line in panels for panel in line]
+    flat = [panel for row in panels for panel in row]
     most = max(14, *(len(panel["keys"]) for panel in flat))
     figure, axes = grid(len(panels), max(map(len, panels)), 1 + 0.12 * most, 1.2 + 0.12 * most)
     peak = max(np.max(panel["weights"]) for panel in flat)
-    for line, panels_of in zip(axes, panels):
-        for axis in line[len(panels_of):]:
+    for line, row in zip(axes, panels):
+        for axis in line[len(row):]:
             axis.set_visible(False)
-        for axis, panel in zip(line, panels_of):
+        for axis, panel in zip(line, row):
             image = axis.imshow(panel["weights"], cmap="Blues", vmin=0, vmax=peak, aspect="auto")
             tick_tokens(axis, panel["keys"], panel["queries"] if axis is line[0] else ())
             axis.set_title(f"layer {panel['layer']}, head {panel['head']}"
                            + ", untrained" * (not panel["trained"]), fontsize=8)
-        line[0].set_ylabel(f"{panels_of[0]['run']}\n{panels_of[0]['direction']}", fontsize=8)
+        line[0].set_ylabel(f"{row[0]['run']}\n{row[0]['direction']}", fontsize=8)
     figure.colorbar(image, ax=axes, label="attention weight (a row sums to 1)", shrink=0.4)
-    figure.suptitle("Cross-modal attention, a row a query; at most 2 layers and 2 heads of each are drawn",
-                    fontsize=10)
+    figure.suptitle("Cross-modal attention: rows are queries, columns keys; at most 2 layers and 2 heads are "
+                    "drawn", fontsize=10)
     return figure, [{key: panel[key] for key in ("run", "direction", "layer", "head", "queries", "keys",
                                                  "weights")} for panel in flat]
 
@@ -285,7 +285,7 @@ def drift(original, adapted, out=""):
     """
     weights, vocab = open_encoder(original)
     found = {}
-    for name, path in named(adapted).items():
+    for name, path in common.progress(named(adapted).items(), len(adapted), " models", "drift"):
         other, other_vocab = open_encoder(path)
         for key in sorted(weights.keys() | other.keys()):
             shapes = [tuple(x[key].shape) if key in x else "missing" for x in (weights, other)]
@@ -378,9 +378,11 @@ def neurons(run="", sentence="", out="", rows=6):
         for name, (mmd, value, _) in found.items():
             chance = match(students[name].roll(len(t) // 2, 0), t)[1]
             measured[name].append([mmd, value.mean().item(), chance.mean().item()])
-    means = {name: dict(zip(("mmd", "nearest", "chance"), np.mean(x, 0).tolist())) for name, x in measured.items()}
+    means = {name: dict(zip(("mmd", "nearest", "chance"), np.mean(x, 0).tolist()))
+             for name, x in measured.items()}
     lines = [["to the teacher's", "squared MMD", "kernel value of the nearest neuron", "by chance"]]
-    lines += [[name, f"{x['mmd']:.2e}", f"{x['nearest']:.3f}", f"{x['chance']:.3f}"] for name, x in means.items()]
+    lines += [[name, f"{x['mmd']:.2e}", f"{x['nearest']:.3f}", f"{x['chance']:.3f}"]
+              for name, x in means.items()]
 
     tokens, h, t, students, found = drawn
     panels = []
