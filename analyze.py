@@ -3,6 +3,9 @@
     python analyze.py table out/distill-*   # several distillations, a row each
     python analyze.py curves                # docs/curves.png: losses and gradients of the newest run
     python analyze.py clips                 # docs/clips.png: captions and the clips that are retrieved
+    python analyze.py attention out/xdbert-mlm+match+cliptc-s0 out/xdbert-mlm+match-s0  # cross-modal maps
+    python analyze.py drift out/distill-none-s0 out/xdbert-*   # how far adapting has moved the weights
+    python analyze.py neurons               # activation patterns of teacher and student that NST matches
 
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
@@ -14,6 +17,7 @@ import common
 from analyses.closing import newest_run, open_judge, read_table, table
 from analyses.curves import curves
 from analyses.figures import clip_states, draw_clip, grid, save
+from analyses.inside import attention, drift, neurons
 
 
 def clips(run="", out="", rows=6):
@@ -61,6 +65,15 @@ def parse(argv=None):
     add("runs", nargs="*", help="folders of finished runs; default: the newest distillation in out/")
     add = command(clips, "figure of the clips that each model retrieves for held-out captions")
     add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    add = command(attention, "figure and table of the attention of cross-modal encoders")
+    add("runs", nargs="+", help="folders of adapt_xdbert.py's runs")
+    add("--sentence", default="", help="what they read; default: the held-out text of the first run")
+    add = command(drift, "figure and table of the distance of adapted weights from the original ones")
+    add("original", help="run or folder of the model that was adapted")
+    add("adapted", nargs="+", help="runs or folders of what became of it")
+    add = command(neurons, "figure and table of the activation patterns that NST matches")
+    add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    add("--sentence", default="", help="what they read; default: the run's held-out text")
     flags = vars(parser.parse_args(argv))
     del flags["command"]
     return flags.pop("function"), flags

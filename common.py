@@ -94,11 +94,12 @@ def check_needs(cfg, given, needs):
         if missed := missed_need(cfg, name, needs):
             at, values = missed
             way = f"it out, or give --{at} {' or '.join(values).lower()}" if any(values) else "one out"
-            raise SystemExit(f"--{name} {given[name]}: is not read with --{at} {getattr(cfg, at)}; leave {way}")
+            raise SystemExit(f"--{name} {given[name]}: is not read with --{at} {getattr(cfg, at)}; leave "
+                             f"{way}")
 
 
 def missed_need(cfg, name, needs):
-    """(another flag, values) that flag `name` is not read without, or None where it is read; see check_needs."""
+    """(another flag, values) that flag `name` is not read without, None where it is read; see check_needs."""
     needs = needs | {"epochs": ("max_steps", ("0",))}
     while name in needs:
         name, values = needs[name]

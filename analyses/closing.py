@@ -49,6 +49,8 @@ def open_judge(folder, device):
     """
     config, _ = read_run(folder)
     cfg = SimpleNamespace(**config["config"])
+    if not {"train", "teacher"} <= vars(cfg).keys():
+        raise SystemExit(f"{folder}: not a distillation; give the folder of a finished run of distill.py")
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     latents = Path(cfg.train).parent / "raw" / "latents.json"
     judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
@@ -83,22 +85,29 @@ def read_table(run):
     return read_settings(Path(run) / "table.json", {"columns": dict, "clips": int}, advice)
 
 
-def aligned_space(folder, objective, device="cpu"):
-    """The maps (text, clip) from h, mask and from v into the objective's space, or None.
-
-    crd: mean over real tokens of f_1(head(h)), and f_2(v); l2: mean of head(h), and v.
-    """
+def read_heads(folder, device="cpu"):
+    """({name: tensor} of a distillation's own maps, head): head(term) is that term's distillation head as a
+    function of h, the identity where it has none."""
     tensors = {key: x.to(device)
                for key, x in read_tensors(Path(folder) / "model" / "heads.safetensors").items()}
 
-    def head(name):
-        parts = {key.removeprefix(f"heads.{name}."): x for key, x in tensors.items()
-                 if key.startswith(f"heads.{name}.")}
+    def head(term):
+        parts = {key.removeprefix(f"heads.{term}."): x for key, x in tensors.items()
+                 if key.startswith(f"heads.{term}.")}
         if not parts:
             return lambda h: h
         head = DistillHead(parts["0.weight"].shape[1], parts["2.weight"].shape[0]).to(device)
         head.load_state_dict(parts)
         return head
+    return tensors, head
+
+
+def aligned_space(folder, objective, device="cpu"):
+    """The maps (text, clip) from h, mask and from v into the objective's space, or None.
+
+    crd: mean over real tokens of f_1(head(h)), and f_2(v); l2: mean of head(h), and v.
+    """
+    tensors, head = read_heads(folder, device)
 
     def linear(name, x):
         return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])

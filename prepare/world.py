@@ -171,7 +171,8 @@ def noisy_videos(world, path, noise=1.5):
 
 
 def larger_text(world, path, times=20):
-    """Pairs as demo_xtext's, packed as `path`, of `times` as much text about the same nouns (XDBERT Table 3)."""
+    """Pairs as demo_xtext's, packed as `path`, of `times` as much text about the same nouns, for XDBERT's
+    Table 3."""
     if Path(path).exists():
         return path
     raw, seed = Path(world) / "raw", read_json(Path(world) / "world.json")["seed"]
