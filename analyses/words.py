@@ -17,7 +17,7 @@ from finetune import run_name
 from parts.examples import flat
 from parts.metrics import answer_score, squad_questions
 from parts.tasks import TASKS, content_hash, find_file
-from parts.vocab import Vocab, load_clip_vocab
+from parts.vocab import Vocab, byte_letters, load_clip_vocab
 from parts.weights import config_and_vocab, is_clip, load_bert, open_clip
 from prepare.packing import read_pieces
 from run import model_folder, read_run
@@ -106,7 +106,10 @@ def whole_words(vocab):
 
     Without special tokens and [unusedN]; pieces that continue a word or, of CLIP, do not end one are none.
     """
-    texts = vocab.tokens if isinstance(vocab, Vocab) else [vocab.decode([i]) for i in range(vocab.size)]
+    texts = vocab.tokens
+    if not isinstance(vocab, Vocab):  # its letters stand for bytes
+        byte = {letter: b for b, letter in byte_letters().items()}
+        texts = [bytes(map(byte.get, token.removesuffix("</w>"))).decode(errors="replace") for token in texts]
     return [text for i, (text, ids) in enumerate(zip(texts, vocab.encode(texts)))
             if ids == [i] and i not in vocab.specials]
 
@@ -175,7 +178,8 @@ def pwcca(models, words="", clip_vocab="", out=""):
 
 def draw_pwcca(found):
     """Bars of the pairs with their random baselines and levels, and those of the paper."""
-    figure, axes = grid(1, 2, 5.6, 1.5 + 0.55 * max(len(found), len(PAPER)))
+    height = max(len(found), len(PAPER))  # in bars
+    figure, axes = grid(1, 2, 5.6, 1.5 + 0.55 * height)
     for axis, title, values in zip(axes[0], ("measured", "XDBERT Table 2 (its words are not named)"),
                                    ({name: row["pwcca"] for name, row in found.items()}, PAPER)):
         places = np.arange(len(values))
@@ -184,7 +188,7 @@ def draw_pwcca(found):
         for y, value in enumerate(values.values()):
             axis.text(1.02, y, f"{value:.3f}", va="center", fontsize=9)
         axis.set(title=title, yticks=places, yticklabels=[name.replace(" / ", " /\n") for name in values],
-                 xlim=(0, 1.16), xticks=np.linspace(0, 1, 6), ylim=(len(values) - 0.5, -0.5),
+                 xlim=(0, 1.16), xticks=np.linspace(0, 1, 6), ylim=(height - 0.5, -0.5),
                  xlabel="PWCCA (1 = equal up to a linear map)")
         axis.tick_params(labelsize=8)
         axis.title.set_fontsize(10)
@@ -432,6 +436,8 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
     caption_lines; default the demo world's own. Pieces are those of the vocabulary of A's runs. The dev set
     is the task's main one, on the demo that of held-out nouns.
     """
+    if min_count is not None and not 0 <= min_count < math.inf:
+        raise SystemExit(f"--min_count {min_count:g}: must be 0 or more")
     both = [open_runs(path) for path in (a, b)]
     if task and task not in TASKS:
         raise SystemExit(f"--task {task}: choose one of {', '.join(TASKS)}")
@@ -459,7 +465,7 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
         raise SystemExit(f"{a}: reads CLIP's pieces, the ratio counts BERT's; give the runs of a BERT as A")
     counts, n = count_pieces(captions, vocab)
     least = 100 * min(1, n / COCO_CAPTIONS) if min_count is None else min_count
-    print0(f"grounded: no stop word, and more than {least:g} occurrences in the {n:,} captions of {captions}"
+    print0(f"grounded: no stop word, and more than {round(least, 2):g} occurrences in the {n:,} captions of {captions}"
            + f" (100 per {COCO_CAPTIONS:,})" * (min_count is None))
     results = {one.name: compare(one, *beside, vocab, counts > least) for one, *beside in sets}
     legend = f"A = {a}, B = {b}; p: permutation test of the means of improved and worsened"

@@ -289,6 +289,8 @@ def test_words_are_marked_by_whole_words_and_pieces_are_counted():
     assert words.mark("The ins [ ] cats . cat 5 zebra in", vocab, seen) == [
         ("the", ""), ("in", "other"), ("##s", "grounded"), ("[", ""), ("]", ""), ("cat", "other"),
         ("##s", "grounded"), (".", ""), ("cat", "other"), ("5", "other"), ("[UNK]", ""), ("in", "")]
+    cased = Vocab([*SPECIALS, "The", "Cat"], lower=False)
+    assert words.mark("The Cat", cased, seen) == [("The", ""), ("Cat", "other")]
 
 
 CAPTIONS = ["a cat ran", "the cat sat .", "two dogs"]
@@ -303,7 +305,7 @@ def test_captions_of_every_kind_are_counted_alike(kind, tmp_path):
         path.write_text(json.dumps({f"v{i}": {"start": [0, 1], "end": [1, 2], "text": [text, ""]}
                                     for i, text in enumerate(CAPTIONS)}))
     else:
-        n = 20000 if kind == "coco long" else 1  # 2 MB: read in several pieces
+        n = 8000 if kind == "coco long" else 1  # above 1 MB: read in several pieces
         rows = [{"image_id": 7, "id": 1, "caption": text.replace(" ", "\n")} for text in CAPTIONS * n]
         path.write_text(json.dumps({"info": {"year": 2014}, "images": [{"id": 7}], "annotations": rows,
                                     "licenses": []}))
@@ -370,9 +372,9 @@ def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, captio
     rows = gold(tiny_tasks, "rte")
     right, wrong = np.array(rows.labels), 1 - np.array(rows.labels)
     a, b = right.copy(), right.copy()
-    a[:6], b[6:10] = wrong[:6], wrong[6:10]  # B improves 0 to 5, worsens 6 to 9
-    for model, values in (("a", a), ("b", b)):
-        runs(model, "rte", {0: values, 1: values, 5 if model == "a" else 6: wrong})  # the seeds 5, 6 are not paired
+    a[:6], b[6:10] = wrong[:6], wrong[6:10]  # B improves 0 to 5, worsens 6 to 9: 6 and 7 in one run of two
+    runs("a", "rte", {0: a, 1: a, 5: wrong})  # seeds 5 and 6 have no partner
+    runs("b", "rte", {0: b, 1: np.concatenate([right[:8], b[8:]]), 6: wrong})
     out, folders = tmp_path / "grounded.png", [str(tmp_path / "finetune" / model) for model in "ab"]
     analyze.main(["grounded", *folders, "--captions", captions, "--min_count", "1", "--out", str(out)])
     assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -389,11 +391,14 @@ def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, captio
     assert result["shown"]["improved"]["A"] == 0 and result["shown"]["improved"]["B"] == 2
     text = capsys.readouterr().out
     assert "RTE, improved: example 1, answered correctly: A 0/2, B 2/2" in text and "(the)" in text
-    assert "RTE, worsened: example 7, answered correctly: A 2/2, B 0/2" in text and "\033" not in text
+    assert "RTE, worsened: example 9, answered correctly: A 2/2, B 0/2" in text and "\033" not in text
     ratios = result["groups"]["worsened"]["ratios"]
     assert f"4: {np.mean(ratios):.4f} / {np.median(ratios):.4f}" in text
     analyze.main(["grounded", f"{folders[0]}/rte", folders[1], "--captions", captions, "--out", str(out)])
     assert json.loads(out.with_suffix(".json").read_text())["min_count"] == pytest.approx(200 / 591753)
+    words.grounded(*folders, captions=captions, min_count=2, out=str(out))  # cat and ran do not occur more often
+    groups = json.loads(out.with_suffix(".json").read_text())["tasks"]["rte"]["groups"]
+    assert not any(ratio for group in groups.values() for ratio in group["ratios"])
 
 
 @pytest.mark.parametrize("name", ("swag", "piqa", "mnli", "tracie", "squad1", "squad2"))
@@ -439,9 +444,14 @@ def test_grounded_ends_in_one_line(runs, tiny_tasks, captions, tmp_path):
     assert "no task with runs of both (rte, stsb; sst2)" in line(other)
     assert "no seed of RTE in both" in line(late)
     assert "choose one of sst2" in line(b, "--task", "chess")
+    assert "must be 0 or more" in line(b, "--min_count", "-3") and "nan" in line(b, "--min_count", "nan")
     assert "STS-B has scores" in line(b, "--task", "stsb")
     assert "--captions is missing" in stop_line(analyze.main, ["grounded", a, str(b), *out[2:]])
     assert "no such file" in line(b, "--data_dir", tmp_path).lower()
+    changed = tmp_path / "glue" / "RTE" / "dev.tsv"
+    changed.parent.mkdir(parents=True)
+    changed.write_text((tiny_tasks / "glue" / "RTE" / "dev.tsv").read_text().replace("cat", "dog"))
+    assert "the dev file of RTE there is not that of" in line(b, "--data_dir", tmp_path)
     file = run / "predictions" / "RTE.tsv"
     written = file.read_text()
     for broken in (written[:written.rindex("\n", 0, -1)], written.replace("\n3\t", "\n99\t"),
