@@ -465,8 +465,8 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
         raise SystemExit(f"{a}: reads CLIP's pieces, the ratio counts BERT's; give the runs of a BERT as A")
     counts, n = count_pieces(captions, vocab)
     least = 100 * min(1, n / COCO_CAPTIONS) if min_count is None else min_count
-    print0(f"grounded: no stop word, and more than {round(least, 2):g} occurrences in the {n:,} captions of {captions}"
-           + f" (100 per {COCO_CAPTIONS:,})" * (min_count is None))
+    print0(f"grounded: no stop word, and more than {round(least, 2):g} occurrences in the {n:,} captions of "
+           f"{captions}" + f" (100 per {COCO_CAPTIONS:,})" * (min_count is None))
     results = {one.name: compare(one, *beside, vocab, counts > least) for one, *beside in sets}
     legend = f"A = {a}, B = {b}; p: permutation test of the means of improved and worsened"
     examples = [shown_text(TASKS[name].title, group, one, result["runs"], sys.stdout.isatty())
