@@ -1,4 +1,4 @@
-"""Looks into finished runs: closing tables, retrieval, learning curves.
+"""Looks into finished runs: closing tables, retrieval, learning curves, words.
 
     python analyze.py table out/distill-*   # several distillations, a row each
     python analyze.py curves                # docs/curves.png: losses and gradients of the newest run
@@ -6,6 +6,8 @@
     python analyze.py attention out/xdbert-mlm+match+cliptc-s0 out/xdbert-mlm+match-s0  # cross-modal maps
     python analyze.py drift out/distill-none-s0 out/xdbert-*   # how far adapting has moved the weights
     python analyze.py neurons               # activation patterns of teacher and student that NST matches
+    python analyze.py pwcca MODEL MODEL     # how near their word embeddings are (XDBERT Table 2)
+    python analyze.py grounded A B          # is what B answers better more visual? (XDBERT Figure 4)
 
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
@@ -18,6 +20,7 @@ from analyses.closing import newest_run, open_judge, read_table, table
 from analyses.curves import curves
 from analyses.figures import clip_states, draw_clip, grid, save
 from analyses.inside import attention, drift, neurons
+from analyses.words import grounded, pwcca
 
 
 def clips(run="", out="", rows=6):
@@ -74,6 +77,19 @@ def parse(argv=None):
     add = command(neurons, "figure and table of the activation patterns that NST matches")
     add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
     add("--sentence", default="", help="what they read; default: the run's held-out text")
+    add = command(pwcca, "PWCCA of models' word embeddings, a bar a pair")
+    add("models", nargs="+", metavar="MODEL", help="runs, folders of BERT, ELECTRA or CLIP, OpenAI's file")
+    add("--words", default="", help="file of words, one a line; default: those that both hold whole")
+    add("--clip_vocab", default="", help="vocabulary of an OpenAI file, bpe_simple_vocab_16e6.txt.gz")
+    add = command(grounded, "visually-grounded ratio of examples that B improves or worsens against A")
+    add("a", metavar="A", help="folder of finetune.py's runs: of a task, or of a model with several")
+    add("b", metavar="B", help="the same of what is compared with it")
+    add("--task", default="", help="one task; default: all that both have")
+    add("--captions", default="", help="COCO's json, text with a caption a line, or caption.json; "
+                                       "default: the demo world's")
+    add("--min_count", type=float, help="a grounded piece occurs more often in the captions; "
+                                        "default: 100 per 591,753 captions")
+    add("--data_dir", default="", help="of the tasks' files; default: that of the runs")
     flags = vars(parser.parse_args(argv))
     del flags["command"]
     return flags.pop("function"), flags
