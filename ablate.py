@@ -32,8 +32,10 @@ import distill
 import finetune
 import teacher
 from analyses import figures
+from analyses.inside import distances, open_encoder
 from analyses.papers import TABLES, Row, Table
 from analyses.rows import as_csv, as_latex, as_text, draw, main_column, statistics
+from analyses.words import compare_embeddings, word_embeddings
 from common import (atomic, convert, duration, parse_cli, peek_json, print0, without_unread,
                     write_json)
 from model import model_config
@@ -247,13 +249,16 @@ def measure(table, row, plan, folders):
         return {"parameters": parameters(row.model)}
     if table.by == "pwcca":
         one, other = row.model.split("/")
-        return {"PWCCA": pwcca_of(folders[one], folders.get(other, "random"))}
+        names = folders[one], folders["tower" if other == "random" else other]
+        found = compare_embeddings(*((name, *word_embeddings(name)) for name in names))
+        return {"PWCCA": found["random"][0] if other == "random" else found["pwcca"]}
     cfg = plan.jobs[Path(folders["tuned"]).name][1]
     scores = scores_of(cfg)
     if table.by == "categories":
         scores = categories_of(cfg) | scores
     if table.by == "drift":
-        scores = {"distance": distance(folders["language"], folders[row.model])} | scores
+        original, adapted = (open_encoder(folders[name])[0] for name in ("language", row.model))
+        scores = {"distance": distances(original, adapted)["all"]["rms"]} | scores
     return scores
 
 

@@ -124,6 +124,34 @@ def vectors_of(words, model, vocab, table):
     return np.stack([table[ids].mean(0, dtype=np.float64) for ids in pieces])
 
 
+def compare_embeddings(first, second, words=None, number=0):
+    """{"pwcca", "random": [each against a Gaussian matrix as wide as the other], "level", "words", ..} of two
+    models, each (name, vocabulary, embeddings (V, width)); words: default those that both hold whole."""
+    models = (first, second)
+    if words is None:
+        other = set(whole_words(second[1]))
+        words = [word for word in whole_words(first[1]) if word in other]
+    n, widths, name = len(words), [table.shape[1] for *_, table in models], f"{first[0]} / {second[0]}"
+    if n < max(widths) + 2:
+        raise SystemExit(f"{name}: {n:,} words for a width of {max(widths)}, and with so few PWCCA is 1 "
+                         f"between any two models; at least {max(widths) + 2:,} are needed, and several "
+                         "times that to tell something: give others as --words")
+    if n - 1 < sum(widths):
+        print0(f"{name}: {n:,} words for widths of {widths[0]} and {widths[1]}: so few that "
+               f"{min(min(widths), sum(widths) - n + 1)} correlations are 1 between any two models")
+    rng = np.random.default_rng([0, number])
+    x, y = (view(vectors_of(words, *model)) for model in models)
+    if not (x[0].size and y[0].size):
+        raise SystemExit(f"{name}: the word embeddings of one are all the same; give a trained model")
+    noise = [view(rng.standard_normal((n, width))) for width in widths]
+    value, rho = projection_weighted_cca(x, y)
+    ranks = [x[0].shape[1], y[0].shape[1]]
+    return {"pwcca": value, "random": [projection_weighted_cca(x, noise[1])[0],
+                                       projection_weighted_cca(noise[0], y)[0]],
+            "level": independent_level(n, *ranks), "words": n, "widths": widths, "ranks": ranks,
+            "mean_squared_correlation": float(np.mean(rho ** 2)), "mean_squared_level": max(ranks) / (n - 1)}
+
+
 def pwcca(models, words="", clip_vocab="", out=""):
     """Projection-weighted CCA of the models' word embeddings, each pair a row and a bar (XDBERT Table 2).
 
@@ -137,34 +165,11 @@ def pwcca(models, words="", clip_vocab="", out=""):
              for path in models]
     names = names if len(set(names)) == len(names) else [str(path) for path in models]
     opened = [word_embeddings(path, clip_vocab) for path in models]
-    if words:
-        chosen = list(dict.fromkeys(filter(None, map(str.strip, read_text(words).split("\n")))))
-    else:
-        whole = [dict.fromkeys(whole_words(vocab)) for vocab, _ in opened]
+    chosen = list(dict.fromkeys(filter(None, map(str.strip, read_text(words).split("\n"))))) if words else None
     pairs, found = list(itertools.combinations(range(len(models)), 2)), {}
     for number, (i, j) in enumerate(common.progress(pairs, len(pairs), " pairs", "PWCCA")):
-        both = chosen if words else [word for word in whole[i] if word in whole[j]]
-        n, widths = len(both), [opened[k][1].shape[1] for k in (i, j)]
-        name = f"{names[i]} / {names[j]}"
-        if n < max(widths) + 2:
-            raise SystemExit(f"{name}: {n:,} words for a width of {max(widths)}, and with so few PWCCA is 1 "
-                             f"between any two models; at least {max(widths) + 2:,} are needed, and several "
-                             "times that to tell something: give others as --words")
-        if n - 1 < sum(widths):
-            print0(f"{name}: {n:,} words for widths of {widths[0]} and {widths[1]}: so few that "
-                   f"{min(min(widths), sum(widths) - n + 1)} correlations are 1 between any two models")
-        rng = np.random.default_rng([0, number])
-        x, y = (view(vectors_of(both, names[k], *opened[k])) for k in (i, j))
-        if not (x[0].size and y[0].size):
-            raise SystemExit(f"{name}: the word embeddings of one are all the same; give a trained model")
-        noise = [view(rng.standard_normal((n, width))) for width in widths]
-        value, rho = projection_weighted_cca(x, y)
-        found[name] = {
-            "pwcca": value, "random": [projection_weighted_cca(x, noise[1])[0],
-                                       projection_weighted_cca(noise[0], y)[0]],
-            "level": independent_level(n, x[0].shape[1], y[0].shape[1]), "words": n, "widths": widths,
-            "ranks": [x[0].shape[1], y[0].shape[1]], "mean_squared_correlation": float(np.mean(rho ** 2)),
-            "mean_squared_level": max(x[0].shape[1], y[0].shape[1]) / (n - 1)}
+        both = [(names[k], *opened[k]) for k in (i, j)]
+        found[f"{names[i]} / {names[j]}"] = compare_embeddings(*both, chosen, number)
     rows = [["word embeddings", "PWCCA", "random 1st / 2nd", "independent", "words", "widths"]]
     rows += [[name, f"{row['pwcca']:.4f}", " / ".join(f"{value:.4f}" for value in row["random"]),
               f"{row['level']:.4f}", f"{row['words']:,}", " / ".join(map(str, row["widths"]))]

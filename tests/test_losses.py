@@ -8,6 +8,9 @@ CRD's Eq. 8 in its literal exp form, the law of its shared negatives, its bank; 
 import functools
 import json
 import math
+import re
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -721,3 +724,22 @@ def test_nbytes_is_what_the_rows_take():
     for dtype in (torch.float32, torch.bfloat16):
         bank = losses.CRDBank(30, 8, dtype=dtype)
         assert losses.CRDBank.nbytes(30, 8, dtype) == bank.z_s.nbytes + bank.z_t.nbytes
+
+
+# ---------------------------------------------------------------------------- docs/losses.md
+
+
+def test_snippets_of_the_page_on_losses_run_and_print_what_it_shows(tmp_path, monkeypatch, capsys):
+    """In order, in one process. Printed lines are compared without their numbers, which depend on the processor."""
+    def words(line):
+        return " ".join(re.sub(r"-?\b(\d[\d.]*(e[-+]\d+)?|inf|nan)\b", "#", line).split())
+    text = (Path(__file__).parent.parent / "docs" / "losses.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S)
+    (tmp_path / "page.py").write_text("\n".join(snippets))
+    monkeypatch.setattr(losses, "MMD", dict(losses.MMD))  # an exercise adds a kernel
+    with torch.random.fork_rng():
+        runpy.run_path(str(tmp_path / "page.py"))
+    printed = {words(line) for line in capsys.readouterr().out.splitlines()}
+    shown = re.findall(r"^<!-- measured: the snippet .*?-->\n\n((?:    .*\n)+)", text, re.M)
+    assert len(snippets) == 10 and len(shown) == 7
+    assert not {words(line) for block in shown for line in block.splitlines()} - printed
