@@ -1,45 +1,19 @@
-"""Looks into finished runs: closing tables, retrieval, learning curves.
+"""Looks into finished runs: closing tables, learning curves, retrieval, vokens, examples.
 
     python analyze.py table out/distill-*   # several distillations, a row each
-    python analyze.py curves                # docs/curves.png: losses and gradients of the newest run
-    python analyze.py clips                 # docs/clips.png: captions and the clips that are retrieved
+    python analyze.py curves                # losses and gradients of the newest run
+    python analyze.py retrieval             # sentences, and the clips that teacher and students retrieve
+    python analyze.py tokens                # the clip of each token of a sentence; a word's nearest words
+    python analyze.py examples out/finetune/A out/finetune/B  # what A gets right and B wrong, with clips
 
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
 import argparse
 
-import torch
-
 import common
-from analyses.closing import newest_run, open_judge, read_table, table
+from analyses.clips import examples, retrieval, tokens
+from analyses.closing import table
 from analyses.curves import curves
-from analyses.figures import clip_states, draw_clip, grid, save
-
-
-def clips(run="", out="", rows=6):
-    """PNG of held-out captions of the demo, each with its own clip and what every model retrieves first.
-
-    A frame is green where the clip is the caption's own, blue where it shows the same noun, grey elsewhere.
-    """
-    run = run or newest_run()
-    closing, judge = read_table(run), open_judge(run, torch.device("cpu"))
-    if not judge.latents or not judge.clips:
-        raise SystemExit(f"{run}: not a distillation on the demo world; only its clips can be drawn")
-    states = clip_states(judge.latents, judge.clips[1])
-    chosen = [i for i, state in enumerate(states) if state["noun"] in state["text"]]
-    chosen = chosen[::max(1, len(chosen) // rows)][:rows]
-    models = {name: column["retrieval"]["nearest"] for name, column in closing["columns"].items()}
-    figure, axes = grid(rows, 1 + len(models), 3.4, 1.1)
-    for row, i in enumerate(chosen):
-        draw_clip(axes[row, 0], states[i], "green")
-        axes[row, 0].set_title(f'"{states[i]["text"]}"', fontsize=8, loc="left")
-        for column, (name, found) in enumerate(models.items(), 1):
-            state = states[found[i]]
-            draw_clip(axes[row, column], state, "green" if found[i] == i else
-                      "blue" if state["noun"] == states[i]["noun"] else "lightgrey")
-            if row == 0:
-                axes[row, column].set_title(f"{name} retrieves", fontsize=8)
-    save(figure, out, {"run": str(run), "clips": models})
 
 
 def parse(argv=None):
@@ -55,12 +29,35 @@ def parse(argv=None):
                              help="the PNG to write, a json beside it (default %(default)s)")
         return one.add_argument
 
+    def shown(add, clips=True):
+        if clips:
+            add("--clips", type=int, default=60000, help="search at most so many (default %(default)s)")
+        add("--thumbnails", default="", metavar="FOLDER",
+            help="of images <video_id>_<second>, <video_id>/<second> or <video_id> with .jpg or .png")
+        add("--seed", type=int, default=0, help="of what is drawn at random (default %(default)s)")
+
     add = command(table, "the results of several distillations, a row each", figure=False)
     add("runs", nargs="+", help="folders of finished runs")
     add = command(curves, "figure of a distillation's curves and of what was learned")
     add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
-    add = command(clips, "figure of the clips that each model retrieves for held-out captions")
+    add = command(retrieval, "figure of the clips that teacher and students retrieve for sentences")
     add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    add("--sentence", action="append", default=[], metavar="TEXT",
+        help="a sentence; may be repeated; default: --rows of the run's text corpus")
+    add("--rows", type=int, default=4, help="sentences to draw (default %(default)s)")
+    shown(add)
+    add = command(tokens, "figure of the clip of each token of a sentence, and of a word's nearest words")
+    add("run", nargs="?", help="folder of a finished run; default: the newest in out/")
+    add("--sentence", default="", metavar="TEXT", help="default: one of the run's text corpus")
+    add("--word", action="append", default=[], help="a word; may be repeated; default: three")
+    shown(add, clips=False)
+    add = command(examples, "figure of questions that A gets right and B wrong, with their nearest clips")
+    add("a", metavar="A", help="folder of finetune.py: of a model, or of one of its tasks")
+    add("b", metavar="B", help="the same of another model")
+    add("--task", default="", help="default: all that both have")
+    add("--rows", type=int, default=6, help="questions to show (default %(default)s)")
+    add("--run", default="", help="a distillation, whose teacher finds the clips; default: the newest in out/")
+    shown(add)
     flags = vars(parser.parse_args(argv))
     del flags["command"]
     return flags.pop("function"), flags
