@@ -56,7 +56,7 @@ def parse(argv=None):
     add("b", metavar="B", help="the same of another model")
     add("--task", default="", help="default: all that both have")
     add("--rows", type=int, default=6, help="questions to show (default %(default)s)")
-    add("--run", default="", help="a distillation, whose teacher finds the clips; default: the newest in out/")
+    add("--run", default="", help="a distillation; its teacher finds the clips; default: the newest in out/")
     shown(add)
     flags = vars(parser.parse_args(argv))
     del flags["command"]

@@ -40,15 +40,20 @@ class Answers:
         """The most frequent answer to item i, the lower one of equals."""
         return int(np.bincount(self.predictions[:, i]).argmax())
 
+    @property
+    def turned(self):
+        """Whether the context stands behind the hypothesis, as TRACIE names the event before the story."""
+        return self.task.text[0] == "event"
+
     def context(self, i):
-        """The text that is given; of TRACIE the story, which its files name behind the event."""
-        return self.second[i] if self.task.text[0] == "event" else self.first[i]
+        """The text that is given."""
+        return (self.second if self.turned else self.first)[i]
 
     def hypotheses(self, i):
         """Texts that stand against the context: the candidates, the other text of a pair, or none."""
         if self.task.kind == "choice":
             return list(self.second[i])
-        return [] if self.second is None else [self.first[i] if self.task.text[0] == "event" else self.second[i]]
+        return [] if self.second is None else [(self.first if self.turned else self.second)[i]]
 
     def word(self, label):
         """An answer as tables show it: a class by its name, a candidate as (a), (b), .."""
@@ -57,7 +62,8 @@ class Answers:
     def sentence(self, i):
         """The context and its right answer; of pairs both texts."""
         texts = self.hypotheses(i)
-        return " ".join([self.context(i), *([texts[self.labels[i]]] if self.task.kind == "choice" else texts)])
+        texts = [texts[self.labels[i]]] if self.task.kind == "choice" else texts
+        return " ".join([self.context(i), *texts])
 
 
 def task_folders(folder):
@@ -67,7 +73,7 @@ def task_folders(folder):
     for path in [folder / "results.json", *sorted(folder.glob("*/results.json"))]:
         if path.is_file():
             summary = read_settings(path, {}, ADVICE)
-            if summary.get("task") in TASKS and isinstance(summary.get("runs"), list):
+            if str(summary.get("task")) in TASKS and isinstance(summary.get("runs"), list):
                 found.setdefault(summary["task"], path.parent)
     if not found:
         raise SystemExit(f"{folder}: holds no finished task; {ADVICE}")

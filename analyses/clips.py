@@ -21,7 +21,7 @@ from parts.tasks import TASKS
 from parts.weights import config_and_vocab, load_bert, read_tensors
 from run import read_run
 
-# ---------------------------------------------------------------------------- models, and how clips reach them
+# ---------------------------------------------------------------------------- models
 
 
 class Reader:
@@ -67,8 +67,8 @@ def open_run(run):
         raise SystemExit(f"{run}: not a run of distill.py; give one, such as out/distill-nst+crd-s0")
     judge = open_judge(run, device)
     if not judge.clips:
-        raise SystemExit(f"{run}: no teacher that watches clips, or no packed clips; give a distillation from "
-                         "a run of teacher.py, and its --videos")
+        raise SystemExit(f"{run}: no teacher that watches clips, or no packed clips; give a distillation "
+                         "from a run of teacher.py, and its --videos")
     judge.device = device
     return run, judge
 
@@ -77,14 +77,9 @@ def as_it_is(v):
     return v
 
 
-def open_readers(run, judge, fit=4000):
-    """{name: Reader}: the teacher, the run's student, and the text-only student where that lies beside it.
-
-    Each has, besides the space in which its objective aligned it, the paper's own recipe (Appendix E: the mean
-    of the last hidden states against v) where the widths allow it, and the mean state after one ridge map to
-    v, fitted on `fit` training clips, alike for every model.
-    """
-    train, found = judge.clips[0], {"teacher": Reader(judge.bert)}
+def open_readers(run, judge):
+    """{name: Reader}: the teacher, the run's student, and the text-only student where that lies beside it."""
+    found = {"teacher": Reader(judge.bert)}
     for folder in dict.fromkeys((run, run.parent / f"distill-none-s{judge.cfg.seed}")):
         if not (folder / "results.json").exists():
             continue
@@ -95,17 +90,23 @@ def open_readers(run, judge, fit=4000):
         space = None if objective == "none" else aligned_space(folder, objective, judge.device)
         bert = load_bert(folder / "model").to(judge.device)
         found["text-only" if objective == "none" else objective] = Reader(bert, space)
+    return found
 
+
+def fit_spaces(readers, judge, fit=4000):
+    """Gives each Reader, besides the space in which its objective aligned it, the paper's own recipe (Appendix
+    E: the mean of the last hidden states against v) where the widths allow it, and the mean state after one
+    ridge map to v, fitted on `fit` training clips, alike for every model."""
     def encode(batch):
         return watch(judge, batch), *(mean_state(reader.bert(batch["ids"], batch["mask"]), batch["mask"])
-                                      for reader in found.values())
+                                      for reader in readers.values())
+    train = judge.clips[0]
     index = np.linspace(0, len(train) - 1, min(fit, len(train))).astype(np.int64)
     v, *states = over_clips("fit", encode, train, index, judge.device)
-    for (name, reader), x in zip(found.items(), states):
+    for (name, reader), x in zip(readers.items(), states):
         mapped = {"after one ridge map": (ridged(ridge(x, v)), as_it_is)}
         plain = {"mean state as it is": (mean_state, as_it_is)} if x.shape == v.shape else {}
         reader.spaces |= plain | mapped if name == "teacher" else mapped | plain
-    return found
 
 
 def ridged(to_video):
@@ -343,7 +344,8 @@ def chosen_sentences(given, rows, seed, judge, gallery, readers):
     """(texts, ids, mask) of the --sentence flags, else of `rows` sentences of the run's corpus."""
     if rows < 1:
         raise SystemExit(f"--rows {rows}: must be at least 1")
-    texts = list(given) or sample_sentences(judge.val, rows, seed, gallery.nouns_in if gallery.states else None)
+    nouns_in = gallery.nouns_in if gallery.states else None
+    texts = list(given) or sample_sentences(judge.val, rows, seed, nouns_in)
     return texts, *encode_texts(texts, judge.val.vocab, longest(readers), "--sentence")
 
 
@@ -360,8 +362,9 @@ def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, o
     run, judge = open_run(run)
     gallery, readers = Gallery(judge, thumbnails), open_readers(run, judge)
     texts, ids, mask = chosen_sentences(sentence, rows, seed, judge, gallery, readers)
-    scores, pool = held_out_scores(readers, judge), gallery.sample(judge, clips, seed)
-    v = gallery.vectors(judge, pool)
+    pool = gallery.sample(judge, clips, seed)
+    fit_spaces(readers, judge)
+    scores, v = held_out_scores(readers, judge), gallery.vectors(judge, pool)
     best = {name: [x.tolist() for x in top(reader.vectors(ids, mask), reader.clip(v), 3)]
             for name, reader in readers.items()}
     k = min(3, len(pool))
@@ -489,8 +492,7 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
     """
     run, judge = open_run(run)
     gallery, vocab = Gallery(judge, thumbnails), judge.val.vocab
-    captions, vokens = voken_captions(judge, gallery)
-    readers = open_readers(run, judge)
+    (captions, vokens), readers = voken_captions(judge, gallery), open_readers(run, judge)
     (text,), ids, mask = chosen_sentences([sentence] * bool(sentence), 1, seed, judge, gallery, readers)
     # states of at most a quarter of a GiB
     widest = max(reader.bert.width for reader in readers.values())
@@ -506,6 +508,7 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
         asked = list(dict.fromkeys([*inside, *drawn]))[:3]
     encode_texts(asked, vocab, longest(readers), "--word")
     near, shares = read_words(readers, judge, words, asked, materials, scan)
+    fit_spaces(readers, judge)
     pieces = [vocab.tokens[i] for i in ids[0, 1:int(mask.sum()) - 1].tolist()]
     clips = {}
     for name, reader in readers.items():
@@ -526,8 +529,8 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
         rows += [["", *(f"{other}{with_material(other, materials)} {c:.2f}" for other, c in place)]
                  for place in zip(*(near[name][i] for name in readers))]
     if shares:
-        same = np.mean([materials[one] == materials[other] for one in words for other in words if one != other])
-        rows.append([f"own material, all {len(words)} nouns (chance {100 * same:.0f} %)",
+        pairs = [materials[one] == materials[other] for one in words for other in words if one != other]
+        rows.append([f"own material, all {len(words)} nouns (chance {100 * np.mean(pairs):.0f} %)",
                      *(f"{100 * share:.0f} %" for share in shares.values())])
     save(figure, out, {"run": str(run), "sentence": text, "vokens": len(vokens), "tokens": clips,
                        "neighbours": {name: dict(zip(asked, row)) for name, row in near.items()},
@@ -580,11 +583,11 @@ def draw_neighbours(axis, word, near, materials):
 
 
 def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, out=""):
-    """Questions that one model gets right and another wrong, with the nearest clip (VidLanKD Tables 10 to 12).
+    """Questions that one model gets right and another wrong, with the nearest clip (VidLanKD Tables 10-12).
 
-    Right: in more than half of A's runs, and in no more than half of B's. The clip: the teacher's of --run for
-    the context with its right answer, as in `retrieval`. p: McNemar's exact test on the questions of which
-    one of the two alone is right.
+    Right: in more than half of A's runs, and in no more than half of B's. The clip: what the teacher of --run
+    finds for the context with its right answer, as in `retrieval`. p: McNemar's exact test on the questions
+    of which one of the two alone is right.
     """
     if rows < 1:
         raise SystemExit(f"--rows {rows}: must be at least 1")
@@ -600,17 +603,16 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
         chosen += [(name, int(i)) for i in only[order][:math.ceil(rows / len(pairs))]]
     chosen = chosen[:rows]
     lines = [["task", "questions", "both right", f"only {names[0]}", f"only {names[1]}", "neither", "p"]]
-    lines += [[TASKS[name].title, *(f"{row[key]:,}" for key in ("items", "both", "only a", "only b", "neither")),
+    lines += [[TASKS[name].title, *(f"{value:,}" for key, value in row.items() if key != "p"),
                f"{row['p']:.2g}"] for name, row in counts.items()]
     if not chosen:
         raise SystemExit(f"{names[0]}: right where {names[1]} is wrong in no question of "
                          f"{', '.join(pairs)}; choose another --task, or turn the two round")
     run, judge = open_run(run)
-    gallery = Gallery(judge, thumbnails)
-    teacher = Reader(judge.bert)
+    gallery, teacher = Gallery(judge, thumbnails), Reader(judge.bert)
     if judge.bert.width != judge.video.config.hidden:
         raise SystemExit(f"{run}: the states of its teacher are not as wide as its clips' vectors")
-    teacher.spaces["mean state as it is"] = mean_state, as_it_is
+    teacher.spaces["mean state as it is"] = mean_state, as_it_is  # Appendix E
     sentences = [pairs[name][0].sentence(i) for name, i in chosen]
     encoded = encode_texts(sentences, judge.val.vocab, longest({"teacher": teacher}), f"--run {run}")
     pool = gallery.sample(judge, clips, seed)
@@ -621,8 +623,8 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
         one, other = pairs[name]
         said = [one.word(one.labels[i]), *(f"{x.word(x.majority(i))} ({x.right[:, i].sum()}/{len(x.seeds)})"
                                            for x in (one, other))]
-        texts = [f"{number}. {one.context(i)}", *(f"{one.word(j)} {text}" if one.task.kind == "choice" else text
-                                                  for j, text in enumerate(one.hypotheses(i)))]
+        letters = [f"{one.word(j)} " * (one.task.kind == "choice") for j in range(len(one.task.words))]
+        texts = [f"{number}. {one.context(i)}", *map("".join, zip(letters, one.hypotheses(i)))]
         cells += table_rows(texts, said)
         answers = [f"{who}: {what}" for who, what in zip((f"{one.task.title}, truth", *names), said)]
         panels.append("\n".join(textwrap.fill(text, 80, max_lines=2) for text in (*texts, *answers)))
@@ -649,13 +651,14 @@ def shared_answers(a, b, task):
     shared = [name for name in TASKS if name in folders[0] and name in folders[1]]
     names = [task] if task else [name for name in shared if TASKS[name].kind in ("classify", "choice")]
     if not set(names) <= set(shared) or not names:
-        raise SystemExit(f"{a} and {b}: have no {task or 'task of classes or candidates'} in common; fine-tune "
-                         "both models on it")
+        raise SystemExit(f"{a} and {b}: have no {task or 'task of classes or candidates'} in common; "
+                         "fine-tune both models on it")
     found = {}
     for name in names:
         one, other = (read_answers(folder[name]) for folder in folders)
         if one.first != other.first or one.second != other.second or (one.labels != other.labels).any():
-            raise SystemExit(f"{a} and {b}: were evaluated on different files of {name}; fine-tune both on one")
+            raise SystemExit(f"{a} and {b}: were evaluated on different files of {name}; fine-tune both on "
+                             "one")
         found[name] = one, other
     return found
 
