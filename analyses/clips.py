@@ -94,9 +94,9 @@ def open_readers(run, judge):
 
 
 def fit_spaces(readers, judge, fit=4000):
-    """Gives each Reader, besides the space in which its objective aligned it, the paper's own recipe (Appendix
-    E: the mean of the last hidden states against v) where the widths allow it, and the mean state after one
-    ridge map to v, fitted on `fit` training clips, alike for every model."""
+    """Gives each Reader two more spaces, for the teacher in this order: the paper's own recipe (Appendix E: the
+    mean of the last hidden states against v) where the widths allow it, and the mean state after one ridge
+    map to v, fitted on `fit` training clips, alike for every model."""
     def encode(batch):
         return watch(judge, batch), *(mean_state(reader.bert(batch["ids"], batch["mask"]), batch["mask"])
                                       for reader in readers.values())
@@ -208,8 +208,8 @@ class Gallery:
     def brief(self, caption):
         """A few words on a clip, for a cell of a table."""
         state = self.states[caption] if self.states else None
-        return f"{state['material']} {state['noun']}: {state['action']}" if state else (
-            common.cut(self.text(caption), 34))
+        return f"{state['material']} {state['noun']}: {state['action']}" if state else shorten(
+            self.text(caption), 34)
 
     def nouns_in(self, text):
         """Words of a text that the demo's clips show."""
@@ -227,7 +227,7 @@ class Gallery:
         if images:
             self.with_images += 1
             draw_images(axis, images)
-            axis.set_xlabel(common.cut(self.describe(caption), 78), fontsize=6.5, labelpad=2,
+            axis.set_xlabel(shorten(self.describe(caption), 78), fontsize=6.5, labelpad=2,
                             parse_math=False)
         elif self.states:
             draw_clip(axis, self.states[caption], COLOURS[7])
@@ -249,6 +249,11 @@ class Gallery:
         lines += [f"{self.folder}: has no thumbnail of these clips"] * (
             bool(self.folder) and not self.with_images)
         return "\n".join(lines)
+
+
+def shorten(text, most):
+    """A text's first words, of at most `most` characters."""
+    return textwrap.shorten(text, most, placeholder=" ..")
 
 
 def frame_files(folder, video, start, end, most=6):
@@ -372,17 +377,17 @@ def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, o
     found = []
     for row, text in enumerate(texts):
         title = textwrap.fill(f"“{text}”", 48 * len(readers))
+        # it runs over all columns, so no panel may make room for its width; blank lines keep its height free
+        axes[k * row, 0].annotate(title, (0, 1), (0, 18), "axes fraction", "offset points", fontsize=8.5,
+                                  parse_math=False).set_in_layout(False)
         found.append({"sentence": text, "clips": {name: [] for name in readers}})
         for column, (name, (cosine, index)) in enumerate(best.items()):
             for place in range(k):
                 axis, clip = axes[k * row + place, column], pool[index[row][place]]
                 shown = gallery.draw(axis, clip, text, f"{place + 1}.")
                 found[-1]["clips"][name].append(shown | {"cosine": cosine[row][place]})
-            # the query runs over the other columns, whose titles leave its lines free
-            above = "\n" * title.count("\n")
-            axes[k * row, column].set_title((f"{above}\n" if column else f"{title}\n")
-                                            + f"{name}, {readers[name].title}", fontsize=8.5, loc="left",
-                                            parse_math=False)
+            axes[k * row, column].set_title("\n" * (1 + title.count("\n")) + f"{name}, {readers[name].title}",
+                                            fontsize=8.5, loc="left")
     figure.supxlabel(gallery.note(), fontsize=8)
     n, kind = len(judge.clips[1]), "held-out clips" if gallery.states else "clips"
     lines = [[f"{n:,} held-out clips, a caption each", "space", "R@1", "R@5", "R@10", "median rank"]]
@@ -391,7 +396,7 @@ def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, o
     lines.append(["chance", "", *(f"{100 * i / n:.1f}" for i in (1, 5, 10)), f"{(n + 1) / 2:g}"])
     shown = [[f"found among {len(pool):,} {kind}", *readers]]
     for one in found:
-        shown.append([common.cut(one["sentence"], 70), *[""] * len(readers)])
+        shown.append([shorten(one["sentence"], 70), *[""] * len(readers)])
         shown += [[f"  {place}.", *(cell(gallery, clip) for clip in row)]
                   for place, row in enumerate(zip(*one["clips"].values()), 1)]
     save(figure, out, {"run": str(run), "recall": scores, "held_out": n, "chance_median": (n + 1) / 2,
@@ -437,9 +442,11 @@ def frequent_words(blocks, scan, most=2000, least=5):
     """The up to `most` most frequent whole words of letters in the first `scan` blocks, that stand there at
     least `least` times."""
     vocab, counts = blocks.vocab, np.zeros(blocks.vocab.size, np.int64)
+    goes_on = np.array([token.startswith("##") for token in vocab.tokens])
     for start in range(0, min(scan, len(blocks)), 500):
         ids = blocks.batch(np.arange(start, min(start + 500, scan, len(blocks))))["ids"].numpy()
-        counts += np.bincount(ids.ravel(), minlength=vocab.size)
+        whole = ~goes_on[ids[:, 1:]]  # what stands behind is no piece of the same word
+        counts += np.bincount(ids[:, :-1][whole], minlength=vocab.size)
     found = []
     for i in np.argsort(-counts, kind="stable"):
         word = vocab.tokens[i]
@@ -503,7 +510,8 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
     if word:
         asked = list(dict.fromkeys(w.lower() if vocab.lower else w for w in word))
     else:  # the longest of the sentence, then some at random
-        inside = sorted((w for w in set(re.findall(r"\w+", text)) if w in words), key=lambda w: (-len(w), w))
+        inside = sorted((w for w in set(re.findall(r"\w+", text)) if w in words and (nouns or len(w) > 3)),
+                        key=lambda w: (-len(w), w))
         drawn = sorted(words, key=lambda w: keyed_uniform("word", seed, w))
         asked = list(dict.fromkeys([*inside, *drawn]))[:3]
     encode_texts(asked, vocab, longest(readers), "--word")
