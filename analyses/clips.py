@@ -94,9 +94,9 @@ def open_readers(run, judge):
 
 
 def fit_spaces(readers, judge, fit=4000):
-    """Gives each Reader two more spaces, for the teacher in this order: the paper's own recipe (Appendix E: the
-    mean of the last hidden states against v) where the widths allow it, and the mean state after one ridge
-    map to v, fitted on `fit` training clips, alike for every model."""
+    """Gives each Reader two more spaces, for the teacher in this order: the paper's own recipe (Appendix E:
+    the mean of the last hidden states against v) where the widths allow it, and the mean state after one
+    ridge map to v, fitted on `fit` training clips, alike for every model."""
     def encode(batch):
         return watch(judge, batch), *(mean_state(reader.bert(batch["ids"], batch["mask"]), batch["mask"])
                                       for reader in readers.values())

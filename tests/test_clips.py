@@ -426,9 +426,10 @@ def two_models(demo, tmp_path):
         gold = np.array(task.read(task, find_file(task, tasks, task.evals[""]), True).labels)
         wrong = {"a": [5], "b": [0, 1, 2, 3, 4]} if name == "two_choices" else {"a": [], "b": []}
         for model, items in wrong.items():
-            answered = gold.copy()
+            answered, third = gold.copy(), gold.copy()
             answered[items] = 1 - answered[items]
-            fine_tuned(tmp_path / model / name, name, tasks, [answered, answered, gold], model=f"model-{model}")
+            third[items[2:3]] = 1 - third[items[2:3]]  # B's third run is wrong on item 2 alone
+            fine_tuned(tmp_path / model / name, name, tasks, [answered, answered, third], model=f"model-{model}")
     return tmp_path / "a", tmp_path / "b"
 
 
@@ -442,14 +443,15 @@ def test_examples_are_the_questions_that_only_one_model_gets_right(two_models, r
     assert counts == {"items": n, "both": n - 6, "only a": 5, "only b": 1, "neither": 0,
                       "p": pytest.approx(2 * (1 + 6) / 64)}
     assert found["counts"]["mishap"]["both"] == found["counts"]["mishap"]["items"]
-    assert len({one["row"] for one in found["examples"]} & set(range(5))) == len(found["examples"])
+    assert len({one["row"] for one in found["examples"]} & set(range(5))) == len(found["examples"]) == 2
+    assert found["examples"][0]["row"] == 2  # the clearest first
     task = TASKS["two_choices"]
     rows = task.read(task, demo / "demo-s0" / "raw" / "tasks" / "two_choices" / "valid.jsonl", True)
     for one in found["examples"]:
         i = one["row"]
         assert one["context"] == rows.first[i] and one["hypotheses"] == rows.second[i]
         assert one["truth"] == "(ab)"[0] + "ab"[rows.labels[i]] + ")"
-        assert one["a"] == f"{one['truth']} (3/3)" and one["b"] == f"({'ba'[rows.labels[i]]}) (1/3)"
+        assert one["a"] == f"{one['truth']} (3/3)" and one["b"] == f"({'ba'[rows.labels[i]]}) ({int(i != 2)}/3)"
     assert "model-a" in text and "(a) " in text
     line = stop_line(analyze.main, ["examples", str(a), str(b), "--task", "mishap", "--run", str(run)])
     assert "model-a: right where model-b is wrong in no question of mishap" in line
