@@ -44,8 +44,8 @@ def open_clips(videos, teacher, vocab):
 def open_judge(folder, device):
     """What a distillation is measured beside: its teacher, texts and clips, as a namespace.
 
-    A text-only run takes the teacher that lies beside it. bert, mlm, video, clips, latents are None where
-    there are none, or where the teacher reads other tokens.
+    A text-only run takes the teacher that lies beside it. bert, mlm, video, clips, latents and
+    teacher, the folder of the teacher's model, are None where there are none, or where it reads other tokens.
     """
     config, _ = read_run(folder)
     cfg = SimpleNamespace(**config["config"])
@@ -54,11 +54,12 @@ def open_judge(folder, device):
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
     latents = Path(cfg.train).parent / "raw" / "latents.json"
     judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
+                            teacher=None,
                             latents=read_json(latents) if latents.exists() else None)
     path = cfg.teacher or Path(folder).parent / f"teacher-mlm+ct-s{cfg.seed}"
     if not Path(path).exists() or distill.is_paired(path, train.vocab):  # it cannot read the student's words
         return judge
-    path = model_folder(path, "--teacher")
+    judge.teacher = path = model_folder(path, "--teacher")
     judge.bert = load_bert(path).to(device)
     judge.mlm = load_mlm_head(path, judge.bert, needed=False)
     if judge.mlm:

@@ -165,7 +165,8 @@ def pwcca(models, words="", clip_vocab="", out=""):
              for path in models]
     names = names if len(set(names)) == len(names) else [str(path) for path in models]
     opened = [word_embeddings(path, clip_vocab) for path in models]
-    chosen = list(dict.fromkeys(filter(None, map(str.strip, read_text(words).split("\n"))))) if words else None
+    lines = map(str.strip, read_text(words).split("\n")) if words else ()
+    chosen = list(dict.fromkeys(filter(None, lines))) or None
     pairs, found = list(itertools.combinations(range(len(models)), 2)), {}
     for number, (i, j) in enumerate(common.progress(pairs, len(pairs), " pairs", "PWCCA")):
         both = [(names[k], *opened[k]) for k in (i, j)]

@@ -163,17 +163,23 @@ class Examples:
         return batch if self.labels is None else batch | {"labels": torch.from_numpy(self.labels[index])}
 
 
+def rows_of(task, rows, split):
+    """Numbers of a file's rows that belong to a split: all, but where the dev set is drawn from the file."""
+    keep = np.arange(len(rows.first))
+    if task.dev_share and split != "test":
+        # by id: the same rows are held out however the file is sorted
+        drawn = np.array([keyed_uniform("dev", row) for row in rows.ids])
+        keep = keep[(drawn < task.dev_share) == (split == "dev")]
+    return keep
+
+
 def load_examples(task, path, vocab, max_length, cache, split, limit=0, seed=0, beside=()):
     """A file -> Examples (SquadExamples for span). split: train, dev or test, which needs no labels.
 
     cache: folder for tokens, or "". limit: examples (SQuAD: questions) to draw by (seed, row); 0 = all.
     """
     rows = task.read(task, Path(path), split != "test")
-    keep = np.arange(len(rows.first))
-    if task.dev_share and split != "test":
-        # by id: the same rows are held out however the file is sorted
-        drawn = np.array([keyed_uniform("dev", row) for row in rows.ids])
-        keep = keep[(drawn < task.dev_share) == (split == "dev")]
+    keep = rows_of(task, rows, split)
     if split == "train" and "answer" in rows.extra:
         keep = keep[np.array(rows.extra["answer"]) != "missing"]
     if limit:

@@ -18,19 +18,44 @@ from parts.machine import move
 # ---------------------------------------------------------------------------- retrieval
 
 
-def recall(query, target, ks=(1, 5, 10), chunk=1024):
-    """Share of the queries whose own target is among the k nearest by cosine; ties count against the query.
+def ranks(query, target, chunk=1024):
+    """Rank of each query's own target among all by cosine, 1 = the nearest; ties count against the query.
 
-    query, target: (n, C), row i of one belongs to row i of the other. -> {"1": share, ...}; chance is k / n.
+    query, target: (n, C), row i of one belongs to row i of the other. -> int64 (n,); the median of ranks by
+    chance is (n + 1) / 2. chunk: queries that are compared at a time.
     """
     query, target = F.normalize(query.float(), dim=-1), F.normalize(target.float(), dim=-1)
-    ranks = []
+    found = []
     for i in range(0, len(query), chunk):
         scores = query[i:i + chunk] @ target.T  # (chunk, n)
         own = scores.gather(1, torch.arange(i, i + len(scores))[:, None])
-        ranks.append((~(scores < own)).sum(1) - 1)  # NaN counts against it, too
-    ranks = torch.cat(ranks)
-    return {str(k): (ranks < k).float().mean().item() for k in ks}
+        found.append((~(scores < own)).sum(1))  # NaN counts against it, too
+    return torch.cat(found)
+
+
+def recall(query, target, ks=(1, 5, 10), chunk=1024):
+    """Share of the queries whose own target is among the k nearest, see ranks.
+
+    -> {"1": share, ...}; chance is k / n.
+    """
+    found = ranks(query, target, chunk)
+    return {str(k): (found <= k).float().mean().item() for k in ks}
+
+
+def top(query, target, k, chunk=4096):
+    """The k targets of highest cosine for each query, (n, C), (m, C) -> cosines, indices (n, k), best first.
+
+    Of equal ones the earlier comes first. chunk: targets that are compared at a time, so that memory does not
+    grow with n x m.
+    """
+    query = F.normalize(query.float(), dim=-1)
+    best, index = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
+    for start in range(0, len(target), chunk):
+        scores = query @ F.normalize(target[start:start + chunk].float(), dim=-1).T
+        place = torch.arange(start, start + scores.shape[1]).expand_as(scores)
+        best, order = torch.cat([best, scores], 1).sort(dim=1, descending=True, stable=True)
+        best, index = best[:, :k], torch.cat([index, place], 1).gather(1, order[:, :k])
+    return best, index
 
 
 def nearest(query, target):

@@ -4,15 +4,12 @@ Run: python -m pytest -q tests/test_analyze.py
 """
 import json
 import re
-import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import analyze
-import data
-from analyses import closing, figures
+from analyses import closing
 from run import FORMAT
 
 
@@ -111,29 +108,3 @@ def test_tasks_table_has_medians_of_both_sets_and_chance():
     assert head.startswith("median of 3: held-out / seen") and head.endswith("average")
     assert re.search(r"^distilled +60.0 / 90.0 +30.0 / 50.0 +45.0 / 70.0$", row)
     assert re.search(r"^chance +50.0 +25.0 +37.5$", chance)
-
-
-def test_clips_of_the_demo_are_drawn_and_described(demo, teacher_run, tmp_path):
-    held_out = data.VideoClips(demo / "demo-s0" / "videos.h5", 24, part="val", val_clips=500)
-    latents = json.loads((demo / "demo-s0" / "raw" / "latents.json").read_text())
-    states = figures.clip_states(latents, held_out)
-    assert len(states) == len(held_out)
-    texts = [held_out.vocab.decode(row[mask][1:-1].tolist()) for row, mask in
-             zip(*(held_out.clips(np.arange(40))[k] for k in ("ids", "mask")))]
-    assert texts == [state["text"] for state in states[:40]]
-    assert states[0]["material"] in figures.describe(states[0])
-    run = tmp_path / "run"
-    run.mkdir()
-    column = example(1) | {"retrieval": {"nearest": list(range(len(held_out)))}}
-    (run / "table.json").write_text(json.dumps({"columns": {"nst+crd": column}, "clips": len(held_out)}))
-    world = demo / "demo-s0"
-    shutil.copytree(teacher_run, tmp_path / "teacher-mlm+ct-s0")
-    options = json.loads((teacher_run / "model" / "clips.json").read_text()) | {"val_clips": 500}
-    (tmp_path / "teacher-mlm+ct-s0" / "model" / "clips.json").write_text(json.dumps(options))
-    (run / "results.json").write_text("{}")
-    (run / "config.json").write_text(json.dumps({
-        "format": FORMAT, "config": {
-            "seed": 0, "block_size": 24, "train": str(world / "corpus.h5"), "val": "", "teacher": "",
-            "videos": str(world / "videos.h5")}}))
-    analyze.main(["clips", str(run), "--out", str(tmp_path / "clips.png")])
-    assert (tmp_path / "clips.png").stat().st_size > 5000
