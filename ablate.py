@@ -32,6 +32,7 @@ import distill
 import finetune
 import teacher
 from analyses import figures
+from analyses.answers import read_answers
 from analyses.inside import distances, open_encoder
 from analyses.papers import TABLES, Row, Table
 from analyses.rows import as_csv, as_latex, as_text, draw, main_column, statistics
@@ -42,7 +43,7 @@ from model import model_config
 from parts.machine import cores, flops_per_token, init_ranks, peak_flops, side_by_side
 from parts.tasks import TASKS, find_file
 from prepare.chain import command, text_only_run
-from prepare.world import WORLD, demo_world, demo_xtext, larger_text, noisy_videos
+from prepare.world import ACTIONS, WORLD, demo_world, demo_xtext, larger_text, noisy_videos
 from run import FORMAT, FREE, steps_of
 
 SCRIPTS = {"teacher": teacher, "student": distill, "adapt": adapt_xdbert, "finetune": finetune}
@@ -260,6 +261,24 @@ def measure(table, row, plan, folders):
         original, adapted = (open_encoder(folders[name])[0] for name in ("language", row.model))
         scores = {"distance": distances(original, adapted)["all"]["rms"]} | scores
     return scores
+
+
+def categories_of(cfg):
+    """{column: accuracy} by category: of GLUE's diagnostics where MNLI was fine-tuned on, and of the demo's
+    entailment by the action that its question is about. The mean over the runs."""
+    found = {}
+    for task in finetune.chosen_tasks(cfg):
+        folder = Path(cfg.out_dir, task.name)
+        if task.name == "mnli":
+            runs = [run["scores"].get("diagnostic", {}) for run in peek_json(folder / "results.json")["runs"]]
+            for name in (name for name in runs[0] if name.endswith(", accuracy")):
+                found[name.removesuffix(", accuracy")] = float(np.mean([run[name] for run in runs]))
+        if task.name == "entailment":
+            answers = read_answers(folder)
+            for action, (past, _) in ACTIONS.items():
+                about = [past in text.split() for text in answers.first]
+                found[f"entailment: {action}"] = 100 * float(answers.right[:, about].mean())
+    return found
 
 
 def parameters(model):

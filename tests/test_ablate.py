@@ -200,6 +200,30 @@ def test_grid_is_every_combination_of_values():
     assert {row.model for row in ablate.grid_of(["w_itc=1,3"], None).rows} == {"adapted"}  # only one stage has it
 
 
+def test_entailment_is_told_by_action(demo, tmp_path, monkeypatch):
+    """By hand from the predictions: a model that always answers the same is right in half of each action."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").symlink_to(demo)
+    cfg = ablate.finetune.Config(tasks="entailment,mishap", model="none", max_steps=1, warmup_steps=0, seeds=1, save_models=False,
+                                 device="cpu", out_dir=str(tmp_path / "run"))
+    ablate.finetune.main(cfg)
+    found = ablate.categories_of(cfg)
+    assert list(found) == [f"entailment: {action}" for action in ("drop", "soak", "heat", "press", "cut")]
+    rows = [line.split("\t") for line in (demo / "demo-s0/raw/tasks/entailment/dev.tsv").read_text().splitlines()[1:]]
+    path = tmp_path / "run" / "entailment" / "s0" / "predictions" / "predictions.txt"
+    answers = [line.rpartition("\t")[2] for line in path.read_text().splitlines()[-len(rows):]]
+    names = {"0": "entailment", "1": "not_entailment"}
+    right = [names.get(answer, answer) == row[3] for answer, row in zip(answers, rows) if "dropped" in row[1]]
+    assert 0 < len(right) < len(rows) and found["entailment: drop"] == pytest.approx(100 * np.mean(right))
+
+
+def test_mnli_is_told_by_the_categories_of_glues_diagnostics(tmp_path):
+    runs = [{"scores": {"": {"accuracy": 1.0}, "diagnostic": {"Logic, accuracy": x, "Logic, r3": 0.0}}} for x in (40.0, 60.0)]
+    (tmp_path / "mnli").mkdir()
+    (tmp_path / "mnli" / "results.json").write_text(json.dumps({"runs": runs}))
+    assert ablate.categories_of(ablate.finetune.Config(tasks="mnli", out_dir=str(tmp_path))) == {"Logic": 50.0}
+
+
 def test_parameters_are_those_of_table_6():
     printed = {row.model: row.paper[0] for row in TABLES["xdbert-6"].rows if "electra-base" not in row.model}
     assert {model: ablate.parameters(model) for model in printed} == printed
