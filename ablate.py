@@ -424,10 +424,12 @@ def run_jobs(plan, left, workers):
     logs.mkdir(exist_ok=True)
     commands = {name: command(SCRIPTS[plan.jobs[name][0]], plan.jobs[name][1]) for name in left}
     needs = {name: [need for need in plan.needs[name] if need in left] for name in left}
-    seconds, failed = side_by_side(commands, needs, workers, logs)
-    if seconds:
-        write_json(plan.out / "times.json", peek_json(plan.out / "times.json") | seconds)
-    return failed
+    seconds = {}
+    try:
+        return side_by_side(commands, needs, workers, logs, seconds)
+    finally:  # also where it is interrupted
+        if seconds:
+            write_json(plan.out / "times.json", peek_json(plan.out / "times.json") | seconds)
 
 
 def close(table, name, args, plan, runs, results):

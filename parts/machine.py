@@ -128,15 +128,15 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def side_by_side(jobs, needs={}, workers=0, logs=None):
+def side_by_side(jobs, needs={}, workers=0, logs=None, seconds=None):
     """Runs commands, {name: argv}, in `workers` processes, as many as cores where 0; these share the cores.
 
     needs: {name: names of the jobs that must have ended well before}. logs: folder that keeps what each job
-    says, in <name>.txt; then one that fails stops only those that need it, else it ends all of them. ->
-    ({name: seconds} of those that ended well, {name: why it failed}). Where this process is stopped the jobs
-    are ended, too.
+    says, in <name>.txt; then one that fails stops only those that need it, else it ends all of them.
+    seconds: a dict that gets how long each took that ended well. -> {name: why it failed}. Where this process
+    is stopped the jobs are ended, too.
     """
-    waiting, running, seconds, failed, shown = dict(jobs), {}, {}, {}, 0.0
+    waiting, running, failed, shown = dict(jobs), {}, {}, 0.0
     workers = workers or cores()
     threads = str(max(1, cores() // workers))
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
@@ -169,7 +169,7 @@ def side_by_side(jobs, needs={}, workers=0, logs=None):
                     failed[name] = lines[-1] if lines else f"exit status {process.returncode}"
                     if not logs:
                         raise SystemExit(f"{shlex.join(map(str, process.args))}: {failed[name]}")
-                else:
+                elif seconds is not None:
                     seconds[name] = time.monotonic() - process.began
                 bar.update()
     finally:
@@ -179,7 +179,7 @@ def side_by_side(jobs, needs={}, workers=0, logs=None):
         for process in running:
             process.wait()
             process.output.close()
-    return seconds, failed
+    return failed
 
 
 # ---------------------------------------------------------------------------- speed and memory

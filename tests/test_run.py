@@ -548,8 +548,9 @@ def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path, monke
         (tmp_path / name).write_text(name)
         jobs |= {f"{name}{i + 1}": [sys.executable, "-c", code, tmp_path / f"{name}{'1' * i}", tmp_path / f"{name}{'1' * (i + 1)}"]
                  for i in range(2)}
-    seconds, failed = side_by_side(jobs, needs)
-    assert seconds.keys() == jobs.keys() and min(seconds.values()) > 0 and failed == {}
+    seconds = {}
+    assert side_by_side(jobs, needs, seconds=seconds) == {}
+    assert seconds.keys() == jobs.keys() and min(seconds.values()) > 0
     assert [(tmp_path / f"{name}11").read_text() for name in "abc"] == ["a11", "b11", "c11"]
 
 
@@ -569,7 +570,8 @@ def test_command_that_fails_stops_only_what_needs_it_where_logs_are_kept(tmp_pat
     """One worker: the jobs run in their order, and the log keeps all that one said."""
     jobs = {"fails": [sys.executable, "-c", "import sys; print('so far'); sys.exit('no such thing')"], "silent": ["false"],
             "after": ["never"], "last": ["never"], "other": [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]}
-    seconds, failed = side_by_side(jobs, {"after": ["fails"], "last": ["after", "other"]}, workers=1, logs=tmp_path)
+    seconds = {}
+    failed = side_by_side(jobs, {"after": ["fails"], "last": ["after", "other"]}, workers=1, logs=tmp_path, seconds=seconds)
     assert failed == {"fails": "no such thing", "silent": "exit status 1", "after": "not run, as fails failed",
                       "last": "not run, as after failed"}
     assert list(seconds) == ["other"]
