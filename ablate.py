@@ -366,6 +366,12 @@ def parse(argv=None):
     return args
 
 
+def configs(args):
+    """{stage: Config} of what every run of a stage shares."""
+    return {stage: parse_cli(script.Config, script.PRESETS, shlex.split(getattr(args, stage)), script.NEEDS)
+            for stage, script in SCRIPTS.items()}
+
+
 def show(name, plan):
     """A job as the command line that anyone can repeat."""
     stage, cfg = plan.jobs[name]
@@ -378,8 +384,7 @@ def main(argv=None):
     """Plans, runs and shows a table; exit status 1 where a row lacks a run."""
     args = parse(argv)
     common.clear_up_on_sigterm()
-    base = {stage: parse_cli(script.Config, script.PRESETS, shlex.split(getattr(args, stage)), script.NEEDS)
-            for stage, script in SCRIPTS.items()}
+    base = configs(args)
     table = TABLES[args.table] if args.table else grid_of(args.vary, base)
     name = f"table-{args.table}" if args.table else "vary-" + "-".join(
         text.partition("=")[0] for text in args.vary)

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from test_ddp import flat, log_lines
 
 import adapt_xdbert
+import ablate
 import analyze
 from analyses import closing
 from prepare import chain, commands
@@ -475,6 +476,9 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
     if script == "analyze.py":
         assert analyze.parse(flags)
         return
+    if script == "ablate.py":
+        assert ablate.configs(ablate.parse(flags))
+        return
     assert script == "data.py"
     called = []
     for name in ("make_demo", "train_vocab", "pack_text", "pack_xtext", "pack_videos"):
@@ -485,7 +489,7 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
 
 def test_readme_names_every_script():
     scripts = {script for script, _ in readme_commands()}
-    assert scripts >= {"data.py", "teacher.py", "distill.py", "adapt_xdbert.py", "finetune.py", "analyze.py"}
+    assert scripts >= {"data.py", "ablate.py", "teacher.py", "distill.py", "adapt_xdbert.py", "finetune.py", "analyze.py"}
 
 
 # ---------------------------------------------------------------------------- mistakes
