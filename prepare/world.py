@@ -107,7 +107,7 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
         nouns = draw_nouns(rng)
         clips = draw_clips(rng, nouns)
         write_videos(raw, clips, nouns, seed)
-        write_corpus(raw / "text", rng, nouns)
+        write_corpus(raw / "text", rng, nouns, SENTENCES)
         write_tasks(raw / "tasks", rng, nouns)
         (raw / "latents.json").write_text(json.dumps({
             "nouns": nouns, "clips": clips, "properties": PROPERTIES, "scenes": SCENES,
@@ -283,7 +283,7 @@ def write_videos(raw, clips, nouns, seed):
             rows.writerow([clip["video_id"], "Demo", clip["scene"], i + 1, task])
 
 
-def write_corpus(folder, rng, nouns, sentences=SENTENCES):
+def write_corpus(folder, rng, nouns, sentences):
     """As many sentences in documents of 4 to 8 about different nouns.
 
     70 % are facts of the noun's topic, 10 % actions without an outcome, 20 % are about other things; only

@@ -218,3 +218,31 @@ def test_demo_topics_say_nothing_about_materials(demo):
     nouns = json.loads((demo / "demo-s0" / "raw" / "latents.json").read_text())["nouns"]
     pairs = Counter((n["material"], n["topic"]) for n in nouns.values())
     assert max(pairs.values()) <= 6  # 10 nouns over 8 topics, drawn independently
+
+
+# ---------------------------------------------------------------------------- beside the world, for tables of the papers
+
+
+def test_noisier_features_are_of_the_same_clips(small_world, tmp_path):
+    """Noise of deviation 1.5 on the 2D channels; 3D channels and captions stay, and so does the world."""
+    folder = make_demo(tmp_path / "w", 3)
+    before = (folder / "world.json").read_bytes()
+    path = world.noisy_videos(folder, tmp_path / "more" / "noisy.h5")
+    clean, noisy = (data.VideoClips(file, 24, part="val", val_clips=40) for file in (folder / "videos.h5", path))
+    index = np.arange(len(clean))
+    a, b = (clips.clips(index) for clips in (clean, noisy))
+    assert a["ids"].equal(b["ids"]) and clean.features == noisy.features and clean.hash != noisy.hash
+    gap = (b["frames"] - a["frames"]).float()[a["frame_mask"]]
+    assert gap[:, :64].std() == pytest.approx(1.5, rel=0.02) and gap[:, 64:].abs().max() == 0
+    made = path.stat().st_mtime_ns
+    assert world.noisy_videos(folder, path) == path and path.stat().st_mtime_ns == made
+    assert (folder / "world.json").read_bytes() == before
+
+
+def test_larger_text_is_more_of_the_same_language(small_world, tmp_path):
+    folder = make_demo(tmp_path / "w", 3)
+    path = world.larger_text(folder, tmp_path / "more" / "larger.h5", times=3)
+    larger, own = (data.PairBlocks(file, 24, "train") for file in (path, demo_xtext(folder, OneRank())))
+    assert larger.vocab.hash == own.vocab.hash and larger.hash != own.hash
+    assert len(larger) == pytest.approx(3 * len(own), rel=0.05)
+    assert not (larger.batch(np.arange(len(larger)))["ids"] == larger.vocab.unk).any()
