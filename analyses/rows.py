@@ -1,6 +1,7 @@
 """Rows of a table over seeds: their statistics, the table as text, CSV and LaTeX, the bar chart.
 
-A result holds of each row {"name", "paper": its printed numbers or [], "columns": {column: statistics}}.
+A row is {"name", "paper": its printed numbers or [], "columns": {column: statistics}}; `asked` is the table,
+an analyses.papers.Table.
 """
 import csv
 import io
@@ -43,19 +44,26 @@ def statistics(seeds, baseline):
     return found
 
 
-def mean_of(numbers):
-    """Mean of a row's printed numbers, None where one is missing or there are none."""
-    return None if not numbers or None in numbers else float(np.mean(numbers))
-
-
 def columns_of(rows):
     """Our columns, in their order."""
     return list(dict.fromkeys(column for row in rows for column in row["columns"]))
 
 
-def main_column(of, rows):
-    """Our column that stands beside the paper's average: `of`, or the average where no row has that."""
-    return of if of in columns_of(rows) else "average"
+def main_column(asked, rows):
+    """Our column that stands beside the paper's."""
+    return next((name for name in asked.of if name in columns_of(rows)), "average")
+
+
+def printed(asked, row, like=None):
+    """The paper's number of a row: of the table's main column, or the mean of all; None where one is missing.
+
+    like: another row; the mean is then over the columns that both have.
+    """
+    if asked.printed in asked.columns:
+        return row["paper"][asked.columns.index(asked.printed)] if row["paper"] else None
+    pairs = list(zip(row["paper"], (like or row)["paper"]))
+    shared = [x for x, other in pairs if x is not None and other is not None]
+    return float(np.mean(shared)) if shared and (like or len(shared) == len(pairs)) else None
 
 
 # ---------------------------------------------------------------------------- text
@@ -67,44 +75,45 @@ def number(x, beside=None, sign=""):
     return f"{x:{sign}{',.0f' if scale >= 1000 else '.1f' if scale >= 2 else '.4f'}}"
 
 
-def cell(column, star="*"):
+def differs(column):
+    """Whether a column's difference to the baseline is beyond p = .05."""
+    return column["p"] is not None and column["p"] < 0.05
+
+
+def cell(column):
     """mean ±deviation, with a star where it differs from the baseline (p < .05); - where it is missing."""
     if column is None:
         return "-"
     spread = "" if column["deviation"] is None else f" ±{number(column['deviation'], column['mean']):>4}"
-    return number(column["mean"]) + spread + (star if (column["p"] or 1) < 0.05 else " " * len(star))
-
-
-def as_text(asked, rows):
-    """Two tables: ours, a column a measure; and the main one of these beside the paper's numbers.
-
-    asked: analyses.papers.Table.
-    """
-    base, main = rows[asked.baseline], main_column(asked.of, rows)
-    ours = [["ours", *columns_of(rows)]]
-    ours += [[row["name"], *(cell(row["columns"].get(name)) for name in ours[0][1:])]
-             for row in rows if row["columns"]]
-    several, printed = len(asked.columns) > 1, bool(asked.columns)
-    beside = [["", f"ours: {main}", "median", "difference", "p", *["| paper:"] * printed, *asked.columns,
-               *["average"] * several, *["difference"] * printed]]
-    for row in rows:
-        line, column = [row["name"]], row["columns"].get(main)
-        line += ["-"] * 4 if column is None else [cell(column), number(column["median"]), *(
-            ["-", "-"] if row is base or column["difference"] is None else
-            [number(column["difference"], column["mean"], "+"),
-             "-" if column["p"] is None else f"{column['p']:.3f}"])]
-        mean, of_base = mean_of(row["paper"]), mean_of(base["paper"])
-        line += ["|"] * printed + [paper_cell(x) for x in row["paper"] or [None] * len(asked.columns)]
-        line += ["-" if mean is None else f"{mean:.1f}"] * several
-        line += ["-" if row is base or None in (mean, of_base) else
-                 number(mean - of_base, mean, "+")] * printed
-        beside.append(line)
-    return f"{table(ours)}\n\n{table(beside)}"
+    return number(column["mean"]) + spread + (" *"[differs(column)])
 
 
 def paper_cell(x):
     """A printed number."""
     return "-" if x is None else f"{x:,}"
+
+
+def as_text(asked, rows):
+    """Two tables: ours, a column a measure; and the main one of these beside the paper's numbers."""
+    base, main = rows[asked.baseline], main_column(asked, rows)
+    ours = [["ours", "seeds", *columns_of(rows)]]
+    ours += [[row["name"], str(max(len(column["seeds"]) for column in row["columns"].values())),
+              *(cell(row["columns"].get(name)) for name in ours[0][2:])] for row in rows if row["columns"]]
+    several, has_paper = len(asked.columns) > 1 and asked.printed == "average", bool(asked.columns)
+    beside = [["", f"ours: {main}", "median", "difference", "p", *["| paper:"] * has_paper, *asked.columns,
+               *["average"] * several, *["difference"] * has_paper]]
+    for row in rows:
+        line, column = [row["name"]], row["columns"].get(main)
+        line += ["-"] * 4 if column is None else [cell(column), number(column["median"], column["mean"]), *(
+            ["-", "-"] if row is base or column["difference"] is None else
+            [number(column["difference"], column["mean"], "+"),
+             "-" if column["p"] is None else f"{column['p']:.3f}"])]
+        line += ["|"] * has_paper + [paper_cell(x) for x in row["paper"] or [None] * len(asked.columns)]
+        line += [paper_cell(mean and round(mean, 1)) for mean in [printed(asked, row)]] * several
+        pair = printed(asked, row, base), printed(asked, base, row)
+        line += ["-" if row is base or None in pair else number(pair[0] - pair[1], pair[0], "+")] * has_paper
+        beside.append(line)
+    return f"{table(ours)}\n\n{table(beside)}"
 
 
 def as_csv(asked, rows):
@@ -119,7 +128,8 @@ def as_csv(asked, rows):
     return text.getvalue()
 
 
-LATEX = {"±": r"$\pm$", "%": r"\%", "&": r"\&", "_": r"\_", "^": r"\^{}", "*": "$^*$", "#": r"\#"}
+LATEX = {"±": r"$\pm$", "*": "$^*$", "^": r"\^{}", "~": r"\~{}", "\\": r"\textbackslash{}", "<": "$<$",
+         ">": "$>$", **{c: f"\\{c}" for c in "%&_#${}"}}
 
 
 def as_latex(asked, rows):
@@ -127,7 +137,8 @@ def as_latex(asked, rows):
     def line(cells):
         return " & ".join("".join(LATEX.get(c, c) for c in text.strip()) for text in cells) + r" \\"
     names = columns_of(rows)
-    lines = [rf"\begin{{tabular}}{{l{'r' * (len(names) + len(asked.columns))}}}", r"\hline",
+    lines = [f"% *: differs from {rows[asked.baseline]['name']}, paired t test over the seeds, p < .05",
+             rf"\begin{{tabular}}{{l{'r' * (len(names) + len(asked.columns))}}}", r"\hline",
              line(["", *names, *(f"paper: {name}" for name in asked.columns)]), r"\hline"]
     lines += [line([row["name"], *(cell(row["columns"].get(name)) for name in names),
                     *(paper_cell(x) for x in row["paper"] or [None] * len(asked.columns))]) for row in rows]
@@ -138,25 +149,31 @@ def as_latex(asked, rows):
 
 
 def draw(asked, rows, chance=None):
-    """Figure: bars of our main column, a dot a seed, and beside it the paper's average; chance: a line."""
-    main, printed = main_column(asked.of, rows), any(mean_of(row["paper"]) for row in rows)
-    figure, (axes,) = figures.grid(1, 1 + printed, 5.0, 1.2 + 0.3 * len(rows))
-    ours = [row["columns"].get(main) for row in rows]
-    values = [[column and column["mean"] for column in ours], [mean_of(row["paper"]) for row in rows]]
-    titles = (f"ours: {main}", f"the paper: {asked.columns[0] if len(asked.columns) == 1 else 'average'}")
-    for axis, means, title, colour in zip(axes, values, titles, (figures.COLOURS[4], figures.COLOURS[1])):
-        most = max((x for x in means if x is not None), default=1)
-        for y, x in enumerate(means):
+    """Figure: bars of our main column, a dot a seed, and beside it the paper's; chance: a line."""
+    ours = [row["columns"].get(main_column(asked, rows)) for row in rows]
+    panels = [(f"ours: {main_column(asked, rows)}", [column and column["mean"] for column in ours])]
+    if any(printed(asked, row) is not None for row in rows):
+        title = asked.columns[0] if len(asked.columns) == 1 else asked.printed
+        panels.append((f"the paper: {title}", [printed(asked, row) for row in rows]))
+    names = [row["name"] for row in rows]
+    figure, (axes,) = figures.grid(1, len(panels), 4.4 + 0.035 * max(map(len, names)), 1.2 + 0.3 * len(rows))
+    for axis, (title, means), colour in zip(axes, panels, (figures.COLOURS[4], figures.COLOURS[1])):
+        own = axis is axes[0]
+        ends = [max([x or 0, *(column["seeds"].values() if own and column else ())])
+                for x, column in zip(means, ours)]
+        most = max(ends) or 1
+        for y, (x, end) in enumerate(zip(means, ends)):
             axis.barh(y, x or 0, color=colour, height=0.7)
-            axis.text(most * 1.03, y, "-" if x is None else number(x), va="center", fontsize=8)
+            axis.text(end + 0.02 * most, y, "-" if x is None else number(x), va="center", fontsize=8)
         axis.set(xlabel=title, xlim=(0, most * 1.18), yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6),
-                 yticklabels=[row["name"] for row in rows] if axis is axes[0] else [])
+                 yticklabels=names if own else [])
         axis.spines[["top", "right"]].set_visible(False)
+    label = "a seed"
     for y, column in enumerate(ours):
         if column and len(column["seeds"]) > 1:
             dots = list(column["seeds"].values())
-            axes[0].plot(dots, y + np.linspace(-0.2, 0.2, len(dots)), "o", color="k", ms=2.5,
-                         label="a seed" if y == 0 else None)
+            axes[0].plot(dots, y + np.linspace(-0.2, 0.2, len(dots)), "o", color="k", ms=2.5, label=label)
+            label = None
     if chance is not None:
         axes[0].axvline(chance, color="k", ls=":", label="chance")
     if axes[0].get_legend_handles_labels()[0]:

@@ -79,7 +79,8 @@ def independent_level(n, width, other):
 
 
 def word_embeddings(path, clip_vocab=""):
-    """(vocabulary, word embeddings (V, width)) of a run, a folder of BERT, ELECTRA or CLIP, or OpenAI's file.
+    """(vocabulary, word embeddings (V, width)) of a run, a folder of BERT, ELECTRA or CLIP, or OpenAI's file,
+    whose vocabulary is `clip_vocab`: that or its path.
 
     Those of BERT and ELECTRA before any projection, without position, segment and LayerNorm.
     """
@@ -88,7 +89,8 @@ def word_embeddings(path, clip_vocab=""):
         if vocab is None and not clip_vocab:
             raise SystemExit(f"{path}: a file without its vocabulary; give that as --clip_vocab, OpenAI's is "
                              "bpe_simple_vocab_16e6.txt.gz")
-        vocab = vocab or load_clip_vocab(clip_vocab)
+        if vocab is None:
+            vocab = load_clip_vocab(clip_vocab) if isinstance(clip_vocab, str) else clip_vocab
     else:
         folder = model_folder(path, "MODEL")
         vocab, model = config_and_vocab(folder)[1], load_bert(folder)

@@ -136,11 +136,12 @@ def side_by_side(jobs, needs={}, workers=0, logs=None, seconds=None):
     seconds: a dict that gets how long each took that ended well. -> {name: why it failed}. Where this process
     is stopped the jobs are ended, too.
     """
-    waiting, running, failed, shown = dict(jobs), {}, {}, 0.0
+    waiting, running, failed, shown, gpus = dict(jobs), {}, {}, 0.0, torch.cuda.device_count()
     workers = workers or cores()
     threads = str(max(1, cores() // workers))
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
     environment["PYTHONUNBUFFERED"] = "1"
+    places = list(range(workers))
     bar = progress(None, len(jobs), " commands", "side by side")
     try:
         while waiting or running:
@@ -151,17 +152,24 @@ def side_by_side(jobs, needs={}, workers=0, logs=None, seconds=None):
                     del waiting[name]
                     failed[name] = f"not run, as {lost[0]} failed"
                     bar.update()
-                elif len(running) < workers:
+                elif places:
                     output = open(logs / f"{name}.txt", "w+") if logs else tempfile.TemporaryFile("w+")
+                    place = places.pop(0)
+                    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
+                        environment["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
+                    # a group of its own: Ctrl-C reaches this process alone, which then ends the jobs once
                     process = subprocess.Popen(waiting.pop(name), stdin=subprocess.DEVNULL, stdout=output,
-                                               stderr=subprocess.STDOUT, env=environment)
-                    process.output, process.began, running[process] = output, time.monotonic(), name
+                                               stderr=subprocess.STDOUT, env=environment,
+                                               start_new_session=True)
+                    process.output, process.place, process.began = output, place, time.monotonic()
+                    running[process] = name
             time.sleep(0.1)
             if time.monotonic() > shown + 5:  # the first command may take minutes
                 bar.refresh()
                 shown = time.monotonic()
             for process in [process for process in running if process.poll() is not None]:
                 name = running.pop(process)
+                places.append(process.place)
                 with process.output as output:
                     output.seek(0)
                     lines = [line for line in output.read().splitlines() if line.strip()]

@@ -4,7 +4,7 @@ The first four functions are what the scripts run under their main guards; the o
 With real data nothing is made.
 """
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import torch
@@ -193,11 +193,19 @@ def adaptation_rows(cfg, ranks, seeds=3):
         close_adaptation(runs, Path(cfg.out_dir, "table.json"))
 
 
+def preset_values(script, cfg):
+    """{flag: value} of a Config's preset alone, without the flags that beat it."""
+    values = script.PRESETS[cfg.preset]
+    if callable(values):
+        values = values({name: x for name, x in asdict(cfg).items() if x != getattr(type(cfg), name)})
+    return {field.name: field.default for field in fields(cfg)} | values | {"preset": cfg.preset}
+
+
 def command(script, cfg):
     """The command line of a stage with the flags of its Config."""
-    return [sys.executable, script.__file__, *(
-        f"--{field.name}={getattr(cfg, field.name)}" for field in fields(cfg)
-        if field.name == "preset" or getattr(cfg, field.name) != field.default)]
+    usual = preset_values(script, cfg)
+    return [sys.executable, script.__file__, f"--preset={cfg.preset}", *(
+        f"--{name}={x}" for name, x in asdict(cfg).items() if x != usual[name])]
 
 
 def newest_student(cfg, vocab):

@@ -4,9 +4,11 @@ Run: python -m pytest -q tests/test_ablate.py
 """
 import csv
 import io
+import dataclasses
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,12 @@ from scipy import stats
 import ablate
 import common
 import distill
+from analyses import plan as plans
 from analyses import rows
-from analyses.papers import TABLES, Row, Table
+from analyses.papers import SECOND, TABLES, Row, Table
 from conftest import QUICK_STUDENT, QUICK_TEACHER
+from parts.machine import init_ranks
+from prepare.world import demo_xtext
 
 QUICK = {"student": QUICK_STUDENT, "teacher": QUICK_TEACHER,
          "adapt": dict(max_steps=2, batch_size=8, eval_blocks=6, device="cpu", cross_layers=1, log_every=1),
@@ -29,16 +34,20 @@ QUICK = {"student": QUICK_STUDENT, "teacher": QUICK_TEACHER,
 def plan(demo, tmp_path):
     """Plan of the demo's quick runs; more flags of a stage as keywords."""
     def make(tune_seeds=1, second="", **more):
-        base = {stage: script.Config(**QUICK[stage] | {"data_dir": str(demo)} | more.get(stage, {}))
+        base = {stage: script.Config(**QUICK[stage] | where(stage, demo) | more.get(stage, {}))
                 for stage, script in ablate.SCRIPTS.items()}
-        return ablate.Plan(base, tune_seeds, second, tmp_path / "ablate")
+        return ablate.Plan(base, tune_seeds, tmp_path / "ablate", second)
     return make
 
 
-def quick_flags(demo, **more):
+def where(stage, demo):
+    return {"data_dir": str(demo)} if stage == "student" else {}
+
+
+def quick_flags(demo):
     """The same as ablate.py's flags."""
-    return [f"--{stage}=" + shlex.join(f"--{name}={value}" for name, value in (
-        QUICK[stage] | {"data_dir": str(demo)} | more.get(stage, {})).items()) for stage in QUICK]
+    return [f"--{stage}=" + shlex.join(f"--{name}={value}" for name, value in (QUICK[stage] | where(stage, demo)).items())
+            for stage in QUICK]
 
 
 def run_here(jobs, needs, workers, logs, seconds):
@@ -64,6 +73,8 @@ def test_comparison_is_the_paired_t_test():
     assert rows.compare(values, others) == pytest.approx(stats.ttest_rel([60, 71, 65], [58, 66, 61]).pvalue)
     by_hand = np.mean([2, 5, 4]) / (np.std([2, 5, 4], ddof=1) / 3 ** 0.5)  # t with two degrees of freedom
     assert rows.compare(values, others) == pytest.approx(2 * stats.t.sf(by_hand, 2))
+    always = rows.statistics({s: {"x": 60.0 + s} for s in range(3)}, {s: {"x": 50.0 + s} for s in range(3)})["x"]
+    assert always["p"] == 0 and rows.cell(always) == "61.0 ± 1.0*"
     assert rows.compare({0: 1.0}, {0: 2.0}) is None and rows.compare({0: 1.0, 1: 2.0}, {3: 1.0}) is None
     assert rows.compare({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}) == 1 and rows.compare({0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}) == 0
 
@@ -91,11 +102,11 @@ def test_text_shows_ours_beside_the_papers():
     for text in (ours, beside):
         assert len({len(line) for line in text.splitlines()}) == 1
     assert [line.split()[0] for line in ours.splitlines()[2:]] == ["plain", "+"]  # what was not run is left out
-    assert re.search(r"\+ KD +71.0 ± 1.0\* +71.5 ± 1.5\*", ours) and "50.0" not in ours
+    assert re.search(r"\+ KD +3 +71.0 ± 1.0\* +71.5 ± 1.5\*", ours) and "50.0" not in ours
     head, _, plain, kd, own = beside.splitlines()
     assert re.search(r"ours: average +median +difference +p +\| paper: +SST-2 +QNLI +average +difference", head)
     assert re.search(r"plain +51.2 ± 1.3 +51.0 +- +- +\| +88.0 +84.0 +86.0 +-$", plain)
-    assert re.search(r"\+ KD +71.5 ± 1.5\* +71.5 +\+20.3 +0.00\d +\| +90.0 +- +- +-$", kd)
+    assert re.search(r"\+ KD +71.5 ± 1.5\* +71.5 +\+20.3 +0.00\d +\| +90.0 +- +- +\+2.0$", kd)  # of what both have
     assert re.search(r"ours & own( +-){4} +\|( +-){4}$", own)
 
 
@@ -104,7 +115,7 @@ def test_csv_and_latex_hold_the_same_numbers():
     assert [row["row"] for row in found] == ["plain", "+ KD", "ours & own"]
     assert float(found[1]["average, mean"]) == 71.5 and found[1]["paper: SST-2"] == "90.0" and found[2]["x, p"] == ""
     lines = rows.as_latex(ASKED, example_rows()).splitlines()
-    assert lines[0] == r"\begin{tabular}{lrrrr}" and lines[-1] == r"\end{tabular}"
+    assert lines[0].startswith("% *: differs from plain") and lines[1] == r"\begin{tabular}{lrrrr}" and lines[-1] == r"\end{tabular}"
     assert r"+ KD & 71.0 $\pm$ 1.0$^*$ & 71.5 $\pm$ 1.5$^*$ & 90.0 & - \\" in lines
     assert r"ours \& own & - & - & - & - \\" in lines
 
@@ -119,7 +130,7 @@ def test_numbers_are_shown_with_the_digits_that_tell():
 
 def test_printed_numbers_give_the_printed_averages_and_differences():
     """Table 1's column Avg. and the differences that Tables 7 and 8 print, with the slips that are known."""
-    assert [round(rows.mean_of(row.paper), 1) for row in TABLES["1"].rows] == [78.6, 81.4, 78.9, 81.7, 82.3, 82.4, 82.6]
+    assert [round(np.mean(row.paper), 1) for row in TABLES["1"].rows] == [78.6, 81.4, 78.9, 81.7, 82.3, 82.4, 82.6]
     plain, nst, _ = TABLES["7"].rows
     assert np.round(np.subtract(nst.paper, plain.paper), 1).tolist() == [0.3, -0.5, 0.3, 4.6, 3.1, 3.3]
     _, nst, crd, _, no_nst, no_crd, _ = TABLES["8"].rows
@@ -142,8 +153,10 @@ def test_every_row_of_every_table_is_a_plan(plan, name):
         assert common.parse_cli(script.Config, script.PRESETS, argv, script.NEEDS) == cfg and cfg.seed == 3
     if name in ("2", "4"):  # at equal tokens and steps
         like = one.base["student"]
-        video = next(cfg for stage, cfg in one.jobs.values() if stage == "teacher" and cfg.patience == like.max_steps)
-        assert (video.max_steps, video.batch_size, video.block_size) == (like.max_steps, like.batch_size, like.block_size)
+        video = [cfg for stage, cfg in one.jobs.values() if stage == "teacher"][0]
+        same = ("max_steps", "batch_size", "block_size", "model", "lr", "warmup_steps", "dropout", "grad_clip", "beta2", "mask_split")
+        assert [getattr(video, flag) for flag in same] == [getattr(like, flag) for flag in same]
+        assert video.eval_every >= video.max_steps  # so the last weights are kept, as a student's are
 
 
 def test_tables_share_runs_and_every_flag_is_a_key(plan):
@@ -164,10 +177,8 @@ def test_tables_share_runs_and_every_flag_is_a_key(plan):
 def test_packed_text_of_ones_own_is_part_of_the_key(plan, demo, tmp_path):
     own = tmp_path / "own.h5"
     keys = []
+    demo_xtext(demo / "demo-s0", init_ranks("cpu"))
     for source in ("demo-s0/corpus.h5", "demo-s0/corpus.h5", "demo-s0/xcorpus.h5"):
-        from parts.machine import init_ranks
-        from prepare.world import demo_xtext
-        demo_xtext(demo / "demo-s0", init_ranks("cpu"))
         own.write_bytes((demo / source).read_bytes())
         keys.append(Path(plan(student={"train": str(own)}).student(Row("", student={"objective": "none"}), 0)).name)
     assert keys[0] == keys[1] != keys[2]
@@ -182,23 +193,79 @@ def test_longer_adaptations_have_that_many_steps(plan):
 
 
 def test_second_features_are_made_noisier_or_given(plan, demo):
-    one, flags = plan(), {"videos": "second"}
+    one, flags = plan(), {"videos": SECOND}
     noisy = one.jobs[Path(one.teacher(flags, 0)).name][1].videos
-    assert noisy != one.jobs[Path(one.teacher({}, 0)).name][1].videos and noisy in one.files
+    assert noisy != one.jobs[Path(one.teacher({}, 0)).name][1].videos and noisy in one.makers
     own = str(demo / "demo-s0" / "videos.h5")
-    with pytest.raises(SystemExit, match="give the features of the second, packed, as --videos2 FILE"):
-        plan(teacher={"videos": own}).teacher(flags, 0)
     one = plan(teacher={"videos": own}, second=own)
-    assert one.jobs[Path(one.teacher(flags, 0)).name][1].videos == own and not one.files
+    assert one.jobs[Path(one.teacher(flags, 0)).name][1].videos == own and not one.makers
+
+
+def test_what_lies_outside_is_part_of_the_key(plan, tmp_path, teacher_run):
+    """Task files, and a teacher that is replaced under the same path."""
+    keys = []
+    for label in ("entailment", "not_entailment"):
+        folder = tmp_path / label / "RTE"
+        folder.mkdir(parents=True)
+        for split in ("train", "dev"):
+            (folder / f"{split}.tsv").write_text(f"index\tsentence1\tsentence2\tlabel\n0\ta\tb\t{label}\n")
+        one = plan(finetune={"tasks": "rte", "data_dir": str(tmp_path / label)})
+        keys.append(Path(one.add("finetune", one.base["finetune"])).name)
+    with pytest.raises(SystemExit, match="rte|RTE"):
+        one = plan(finetune={"tasks": "rte", "data_dir": str(tmp_path / "nowhere")})
+        one.add("finetune", one.base["finetune"])
+    own = tmp_path / "teacher"
+    for seed in range(2):
+        shutil.copytree(teacher_run, own)
+        if seed:
+            path = own / "model" / "vokens.safetensors"
+            path.write_bytes(path.read_bytes()[:-1] + b"x")
+        plans.model_hash.cache_clear()
+        keys.append(Path(plan(student={"teacher": str(own)}).student(Row("", student={"objective": "nst"}), 0)).name)
+        shutil.rmtree(own)
+    assert len(set(keys)) == 4
+
+
+def test_shared_flags_reach_the_commands_whatever_the_preset(tmp_path):
+    """A flag that beats its preset stays, also where it gives back the default of the script."""
+    for script, text in ((ablate.SCRIPTS["student"], "--preset small --batch_size 96 --max_steps 540 --warmup_steps 60 --epochs 0"),
+                         (ablate.SCRIPTS["teacher"], "--preset paper --max_steps 300 --warmup_steps 30 --negatives infonce"),
+                         (ablate.SCRIPTS["finetune"], "--preset xdbert-base --layer_decay 1 --epochs 0"),
+                         (ablate.SCRIPTS["adapt"], "--preset base --train x.h5 --max_steps 400 --epochs 0 --lr 1e-3"),
+                         (ablate.SCRIPTS["adapt"], "--train x.h5 --block_size 24 --batch_size 64")):
+        cfg = common.parse_cli(script.Config, script.PRESETS, shlex.split(text))
+        assert common.parse_cli(script.Config, script.PRESETS, ablate.command(script, cfg)[2:]) == cfg
+
+
+def test_a_flag_of_one_row_may_be_shared_and_one_of_none_is_told(plan):
+    one = plan(student={"soft_tau": 4.0, "w_voken": 2.0})
+    for row in TABLES["5"].rows[:2]:
+        one.folders(row, 0, True)
+    students = {cfg.objective: cfg for stage, cfg in one.jobs.values() if stage == "student"}
+    assert students["soft"].soft_tau == 4 and students["none"].soft_tau == 2  # so that text-only is the same run as ever
+    assert "--student: --w_voken 2.0" in one.unread() and not [flag for flag in one.unread() if "soft_tau" in flag]
+
+
+def test_more_fine_tuning_runs_are_added_to_the_first(plan):
+    names = [Path(plan(tune_seeds).folders(TABLES["5"].rows[0], 0, True)["tuned"]).name for tune_seeds in (1, 3)]
+    assert names[0] == names[1]
+
+
+def test_alone_row_ignores_what_is_for_clip(plan):
+    one = plan(adapt={"freeze": "clip", "segments": 1})
+    for row in TABLES["xdbert-1"].rows:
+        one.folders(row, 0, True)
+    alone = next(cfg for stage, cfg in one.jobs.values() if stage == "adapt" and cfg.no_clip)
+    assert (alone.freeze, alone.segments, alone.clip) == ("auto", 2, "")
 
 
 def test_grid_is_every_combination_of_values():
-    table = ablate.grid_of(["w_nst=0,10", "head=mlp,none", "teacher.lr=1e-3,2e-3"], None)
+    table = ablate.grid_of(["w_nst=0,10", "head=mlp,none", "teacher.lr=1e-3,2e-3"])
     assert [row.name for row in table.rows][:3] == [
         "w_nst=0 head=mlp teacher.lr=1e-3", "w_nst=0 head=mlp teacher.lr=2e-3", "w_nst=0 head=none teacher.lr=1e-3"]
     assert len(table.rows) == 8 and table.rows[5].student == {"w_nst": "10", "head": "mlp"}
     assert table.rows[5].teacher == {"lr": "2e-3"} and {row.model for row in table.rows} == {"student"}
-    assert {row.model for row in ablate.grid_of(["w_itc=1,3"], None).rows} == {"adapted"}  # only one stage has it
+    assert {row.model for row in ablate.grid_of(["w_itc=1,3"]).rows} == {"adapted"}  # only one stage has it
 
 
 def test_entailment_is_told_by_action(demo, tmp_path, monkeypatch):
@@ -221,8 +288,20 @@ def test_entailment_is_told_by_action(demo, tmp_path, monkeypatch):
 def test_mnli_is_told_by_the_categories_of_glues_diagnostics(tmp_path):
     runs = [{"scores": {"": {"accuracy": 1.0}, "diagnostic": {"Logic, accuracy": x, "Logic, r3": 0.0}}} for x in (40.0, 60.0)]
     (tmp_path / "mnli").mkdir()
-    (tmp_path / "mnli" / "results.json").write_text(json.dumps({"runs": runs}))
-    assert ablate.categories_of(ablate.finetune.Config(tasks="mnli", out_dir=str(tmp_path))) == {"Logic": 50.0}
+    (tmp_path / "mnli" / "results.json").write_text(json.dumps({"runs": [*runs, {}]}))  # one more than asked for
+    assert ablate.categories_of(ablate.finetune.Config(tasks="mnli", out_dir=str(tmp_path), seeds=2)) == {"Logic": 50.0}
+
+
+def test_average_is_without_the_error_of_read_and_collapsed_runs_are_named(tmp_path):
+    for task, scores in (("rte", (50.0, 60.0)), ("read", (0.6, 0.7)), ("sst2", (None, 90.0))):
+        (tmp_path / task).mkdir()
+        runs = [{"score": x, "seed": i, "scores": {"": {}}, "collapsed": "" if x and x > 50 else "one class"}
+                for i, x in enumerate(scores)]
+        (tmp_path / task / "results.json").write_text(json.dumps({"runs": runs}))
+    cfg = ablate.finetune.Config(tasks="rte,read", out_dir=str(tmp_path), seeds=2)
+    assert ablate.scores_of(cfg) == {"RTE": 55.0, "READ": pytest.approx(0.65), "average": 55.0}
+    assert ablate.collapsed(cfg) == ["RTE s0", "READ s0", "READ s1"]
+    assert np.isnan(ablate.scores_of(dataclasses.replace(cfg, tasks="sst2"))["average"])  # NaN in results.json is None
 
 
 def test_parameters_are_those_of_table_6():
@@ -235,22 +314,20 @@ def test_parameters_are_those_of_table_6():
 
 def test_table_runs_and_is_not_run_again(demo, tmp_path, monkeypatch, capsys):
     """Two seeds of a small table, from nothing: everything is written, and the second time nothing is run."""
-    monkeypatch.setitem(TABLES, "13", Table("small", ("TRACIE",), TABLES["13"].rows[:2], of="before/after", note="a note"))
-    asked = []
+    monkeypatch.setitem(TABLES, "13", Table("small", ("TRACIE",), TABLES["13"].rows[:2], of=("before/after",), note="a note"))
+    asked, worlds = [], tmp_path / "worlds"
     monkeypatch.setattr(ablate, "side_by_side", lambda jobs, *more: asked.append(list(jobs)) or run_here(jobs, *more))
-    monkeypatch.setattr(ablate, "demo_world", lambda data_dir, seed, ranks: None)
-    monkeypatch.setattr(ablate.Plan, "world", lambda self, seed: demo / "demo-s0")  # one world is enough here
-    monkeypatch.setattr(ablate.finetune, "open_start", lambda model, like="", world=None, flag="", own=ablate.finetune.open_start:
-                        own(model, like, demo / "demo-s0", flag))
+    monkeypatch.setattr(plans, "demo_world", lambda data_dir, seed, ranks: None)
     monkeypatch.chdir(tmp_path)
-    for seed in (1,):
-        (demo / f"demo-s{seed}").exists() or (demo / f"demo-s{seed}").symlink_to(demo / "demo-s0")
-    argv = ["--table", "13", "--seeds", "2", *quick_flags(demo), "--csv", "--latex", "--out", str(tmp_path / "ablate")]
+    worlds.mkdir()
+    for seed in range(2):  # one world is enough here
+        (worlds / f"demo-s{seed}").symlink_to(demo / "demo-s0")
+    argv = ["--table", "13", "--seeds", "2", *quick_flags(worlds), "--csv", "--latex", "--out", str(tmp_path / "ablate")]
     ablate.main(argv)
     out = capsys.readouterr().out
     assert re.search(r"small: 2 rows, 2 seeds, 10 runs; to be made: 10, in about", out) and "a note" in out
     assert len(asked) == 1 and len(asked[0]) == 10
-    found = json.loads((tmp_path / "ablate" / "table-13.json").read_text())
+    found = json.loads(next((tmp_path / "ablate").glob("13-*.json")).read_text())  # of own flags: a name of its own
     plain, nst = found["rows"]
     assert nst["columns"]["before/after"]["seeds"].keys() == {"0", "1"} and nst["steps"]["student"] == 4
     assert nst["steps"]["tuned"] == {"mishap": 2, "before_after": 2} and found["seconds_of_its_runs"] == 10
@@ -259,7 +336,7 @@ def test_table_runs_and_is_not_run_again(demo, tmp_path, monkeypatch, capsys):
     assert plain["columns"]["before/after"]["difference"] == 0 and nst["failed seeds"] == []
     for command in nst["commands"]:
         assert command.startswith(("python teacher.py ", "python distill.py ", "python finetune.py ")) and command in out
-    assert {path.suffix for path in Path(tmp_path, "ablate").glob("table-13.*")} == {".json", ".png", ".csv", ".tex"}
+    assert {path.suffix for path in Path(tmp_path, "ablate").glob("13-*.*")} == {".json", ".png", ".csv", ".tex"}
     ablate.main(argv)
     assert asked[1:] == [[]] and "to be made: 0" in capsys.readouterr().out
 
@@ -274,7 +351,7 @@ def test_row_that_fails_leaves_the_others(demo, tmp_path, monkeypatch, capsys):
         ablate.main(["--table", "13", "--seeds", "1", *quick_flags(demo), "--out", "ablate"])
     out = capsys.readouterr().out
     assert re.search(r"failed: distill-nst-s0-\w+: out of luck; all that it said: ablate/logs/distill-nst-s0-\w+.txt", out)
-    found = json.loads(Path("ablate/table-13.json").read_text())["rows"]
+    found = json.loads(next(Path("ablate").glob("13-*.json")).read_text())["rows"]
     assert [bool(row["columns"]) for row in found] == [True, False, True] and found[1]["failed seeds"] == [0]
 
 
@@ -283,7 +360,8 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
     ablate.main(["--vary", "w_nst=0,10", "--vary", "head=mlp,none", "--seeds", "1", "--dry_run", "--jobs", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("grid of w_nst, head: 4 rows, 1 seeds, 9 runs; to be made: 9, in about ") and lines[0].endswith("3 at once")
-    assert all(re.match(r" +\S+  python (teacher|distill|finetune).py --", line) for line in lines[1:]) and len(lines) == 10
+    assert all(re.match(r" +\S+  python (teacher|distill|finetune).py --", line) for line in lines[1:10])
+    assert list(filter(None, lines[10:])) == ["made first: data/demo-s0"]
     assert not list(tmp_path.iterdir())
 
 
@@ -296,7 +374,14 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
     (["--vary", "cross.lr=1"], "lr is a flag of teacher and student and adapt and finetune"),
     (["--vary", "head=mlp,nine"], "head"), (["--table", "5", "--student", "--lrr 1"], "unknown flag --lrr"),
     (["--table", "3", "--student", "--teacher somewhere"], "leave --teacher somewhere out"),
-    (["--table", "xdbert-3", "--adapt", "--train own.h5 --language x --clip y --max_steps 5"], "own.h5"),
+    (["--vary", "w_nst=1,1"], "gives a value or a flag twice"), (["--vary", "lr=1,2", "--vary", "lr=3,4"], "a flag twice"),
+    (["--vary", "seed=0,1"], "--seed is not a flag that rows may differ in"), (["--vary", "preset=small,demo"], "--preset is not"),
+    (["--vary", "soft_tau=1,2"], "soft_tau=1 and soft_tau=2 are the same run"),
+    (["--table", "5", "--jobs", "-1"], "--jobs -1: at least 0"), (["--table", "5", "--student=--seed=3"], "--seed 3 is what ablate.py"),
+    (["--table", "5", "--student", "--objective=nst"], "--objective nst is what ablate.py or the rows of the table"),
+    (["--table", "5", "--finetune", "--seeds 5"], "--seeds 5 is what ablate.py"),
+    (["--table", "xdbert-1", "--adapt", "--w_itc 2 --w_match 2 --mask_rate 0.2 --train own.h5"], "--language FOLDER"),
+    (["--table", "5", "--student", "--w_itc 1"], "unknown flag --w_itc"),
     (["--table", "5", "--student", "--train nowhere.h5"], "nowhere.h5")])
 def test_mistake_is_one_line(tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
@@ -304,3 +389,71 @@ def test_mistake_is_one_line(tmp_path, monkeypatch, argv, words):
         ablate.main(argv)
     assert words in str(end.value) and "\n" not in str(end.value).strip()
     assert not list(tmp_path.iterdir())
+
+
+def test_own_text_needs_own_clips_and_tasks(demo, tmp_path, monkeypatch):
+    """Said before anything is run: what would be made of the demo does not fit."""
+    monkeypatch.chdir(tmp_path)
+    text, clips = (demo / "demo-s0" / name for name in ("corpus.h5", "videos.h5"))
+    (tmp_path / "RTE").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "RTE" / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
+    for flags, words in (([f"--teacher=--videos={clips}"], "the demo's tasks are in the words of its own world"),
+                         (["--finetune=--tasks=rte --data_dir=."], "--videos FILE.* is missing")):
+        with pytest.raises(SystemExit, match=words):
+            ablate.main(["--table", "13", "--seeds", "1", "--dry_run", f"--student=--train={text}", *flags])
+
+
+def test_rows_that_lack_a_file_of_ones_own_are_left_out(demo, tmp_path, monkeypatch, capsys):
+    """Table 1 and xdbert-3 on packed files of one's own, RTE in place of the demo's tasks."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "RTE").mkdir()
+    for split in ("train", "dev"):
+        (tmp_path / "RTE" / f"{split}.tsv").write_text("index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
+    world = demo / "demo-s0"
+    demo_xtext(world, init_ranks("cpu"))
+    tune = "--finetune=--tasks=rte --data_dir=."
+    ablate.main(["--table", "1", "--seeds", "2", "--dry_run", f"--student=--train={world / 'corpus.h5'}",
+                 f"--teacher=--videos={world / 'videos.h5'}", tune])
+    out = capsys.readouterr().out
+    assert out.count("left out:") == 2 and "give them as --second_videos FILE" in out and "made first" not in out
+    assert re.search(r"7 rows, 2 seeds, 20 runs", out)  # a seed: two teachers, four students, four fine-tunings
+    ablate.main(["--table", "xdbert-3", "--seeds", "1", "--dry_run", tune, "--adapt",
+                 f"--train {world / 'xcorpus.h5'} --language bert-base --clip random --max_steps 5"])
+    out = capsys.readouterr().out
+    assert out.count("left out:") == 1 and "give it as --larger_text FILE" in out
+    assert re.search(r"--preset=base .*--max_steps=100 ", out) and out.count("adapt_xdbert.py") == 8
+
+
+def test_row_whose_result_cannot_be_read_leaves_the_others(demo, tmp_path, monkeypatch, capsys):
+    def damages(jobs, *more):
+        failed = run_here(jobs, *more)
+        next(Path("ablate").glob("finetune-distill-nst+crd-*/mishap/results.json")).write_text("{")
+        return failed
+    monkeypatch.setattr(ablate, "side_by_side", damages)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        ablate.main(["--table", "13", "--seeds", "1", *quick_flags(demo), "--out", "ablate"])
+    assert re.search(r"failed: \+ KD-NST\+CRD, seed 0: .*mishap/results.json, line 1: broken JSON", capsys.readouterr().out)
+
+
+def test_distance_is_the_main_column_of_table_7(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "side_by_side", run_here)
+    monkeypatch.chdir(tmp_path)
+    ablate.main(["--table", "xdbert-7", "--seeds", "1", *quick_flags(demo), "--out", "ablate"])
+    out = capsys.readouterr().out
+    head = next(line for line in out.splitlines() if "ours: distance" in line)
+    assert not re.search("average", head) and re.search(r"VL-BERT +- +- +- +- +\| +0.0064 +90.1", out)
+    found = json.loads(next(Path("ablate").glob("xdbert-7-*.json")).read_text())["rows"]
+    assert 0 < found[1]["columns"]["distance"]["mean"] < 0.1 and found[3]["columns"] == {}
+
+
+def test_demo_pairs_are_compared_in_table_2(demo, tmp_path, monkeypatch, capsys):
+    """Tiny encoder and tower of the demo's words: widths 32; the random row is the encoder against noise."""
+    monkeypatch.setattr(ablate, "side_by_side", run_here)
+    monkeypatch.chdir(tmp_path)
+    ablate.main(["--table", "xdbert-2", "--seeds", "1", *quick_flags(demo)[:3], "--out", "ablate"])
+    found = json.loads(next(Path("ablate").glob("xdbert-2-*.json")).read_text())["rows"]
+    values = [row["columns"].get("PWCCA", {}).get("mean") for row in found]
+    assert values[0] is values[2] is None and all(0.1 < values[i] < 0.5 for i in (1, 3, 4, 5))
+    assert "| paper:" in capsys.readouterr().out

@@ -25,6 +25,7 @@ import adapt_xdbert
 import ablate
 import analyze
 from analyses import closing
+from analyses.papers import TABLES
 from prepare import chain, commands
 import bench
 import common
@@ -477,7 +478,8 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
         assert analyze.parse(flags)
         return
     if script == "ablate.py":
-        assert ablate.configs(ablate.parse(flags))
+        args = ablate.parse(flags)
+        assert ablate.configs(args, TABLES[args.table] if args.table else ablate.grid_of(args.vary))
         return
     assert script == "data.py"
     called = []
