@@ -69,6 +69,7 @@ def parse(argv=None):
     add("--task", default="", help="default: all that both have")
     add("--rows", type=int, default=6, help="questions to show (default %(default)s)")
     add("--run", default="", help="a distillation; its teacher finds the clips; default: the newest in out/")
+    add("--data_dir", default="", help="of the tasks' files; default: that of the runs")
     shown(add)
     add = command(neurons, "figure and table of the activation patterns that NST matches")
     add("run", nargs="?", help=NEWEST)

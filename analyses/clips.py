@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import common
 import data
-from analyses.answers import compare, read_answers, task_folders
+from analyses.answers import mcnemar, shared_answers
 from analyses.closing import aligned_space, newest_run, open_judge
 from analyses.figures import COLOURS, describe, draw_clip, grid, save
 from common import hash64, keyed_integers, keyed_uniform, print0, progress, read_settings
@@ -590,21 +590,22 @@ def draw_neighbours(axis, word, near, materials):
 # ---------------------------------------------------------------------------- examples
 
 
-def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, out=""):
+def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, out="",
+             data_dir=""):
     """Questions that one model gets right and another wrong, with the nearest clip (VidLanKD Tables 10-12).
 
-    Right: in more than half of A's runs, and in no more than half of B's. The clip: what the teacher of --run
-    finds for the context with its right answer, as in `retrieval`. p: McNemar's exact test on the questions
-    of which one of the two alone is right.
+    Right: in more than half of A's runs, and in no more than half of B's, of the seeds that both have. The
+    clip: what the teacher of --run finds for the context with its right answer, as in `retrieval`. p:
+    McNemar's exact test on the questions of which one of the two alone is right.
     """
     if rows < 1:
         raise SystemExit(f"--rows {rows}: must be at least 1")
-    pairs = shared_answers(a, b, task)
+    pairs = shared_answers(a, b, ("classify", "choice"), task, data_dir)
     names = [answers.model for answers in next(iter(pairs.values()))]
     names = names if names[0] != names[1] else [str(a), str(b)]
     counts, chosen = {}, []
     for name, (one, other) in pairs.items():
-        counts[name] = compare(one, other)
+        counts[name] = mcnemar(one, other)
         margin = one.right.mean(0) - other.right.mean(0)
         only = np.flatnonzero(one.mostly_right & ~other.mostly_right)
         order = np.lexsort((hash64("example", seed, only), -margin[only]))
@@ -629,8 +630,8 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
     cells, found, panels = [["context", "hypotheses", "GT", *names]], [], []
     for number, (name, i) in enumerate(chosen, 1):
         one, other = pairs[name]
-        said = [one.word(one.labels[i]), *(f"{x.word(x.majority(i))} ({x.right[:, i].sum()}/{len(x.seeds)})"
-                                           for x in (one, other))]
+        said = [f"{x.word(x.majority(i))} ({x.right[:, i].sum()}/{len(x.runs)})" for x in (one, other)]
+        said.insert(0, one.word(one.rows.labels[i]))
         letters = [f"{one.word(j)} " * (one.task.kind == "choice") for j in range(len(one.task.words))]
         texts = [f"{number}. {one.context(i)}", *map("".join, zip(letters, one.hypotheses(i)))]
         cells += table_rows(texts, said)
@@ -649,26 +650,6 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
     save(figure, out, {"run": str(run), "a": names[0], "b": names[1], "counts": counts, "examples": found},
          f"{common.table(lines)}\np: McNemar's exact test\n\n{common.table(cells)}\n"
          f"in brackets: in how many runs it is right\n{gallery.note()}")
-
-
-def shared_answers(a, b, task):
-    """{task: (A's Answers, B's)} of the tasks with right and wrong that both folders hold, or of --task."""
-    if task and task not in TASKS:
-        raise SystemExit(f"--task {task}: choose from {', '.join(TASKS)}")
-    folders = task_folders(a), task_folders(b)
-    shared = [name for name in TASKS if name in folders[0] and name in folders[1]]
-    names = [task] if task else [name for name in shared if TASKS[name].kind in ("classify", "choice")]
-    if not set(names) <= set(shared) or not names:
-        raise SystemExit(f"{a} and {b}: have no {task or 'task of classes or candidates'} in common; "
-                         "fine-tune both models on it")
-    found = {}
-    for name in names:
-        one, other = (read_answers(folder[name]) for folder in folders)
-        if one.first != other.first or one.second != other.second or (one.labels != other.labels).any():
-            raise SystemExit(f"{a} and {b}: were evaluated on different files of {name}; fine-tune both on "
-                             "one")
-        found[name] = one, other
-    return found
 
 
 def table_rows(texts, said, width=38):
