@@ -6,15 +6,14 @@ import math
 import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import common
 from analyses.answers import shared_answers
+from analyses.closing import short_names
 from analyses.figures import COLOURS, grid, save
 from common import decode_json, keyed_uniform, open_text, print0, read_text
-from finetune import run_name
 from parts.examples import flat
 from parts.tasks import TASKS
 from parts.vocab import Vocab, byte_letters, load_clip_vocab
@@ -161,9 +160,7 @@ def pwcca(models, words="", clip_vocab="", out=""):
     """
     if len(models) < 2:
         raise SystemExit(f"MODEL {models[0]}: is alone; give two or more to compare")
-    names = [Path(path).stem if Path(path).is_file() else run_name(model_folder(path, "MODEL"))
-             for path in models]
-    names = names if len(set(names)) == len(names) else [str(path) for path in models]
+    names = short_names(models)
     opened = [word_embeddings(path, clip_vocab) for path in models]
     lines = map(str.strip, read_text(words).split("\n")) if words else ()
     chosen = list(dict.fromkeys(filter(None, lines))) or None
@@ -185,7 +182,7 @@ def pwcca(models, words="", clip_vocab="", out=""):
 def draw_pwcca(found):
     """Bars of the pairs with their random baselines and levels, and those of the paper."""
     height = max(len(found), len(PAPER))  # in bars
-    figure, axes = grid(1, 2, 5.6, 1.5 + 0.55 * height)
+    figure, axes = grid(1, 2, 5.6, 1.5 + 0.55 * height, frame=False)
     for axis, title, values in zip(axes[0], ("measured", "XDBERT Table 2 (its words are not named)"),
                                    ({name: row["pwcca"] for name, row in found.items()}, PAPER)):
         places = np.arange(len(values))
@@ -197,15 +194,12 @@ def draw_pwcca(found):
                  xlim=(0, 1.16), xticks=np.linspace(0, 1, 6), ylim=(height - 0.5, -0.5),
                  xlabel="PWCCA (1 = equal up to a linear map)")
         axis.tick_params(labelsize=8)
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
     for y, row in enumerate(found.values()):
         axes[0, 0].plot(row["random"], [y, y], "D", color=COLOURS[5], markersize=5,
                         label="each against random" if y == 0 else None)
         axes[0, 0].plot([row["level"]] * 2, [y - 0.38, y + 0.38], "k--", linewidth=1.5,
                         label="independent Gaussians" if y == 0 else None)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8,
-                  frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -416,7 +410,7 @@ def grounded_table(results):
 def draw_grounded(results):
     """A panel a task: box, mean and points of the ratios of improved and of worsened examples."""
     columns = min(4, len(results))
-    figure, axes = grid(-(-len(results) // columns), columns, max(2.9, 5 / columns), 3.6)
+    figure, axes = grid(-(-len(results) // columns), columns, max(2.9, 5 / columns), 3.6, frame=False)
     for axis in axes.flat[len(results):]:
         axis.set_axis_off()
     for axis, (name, result) in zip(axes.flat, results.items()):
@@ -432,12 +426,9 @@ def draw_grounded(results):
                                  "marker": "D", "markerfacecolor": "white", "markeredgecolor": "black"})
         axis.set(xlim=(-0.5, 1.5), xticks=[0, 1], xticklabels=[
             f"{group}\nn = {len(result['groups'][group]['ratios']):,}" for group in GROUPS[::2]])
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("visually-grounded ratio")
     axes.flat[0].plot([], [], "D", color="black", markerfacecolor="white", label="mean")
     axes.flat[0].plot([], [], "-", color="black", linewidth=2, label="median")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8,
-                  frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

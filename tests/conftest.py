@@ -102,6 +102,12 @@ def stop_line(function, *args, **kw):
     return text
 
 
+def written(out):
+    """What the json beside a PNG of analyze.py holds."""
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 10000
+    return json.loads(out.with_suffix(".json").read_text())
+
+
 def stop_at(monkeypatch, step):
     """The run behaves as if SIGTERM had come just before the loop has asked `step` times."""
     from run import Interrupt

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK_STUDENT, fine_tuned, stop_line
+from conftest import QUICK_STUDENT, fine_tuned, stop_line, written
 from matplotlib.image import imsave
 
 import analyze
-import data
 import distill
 import losses
 from analyses import clips, figures
@@ -62,12 +61,6 @@ def opened(run):
 def quick(monkeypatch):
     """Ridge maps from few clips, as they take seconds."""
     monkeypatch.setattr(clips, "fit_spaces", functools.partial(clips.fit_spaces, fit=200))
-
-
-def written(out):
-    """What the json beside a PNG holds."""
-    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 10000
-    return json.loads(out.with_suffix(".json").read_text())
 
 
 # ---------------------------------------------------------------------------- measures
@@ -165,22 +158,6 @@ def test_retrieval_draws_the_clips_of_highest_cosine(opened, tmp_path, capsys):
             fits = gallery.states[clip["caption"]]["noun"] in nouns if nouns else None
             assert clip["fits"] is fits
             assert figures.describe(gallery.states[clip["caption"]]) in clip["clip"]
-
-
-def test_sampled_sentences_are_whole_name_a_noun_and_are_drawn_by_the_seed(opened):
-    _, judge, gallery, _ = opened
-    ids = judge.val.batch(np.arange(len(judge.val)))["ids"][:, 1:-1]
-    blocks = [judge.val.vocab.decode(row.tolist()) for row in ids]
-    found = clips.sample_sentences(judge.val, 5, 3, gallery.nouns_in)
-    assert found == clips.sample_sentences(judge.val, 5, 3, gallery.nouns_in)
-    assert found != clips.sample_sentences(judge.val, 5, 4, gallery.nouns_in)
-    assert len(found) == 5 and len({noun for text in found for noun in gallery.nouns_in(text)}) >= 5
-    for text in found:
-        (noun, *_), words = gallery.nouns_in(text), text.split()
-        assert noun in gallery.nouns and len(words) >= 5
-        assert any(f". {text}" in block or f"[SEP] {text}" in block for block in blocks)
-    line = stop_line(clips.sample_sentences, judge.val, 5, 0, lambda text: [])
-    assert "hold no whole sentence; give --sentence" in line
 
 
 def test_sample_of_clips_is_of_the_held_out_ones_or_of_the_whole_file(opened):
@@ -300,10 +277,10 @@ def test_share_of_own_material_is_counted_over_all_words(opened, monkeypatch):
     x = torch.tensor([[1, 0.1], [1, 0.2], [0, 1.0], [0, 1.1], [0.1, 1.0]])
     monkeypatch.setattr(clips, "noun_vectors", lambda *args, **kw: x)
     words, kinds = list("abcde"), dict(zip("abcde", ("wax", "wax", "wax", "stone", "stone")))
-    _, shares = clips.read_words({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
+    _, shares = clips.word_neighbours({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
     assert shares == {"teacher": pytest.approx((3 * 2 + 2 * 1) / 20)}  # of 4 neighbours each, all the others
     monkeypatch.setattr(clips, "nearest_words", functools.partial(clips.nearest_words, k=1))
-    _, shares = clips.read_words({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
+    _, shares = clips.word_neighbours({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
     assert shares == {"teacher": pytest.approx(4 / 5)}  # c's nearest is a stone
 
 

@@ -13,7 +13,7 @@ import torch
 
 import analyze
 from analyses import words
-from conftest import TINY_WORDS, fine_tuned, stop_line
+from conftest import TINY_WORDS, fine_tuned, stop_line, written
 from model import BERT, BERTConfig, CLIPConfig, CLIPText
 from parts.tasks import TASKS, find_file
 from parts.vocab import SPECIALS, Vocab, load_clip_vocab, load_vocab
@@ -147,8 +147,7 @@ def test_pwcca_command_writes_pairs_and_baselines(models, tmp_path, capsys):
     out = tmp_path / "figures" / "pwcca.png"
     paths = [str(models / name) for name in ("bert", "mapped", "electra", "clip")]
     analyze.main(["pwcca", *paths, "--out", str(out)])
-    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    found = json.loads(out.with_suffix(".json").read_text())
+    found = written(out)
     pairs, n = found["pairs"], len(set(TINY_WORDS))
     assert list(pairs) == ["bert / mapped", "bert / electra", "bert / clip", "mapped / electra", "mapped / clip",
                            "electra / clip"]
@@ -169,7 +168,7 @@ def test_pwcca_over_a_file_of_words(models, tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(chosen) + "\n\n")
     paths = [str(models / name) for name in ("bert", "clip")]
     analyze.main(["pwcca", *paths, "--words", str(tmp_path / "words.txt"), "--out", str(tmp_path / "a.png")])
-    found = json.loads((tmp_path / "a.json").read_text())["pairs"]["bert / clip"]
+    found = written(tmp_path / "a.png")["pairs"]["bert / clip"]
     assert found["words"] == len(set(chosen))
 
 
@@ -204,7 +203,7 @@ def test_pwcca_warns_of_few_words_for_the_widths(models, tmp_path, capsys):
     paths = [str(models / name) for name in ("bert", "clip")]
     words.pwcca(paths, str(few), out=str(tmp_path / "a.png"))
     assert "3 correlations are 1 between any two models" in capsys.readouterr().out  # 8 + 8 - 13
-    found = json.loads((tmp_path / "a.json").read_text())["pairs"]["bert / clip"]
+    found = written(tmp_path / "a.png")["pairs"]["bert / clip"]
     vectors = [words.vectors_of(TINY_WORDS[:14], name, *words.word_embeddings(models / name))
                for name in ("bert", "clip")]
     rho = words.projection_weighted_cca(*map(words.view, vectors))[1]
@@ -366,8 +365,7 @@ def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, tiny_b
     shutil.copytree(tiny_bert, tmp_path / "finetune" / "a" / "rte" / "s0" / "model")
     out, folders = tmp_path / "grounded.png", [str(tmp_path / "finetune" / model) for model in "ab"]
     analyze.main(["grounded", *folders, "--captions", captions, "--min_count", "1", "--out", str(out)])
-    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    found = json.loads(out.with_suffix(".json").read_text())
+    found = written(out)
     result = found["tasks"]["rte"]
     assert result["runs"] == 2 and found["n_captions"] == 2 and found["min_count"] == 1
     assert {group: result["groups"][group]["examples"] for group in words.GROUPS} == {
@@ -384,9 +382,9 @@ def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, tiny_b
     ratios = result["groups"]["worsened"]["ratios"]
     assert f"4: {np.mean(ratios):.4f} / {np.median(ratios):.4f}" in text
     analyze.main(["grounded", f"{folders[0]}/rte", folders[1], "--captions", captions, "--out", str(out)])
-    assert json.loads(out.with_suffix(".json").read_text())["min_count"] == pytest.approx(200 / 591753)
+    assert written(out)["min_count"] == pytest.approx(200 / 591753)
     words.grounded(*folders, captions=captions, min_count=2, out=str(out))  # cat and ran do not occur more often
-    groups = json.loads(out.with_suffix(".json").read_text())["tasks"]["rte"]["groups"]
+    groups = written(out)["tasks"]["rte"]["groups"]
     assert not any(ratio for group in groups.values() for ratio in group["ratios"])
 
 
