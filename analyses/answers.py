@@ -103,13 +103,12 @@ def shared_answers(a, b, kinds, task="", data_dir=""):
 
 
 def open_runs(path):
-    """{task: {s0: (folder, its flags, its results.json)}} of the finished runs in a task's or model's folder.
-    """
+    """{task: {s0: (folder, flags, results)}} of the finished runs in a task's folder or a model's."""
     found = {}
     folders = [Path(path), *sorted(Path(path).iterdir())] if Path(path).is_dir() else []
     for run in (file.parent for folder in folders for file in sorted(folder.glob("s[0-9]*/results.json"))):
         config, results = read_run(run)
-        task, hashes = config["config"].get("tasks"), results.get("hashes")
+        task, hashes = str(config["config"].get("tasks")), results.get("hashes")
         if not (task in TASKS and isinstance(hashes, dict) and "dev" in hashes and "model" in results):
             raise SystemExit(f"{run}: no run of finetune.py; give the folder of a task's or a model's runs")
         found.setdefault(task, {})[run.name] = run, config["config"], results
@@ -126,7 +125,7 @@ def dev_file(task, runs, data_dir=""):
         if its["hashes"]["dev"] != results["hashes"]["dev"]:
             raise SystemExit(f"{other}: evaluated on another dev file of {task.title} than {run}; fine-tune "
                              "one again")
-    root = Path(data_dir or flags.get("data_dir", "data"))
+    root = Path(data_dir or str(flags.get("data_dir", "data")))
     for folder in sorted(root.glob("demo-s*/raw/tasks")) if task.demo else [root]:
         path = find_file(task, folder, task.evals[""], required=not task.demo)
         if path and content_hash(path) == results["hashes"]["dev"]:

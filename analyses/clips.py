@@ -278,9 +278,10 @@ def draw_images(axis, paths):
 # ---------------------------------------------------------------------------- sentences
 
 
-def encode_texts(texts, vocab, most, source):
-    """Texts -> ids, mask (n, T) with [CLS] and [SEP], T at most `most`; source: named in errors."""
+def encode_texts(texts, vocab, readers, source):
+    """Texts -> ids, mask (n, T) with [CLS] and [SEP], cut to what every Reader reads; source: of encode."""
     pieces = encode(texts, vocab, source, UNKNOWN)
+    most = min(reader.bert.config.max_positions for reader in readers.values())
     lengths = np.minimum([len(ids) for ids in pieces], most - 2)
     ids = np.full((len(texts), lengths.max() + 2), vocab.pad, np.int64)
     for row, (some, n) in enumerate(zip(pieces, lengths)):
@@ -289,18 +290,13 @@ def encode_texts(texts, vocab, most, source):
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def longest(readers):
-    """Tokens that all of the models can read."""
-    return min(reader.bert.config.max_positions for reader in readers.values())
-
-
 def chosen_sentences(given, rows, seed, judge, gallery, readers):
     """(texts, ids, mask) of the --sentence flags, else of `rows` sentences of the run's corpus."""
     if rows < 1:
         raise SystemExit(f"--rows {rows}: must be at least 1")
-    about = {"nouns_in": gallery.nouns_in} if gallery.states else {}
-    texts = list(given) or sample_sentences(judge.val, rows, seed, **about)
-    return texts, *encode_texts(texts, judge.val.vocab, longest(readers), "--sentence")
+    nouns_in = gallery.nouns_in if gallery.states else None
+    texts = list(given) or sample_sentences(judge.val, rows, seed, nouns_in)
+    return texts, *encode_texts(texts, judge.val.vocab, readers, "--sentence")
 
 
 # ---------------------------------------------------------------------------- retrieval
@@ -463,7 +459,7 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
                         key=lambda w: (-len(w), w))
         drawn = sorted(words, key=lambda w: keyed_uniform("word", seed, w))
         asked = list(dict.fromkeys([*inside, *drawn]))[:3]
-    encode_texts(asked, vocab, longest(readers), "--word")
+    encode_texts(asked, vocab, readers, "--word")
     near, shares = word_neighbours(readers, judge, words, asked, materials, scan)
     fit_spaces(readers, judge)
     pieces = [vocab.tokens[i] for i in ids[0, 1:int(mask.sum()) - 1].tolist()]
@@ -539,8 +535,7 @@ def draw_neighbours(axis, word, near, materials):
 # ---------------------------------------------------------------------------- examples
 
 
-def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, out="",
-             data_dir=""):
+def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, data_dir="", out=""):
     """Questions that one model gets right and another wrong, with the nearest clip (VidLanKD Tables 10-12).
 
     Right: in more than half of A's runs, and in no more than half of B's, of the seeds that both have. The
@@ -572,7 +567,7 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
         raise SystemExit(f"{run}: the states of its teacher are not as wide as its clips' vectors")
     teacher.spaces["mean state as it is"] = mean_state, as_it_is  # Appendix E
     sentences = [pairs[name][0].sentence(i) for name, i in chosen]
-    encoded = encode_texts(sentences, judge.val.vocab, longest({"teacher": teacher}), f"--run {run}")
+    encoded = encode_texts(sentences, judge.val.vocab, {"teacher": teacher}, f"--run {run}")
     pool = gallery.sample(judge, clips, seed)
     cosine, index = top(teacher.vectors(*encoded), gallery.vectors(judge, pool), 1)
 

@@ -5,15 +5,15 @@ from common import cut, keyed_integers
 from data import permuted
 
 
-def sample_sentences(blocks, most, seed=None, nouns_in=lambda text: [text], scan=4000):
-    """Up to `most` different whole sentences of 6 to 16 words in the first `scan` blocks: one a block, drawn
+def sample_sentences(blocks, most, seed=None, nouns_in=None):
+    """Up to `most` different whole sentences of 6 to 16 words in the first 4,000 blocks: one a block, drawn
     by (seed, block); without a seed the first ones that follow another one.
 
     nouns_in: text -> its nouns; a sentence must name one, and none of those of another one.
     """
     vocab, found, used = blocks.vocab, [], set()
     marks = [i for i, token in enumerate(vocab.tokens) if token in (".", "!", "?")]
-    order = np.arange(min(scan, len(blocks)))
+    order = np.arange(min(4000, len(blocks)))
     for block in order if seed is None else permuted(order, len(blocks), seed):
         ids, fresh = blocks.batch([block])["ids"][0].numpy()[1:-1], {}
         stops = np.flatnonzero(np.isin(ids, [*marks, vocab.sep, vocab.cls]))
@@ -21,7 +21,7 @@ def sample_sentences(blocks, most, seed=None, nouns_in=lambda text: [text], scan
             text = vocab.decode(ids[a + 1:b + 1])
             whole = ids[b] in marks and (ids[a] in marks or seed is not None)
             if whole and 6 <= len(text.split()) <= 16 and b - a <= 20 and vocab.unk not in ids[a:b]:
-                fresh[text] = nouns_in(text)
+                fresh[text] = nouns_in(text) if nouns_in else [text]
         fresh = [(text, nouns) for text, nouns in fresh.items() if nouns and used.isdisjoint(nouns)]
         if fresh and seed is not None:
             fresh = [fresh[int(keyed_integers(len(fresh), "sentence", seed, block))]]

@@ -3,6 +3,7 @@ from it, and how folders and files that do not fit end.
 
 Run: python -m pytest -q tests/test_answers.py
 """
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ import pytest
 from conftest import fine_tuned, stop_line
 
 from analyses import answers
+from parts.examples import rows_of
 from parts.tasks import TASKS, Rows, find_file
 from run import FORMAT
 
@@ -69,6 +71,18 @@ def test_seeds_and_tasks_of_both_are_compared(tiny_tasks, tmp_path):
     assert "choose one of sst2" in line(b, ALL, "chess")
 
 
+def test_of_a_dev_set_that_is_drawn_from_a_file_its_rows_are_read(tiny_tasks, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "rte", dataclasses.replace(TASKS["rte"], dev_share=0.5))
+    rows = TASKS["rte"].read(TASKS["rte"], tiny_tasks / "glue" / "RTE" / "dev.tsv", True)
+    keep = rows_of(TASKS["rte"], rows, "dev").tolist()
+    assert 3 < len(keep) < 18
+    for model in "ab":
+        fine_tuned(tmp_path / model / "rte", "rte", tiny_tasks, {0: [rows.labels[i] for i in keep]})
+    found, _ = answers.shared_answers(tmp_path / "a", tmp_path / "b", ALL)["rte"]
+    assert found.right.all() and found.rows.first == [rows.first[i] for i in keep]
+    assert found.rows.ids == [rows.ids[i] for i in keep] and found.right.shape == (1, len(keep))
+
+
 def by_hand(right):
     """Answers of one class whose runs are right where `right` (runs, n) says so."""
     right = np.array(right, bool)
@@ -125,5 +139,6 @@ def test_files_that_do_not_fit_their_task_are_refused(tiny_tasks, tmp_path):
     for results in ({}, {"hashes": {"dev": "x"}}, {"model": "b", "hashes": []}, {"model": "b", "hashes": {}}):
         (run / "results.json").write_text(json.dumps(results))
         assert "no run of finetune.py" in line()
-    (run / "config.json").write_text(json.dumps({"format": FORMAT, "config": {"tasks": "mine"}}))
-    assert "no run of finetune.py" in line()
+    for name in ("mine", ["rte"], None):
+        (run / "config.json").write_text(json.dumps({"format": FORMAT, "config": {"tasks": name}}))
+        assert "no run of finetune.py" in line()

@@ -145,7 +145,7 @@ def test_retrieval_draws_the_clips_of_highest_cosine(opened, tmp_path, capsys):
     assert found["held_out"] == found["searched"] == len(held_out) and "R@10" in text
     assert found["chance_median"] == (len(held_out) + 1) / 2
     for one in found["sentences"]:
-        ids, mask = clips.encode_texts([one["sentence"]], held_out.vocab, 24, "x")
+        ids, mask = clips.encode_texts([one["sentence"]], held_out.vocab, readers, "x")
         with torch.no_grad():
             query = readers["teacher"].bert(ids, mask)[0].mean(0)
             v = {int(c): judge.video(gallery.clips.clips([c])["frames"])[0]
@@ -243,7 +243,7 @@ def test_vokens_of_the_tokens_are_those_of_equation_9(opened):
     _, judge, gallery, readers = opened
     captions, vokens = clips.voken_captions(judge, gallery)
     assert len(captions) == len(vokens) == 9
-    ids, mask = clips.encode_texts(["the bishop blessed the vase in the valley ."], judge.val.vocab, 24, "x")
+    ids, mask = clips.encode_texts(["the bishop blessed the vase in the valley ."], judge.val.vocab, readers, "x")
     scores, index = clips.token_clips(readers["teacher"], ids, mask, vokens)
     h = readers["teacher"].bert(ids)[0, 1:-1]
     videos, b = F.normalize(vokens, dim=-1), torch.arange(9.0)

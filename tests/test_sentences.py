@@ -38,7 +38,7 @@ def test_drawn_sentences_are_whole_name_a_noun_and_follow_from_the_seed(blocks, 
     def nouns_in(text):
         return [noun for noun in nouns if re.search(rf"\b{noun}\b", text)]
     text = text_of(blocks)
-    found, plain = (sample_sentences(blocks, 5, 3, **about) for about in ({"nouns_in": nouns_in}, {}))
+    found, plain = (sample_sentences(blocks, 5, 3, about) for about in (nouns_in, None))
     assert found == sample_sentences(blocks, 5, 3, nouns_in) != sample_sentences(blocks, 5, 4, nouns_in)
     assert len(set(plain)) == 5 and plain != sample_sentences(blocks, 5, 4)
     assert len(found) == 5 and len({noun for one in found for noun in nouns_in(one)}) >= 5
