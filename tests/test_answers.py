@@ -25,7 +25,7 @@ def test_answers_are_read_back_as_they_were_written(tiny_tasks, tmp_path, name):
     rows = task.read(task, find_file(task, tiny_tasks, task.evals[""]), True)
     if task.kind == "span":
         gold = [context[a:b] if a >= 0 else "" for context, (a, b) in zip(rows.second, rows.labels)]
-        predictions = [gold[:3] + ["nothing of it"] + gold[4:], ["nothing of it"] * 21]
+        predictions = [gold[:3] + [f"{gold[3]} of it"] + gold[4:], ["nothing of it"] * 21]
         right = [[i != 3 for i in range(21)], [False] * 21]
     else:
         predictions = np.random.default_rng(0).integers(len(task.words), size=(2, 21))

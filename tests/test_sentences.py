@@ -3,9 +3,11 @@
 Run: python -m pytest -q tests/test_sentences.py
 """
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import TINY_WORDS, stop_line
 
 import data
@@ -46,9 +48,27 @@ def test_drawn_sentences_are_whole_name_a_noun_and_follow_from_the_seed(blocks, 
         assert 6 <= len(one.split()) <= 16 and one.endswith(".") and "." not in one[:-1]
         assert f". {one}" in text or f"[SEP] {one}" in text
     assert all(map(nouns_in, found))
+    every = [noun for one in sample_sentences(blocks, 100, 3, nouns_in) for noun in nouns_in(one)]
+    assert len(set(every)) == len(every) > 5  # no noun twice
     assert "no whole sentence of 6 to 16 words" in stop_line(sample_sentences, blocks, 5, 0, lambda text: [])
     short = data.TextBlocks(str(demo / "demo-s0" / "corpus.h5"), 6, "val", "")
     assert "no whole sentence" in stop_line(sample_sentences, short, 5)
+
+
+def test_sentences_stand_between_marks_or_documents_and_are_known_words():
+    vocab = Vocab([*SPECIALS, *TINY_WORDS, "."])
+    known, unknown = "the dog ran and the cat sat .", "the dog ran and the zebra sat ."
+    text = f"{known} {unknown} the dog ran . {known.replace('sat', 'slept')} [SEP] {known.replace('sat', 'ran')} the"
+    ids = [i for part in text.split("[SEP]") for i in [*vocab.encode([part])[0], vocab.sep]][:-1]
+    ids = torch.tensor([[vocab.cls, *ids, vocab.sep]])
+
+    class One(SimpleNamespace):
+        def __len__(self):
+            return 1
+    blocks = One(vocab=vocab, batch=lambda index: {"ids": ids}, files=["x"], block_size=ids.shape[1])
+    assert sample_sentences(blocks, 9) == ["the dog ran and the cat slept."]  # the first one follows nothing
+    drawn = {sample_sentences(blocks, 9, seed)[0] for seed in range(20)}
+    assert drawn == {"the dog ran and the cat slept.", "the dog ran and the cat ran."}
 
 
 def test_texts_that_cannot_be_read_are_refused():
