@@ -48,6 +48,12 @@ def parse(argv=None):
             help="of images <video_id>_<second>, <video_id>/<second> or <video_id> with .jpg or .png")
         add("--seed", type=int, default=0, help="of what is drawn at random (default %(default)s)")
 
+    def two_models(add):
+        add("a", metavar="A", help="folder of finetune.py's runs: of a task, or of a model with several")
+        add("b", metavar="B", help="the same of what is compared with it")
+        add("--task", default="", help="one task; default: all that both have")
+        add("--data_dir", default="", help="of the tasks' files; default: that of the runs")
+
     add = command(table, "the results of several distillations, a row each", out="")
     add("runs", nargs="+", help="folders of finished runs")
     add = command(curves, "losses, gradients, learning rate and speed of runs of any stage, overlaid")
@@ -64,9 +70,7 @@ def parse(argv=None):
     add("--word", action="append", default=[], help="a word; may be repeated; default: three")
     shown(add, clips=False)
     add = command(examples, "figure of questions that A gets right and B wrong, with their nearest clips")
-    add("a", metavar="A", help="folder of finetune.py: of a model, or of one of its tasks")
-    add("b", metavar="B", help="the same of another model")
-    add("--task", default="", help="default: all that both have")
+    two_models(add)
     add("--rows", type=int, default=6, help="questions to show (default %(default)s)")
     add("--run", default="", help="a distillation; its teacher finds the clips; default: the newest in out/")
     shown(add)
@@ -78,14 +82,11 @@ def parse(argv=None):
     add("--words", default="", help="file of words, one a line; default: those that both hold whole")
     add("--clip_vocab", default="", help="vocabulary of an OpenAI file, bpe_simple_vocab_16e6.txt.gz")
     add = command(grounded, "visually-grounded ratio of examples that B improves or worsens against A")
-    add("a", metavar="A", help="folder of finetune.py's runs: of a task, or of a model with several")
-    add("b", metavar="B", help="the same of what is compared with it")
-    add("--task", default="", help="one task; default: all that both have")
+    two_models(add)
     add("--captions", default="", help="COCO's json, text with a caption a line, or caption.json; "
                                        "default: the demo world's")
     add("--min_count", type=float, help="a grounded piece occurs more often in the captions; "
                                         "default: 100 per 591,753 captions")
-    add("--data_dir", default="", help="of the tasks' files; default: that of the runs")
     add = command(drift, "figure and table of the distance of adapted weights from the original ones")
     add("original", help="run or folder of the model that was adapted")
     add("adapted", nargs="+", help="runs or folders of what became of it")

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 
 import common
 import data
-from analyses.answers import compare, read_answers, task_folders
-from analyses.closing import aligned_space, newest_run, open_judge
+from analyses.answers import mcnemar, shared_answers
+from analyses.closing import aligned_space, newest_run, open_judge, students_of
 from analyses.figures import COLOURS, describe, draw_clip, grid, save
-from common import hash64, keyed_integers, keyed_uniform, print0, progress, read_settings
+from analyses.sentences import encode, sample_sentences
+from common import hash64, keyed_uniform, progress, read_settings
 from finetune import UNKNOWN
 from parts.machine import init_ranks
 from parts.metrics import mean_state, noun_vectors, ranks, recall, ridge, top, vectors
 from parts.tasks import TASKS
-from parts.weights import config_and_vocab, load_bert, read_tensors
+from parts.weights import load_bert, read_tensors
 from run import read_run
 
 # ---------------------------------------------------------------------------- models
@@ -80,16 +81,9 @@ def as_it_is(v):
 def open_readers(run, judge):
     """{name: Reader}: the teacher, the run's student, and the text-only student where that lies beside it."""
     found = {"teacher": Reader(judge.bert)}
-    for folder in dict.fromkeys((run, run.parent / f"distill-none-s{judge.cfg.seed}")):
-        if not (folder / "results.json").exists():
-            continue
-        objective = read_run(folder)[0]["config"]["objective"]
-        if config_and_vocab(folder / "model", weights=False)[1].hash != judge.val.vocab.hash:
-            print0(f"{folder}: has another vocabulary, so it is left out")
-            continue
-        space = None if objective == "none" else aligned_space(folder, objective, judge.device)
-        bert = load_bert(folder / "model").to(judge.device)
-        found["text-only" if objective == "none" else objective] = Reader(bert, space)
+    for name, folder in students_of(run, judge).items():
+        space = None if name == "text-only" else aligned_space(folder, name, judge.device)
+        found[name] = Reader(load_bert(folder / "model").to(judge.device), space)
     return found
 
 
@@ -104,14 +98,10 @@ def fit_spaces(readers, judge, fit=4000):
     index = np.linspace(0, len(train) - 1, min(fit, len(train))).astype(np.int64)
     v, *states = over_clips("fit", encode, train, index, judge.device)
     for (name, reader), x in zip(readers.items(), states):
-        mapped = {"after one ridge map": (ridged(ridge(x, v)), as_it_is)}
+        mapped = {"after one ridge map": (
+            lambda h, mask, to_video=ridge(x, v): to_video(mean_state(h, mask).cpu()), as_it_is)}
         plain = {"mean state as it is": (mean_state, as_it_is)} if x.shape == v.shape else {}
         reader.spaces |= plain | mapped if name == "teacher" else mapped | plain
-
-
-def ridged(to_video):
-    """The map of h, mask that ends in a ridge map of mean states."""
-    return lambda h, mask: to_video(mean_state(h, mask).cpu())
 
 
 def watch(judge, batch):
@@ -288,21 +278,10 @@ def draw_images(axis, paths):
 # ---------------------------------------------------------------------------- sentences
 
 
-def encode_texts(texts, vocab, most, source):
-    """Texts -> ids, mask (n, T) with [CLS] and [SEP], T at most `most`; SystemExit where this vocabulary does
-    not know them. source: named there, with a text."""
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise SystemExit(f"{source}: {ascii(text)[:80]} is not UTF-8; write it anew") from None
-    pieces = vocab.encode(texts)
-    for text, ids in zip(texts, pieces):
-        if not ids:
-            raise SystemExit(f"{source} {text!r}: holds no word; give a text")
-        if np.mean(np.equal(ids, vocab.unk)) > UNKNOWN:
-            raise SystemExit(f"{source} {common.cut(text, 80)!r}: the run's vocabulary does not know these "
-                             "words; give some of its corpus, or another run")
+def encode_texts(texts, vocab, readers, source):
+    """Texts -> ids, mask (n, T) with [CLS] and [SEP], cut to what every Reader reads; source: of encode."""
+    pieces = encode(texts, vocab, source, UNKNOWN)
+    most = min(reader.bert.config.max_positions for reader in readers.values())
     lengths = np.minimum([len(ids) for ids in pieces], most - 2)
     ids = np.full((len(texts), lengths.max() + 2), vocab.pad, np.int64)
     for row, (some, n) in enumerate(zip(pieces, lengths)):
@@ -311,47 +290,13 @@ def encode_texts(texts, vocab, most, source):
     return torch.from_numpy(ids), torch.from_numpy(mask)
 
 
-def longest(readers):
-    """Tokens that all of the models can read."""
-    return min(reader.bert.config.max_positions for reader in readers.values())
-
-
-def sample_sentences(blocks, rows, seed, nouns_in=None, scan=4000, least=5):
-    """Up to `rows` whole sentences of at least `least` tokens, one a block, drawn by (seed, block).
-
-    nouns_in: text -> its nouns; a sentence must name one, and no sentence has a noun of another one.
-    """
-    vocab, found, used = blocks.vocab, {}, set()
-    ends = [i for i, token in enumerate(vocab.tokens) if token in (".", "!", "?")]
-    n = len(blocks)
-    for block in data.permuted(np.arange(min(scan, n)), n, seed):
-        ids = blocks.batch([block])["ids"][0].numpy()[1:-1]
-        stops = np.flatnonzero(np.isin(ids, [*ends, vocab.sep, vocab.cls]))
-        texts = []
-        for a, b in zip(stops[:-1] + 1, stops[1:]):
-            words = ids[a:b + (ids[b] in ends)]
-            text = vocab.decode(words)
-            nouns = nouns_in(text) if nouns_in else [text]
-            if b - a >= least and vocab.unk not in words and nouns and used.isdisjoint(nouns):
-                texts.append((text, nouns))
-        if texts:
-            text, nouns = texts[int(keyed_integers(len(texts), "sentence", seed, block))]
-            found[text] = None
-            used.update(nouns)
-        if len(found) == rows:
-            break
-    if not found:
-        raise SystemExit(f"{blocks.files[0]}: its validation blocks hold no whole sentence; give --sentence")
-    return list(found)
-
-
 def chosen_sentences(given, rows, seed, judge, gallery, readers):
     """(texts, ids, mask) of the --sentence flags, else of `rows` sentences of the run's corpus."""
     if rows < 1:
         raise SystemExit(f"--rows {rows}: must be at least 1")
     nouns_in = gallery.nouns_in if gallery.states else None
     texts = list(given) or sample_sentences(judge.val, rows, seed, nouns_in)
-    return texts, *encode_texts(texts, judge.val.vocab, longest(readers), "--sentence")
+    return texts, *encode_texts(texts, judge.val.vocab, readers, "--sentence")
 
 
 # ---------------------------------------------------------------------------- retrieval
@@ -388,7 +333,7 @@ def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, o
                 found[-1]["clips"][name].append(shown | {"cosine": cosine[row][place]})
             axes[k * row, column].set_title("\n" * (1 + title.count("\n")) + f"{name}, {readers[name].title}",
                                             fontsize=8.5, loc="left")
-    figure.supxlabel(gallery.note(), fontsize=8)
+    figure.supxlabel(gallery.note())
     n, kind = len(judge.clips[1]), "held-out clips" if gallery.states else "clips"
     lines = [[f"{n:,} held-out clips, a caption each", "space", "R@1", "R@5", "R@10", "median rank"]]
     lines += [[row["model"], row["space"], *(f"{100 * row[key]:.1f}" for key in ("1", "5", "10")),
@@ -474,7 +419,7 @@ def nearest_words(x, words, asked, k=5):
 
 
 @torch.no_grad()
-def read_words(readers, judge, words, asked, materials, scan):
+def word_neighbours(readers, judge, words, asked, materials, scan):
     """({model: nearest_words of the asked}, {model: share of the neighbours of all words that have the word's
     own material}, {} where there are no materials); the states are of the first `scan` blocks."""
     rows, found, shares = [*words, *(word for word in asked if word not in words)], {}, {}
@@ -514,8 +459,8 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
                         key=lambda w: (-len(w), w))
         drawn = sorted(words, key=lambda w: keyed_uniform("word", seed, w))
         asked = list(dict.fromkeys([*inside, *drawn]))[:3]
-    encode_texts(asked, vocab, longest(readers), "--word")
-    near, shares = read_words(readers, judge, words, asked, materials, scan)
+    encode_texts(asked, vocab, readers, "--word")
+    near, shares = word_neighbours(readers, judge, words, asked, materials, scan)
     fit_spaces(readers, judge)
     pieces = [vocab.tokens[i] for i in ids[0, 1:int(mask.sum()) - 1].tolist()]
     clips = {}
@@ -563,7 +508,7 @@ def draw_tokens(gallery, readers, text, clips, near, asked, materials, most=20):
             gallery.draw(axis, clip["caption"], text, clip["token"])
         for axis, word, row in zip(axes[rows:, column], asked, near[name]):
             draw_neighbours(axis, word, row, materials)
-    figure.supxlabel(gallery.note(), fontsize=8)
+    figure.supxlabel(gallery.note())
     return figure
 
 
@@ -590,21 +535,21 @@ def draw_neighbours(axis, word, near, materials):
 # ---------------------------------------------------------------------------- examples
 
 
-def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, out=""):
+def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, data_dir="", out=""):
     """Questions that one model gets right and another wrong, with the nearest clip (VidLanKD Tables 10-12).
 
-    Right: in more than half of A's runs, and in no more than half of B's. The clip: what the teacher of --run
-    finds for the context with its right answer, as in `retrieval`. p: McNemar's exact test on the questions
-    of which one of the two alone is right.
+    Right: in more than half of A's runs, and in no more than half of B's, of the seeds that both have. The
+    clip: what the teacher of --run finds for the context with its right answer, as in `retrieval`. p:
+    McNemar's exact test on the questions of which one of the two alone is right.
     """
     if rows < 1:
         raise SystemExit(f"--rows {rows}: must be at least 1")
-    pairs = shared_answers(a, b, task)
+    pairs = shared_answers(a, b, ("classify", "choice"), task, data_dir)
     names = [answers.model for answers in next(iter(pairs.values()))]
     names = names if names[0] != names[1] else [str(a), str(b)]
     counts, chosen = {}, []
     for name, (one, other) in pairs.items():
-        counts[name] = compare(one, other)
+        counts[name] = mcnemar(one, other)
         margin = one.right.mean(0) - other.right.mean(0)
         only = np.flatnonzero(one.mostly_right & ~other.mostly_right)
         order = np.lexsort((hash64("example", seed, only), -margin[only]))
@@ -622,15 +567,15 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
         raise SystemExit(f"{run}: the states of its teacher are not as wide as its clips' vectors")
     teacher.spaces["mean state as it is"] = mean_state, as_it_is  # Appendix E
     sentences = [pairs[name][0].sentence(i) for name, i in chosen]
-    encoded = encode_texts(sentences, judge.val.vocab, longest({"teacher": teacher}), f"--run {run}")
+    encoded = encode_texts(sentences, judge.val.vocab, {"teacher": teacher}, f"--run {run}")
     pool = gallery.sample(judge, clips, seed)
     cosine, index = top(teacher.vectors(*encoded), gallery.vectors(judge, pool), 1)
 
     cells, found, panels = [["context", "hypotheses", "GT", *names]], [], []
     for number, (name, i) in enumerate(chosen, 1):
         one, other = pairs[name]
-        said = [one.word(one.labels[i]), *(f"{x.word(x.majority(i))} ({x.right[:, i].sum()}/{len(x.seeds)})"
-                                           for x in (one, other))]
+        said = [f"{x.word(x.majority(i))} ({x.right[:, i].sum()}/{len(x.runs)})" for x in (one, other)]
+        said.insert(0, one.word(one.rows.labels[i]))
         letters = [f"{one.word(j)} " * (one.task.kind == "choice") for j in range(len(one.task.words))]
         texts = [f"{number}. {one.context(i)}", *map("".join, zip(letters, one.hypotheses(i)))]
         cells += table_rows(texts, said)
@@ -645,30 +590,10 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
         left.text(0, 0.5, panels[row], fontsize=8, va="center", transform=left.transAxes, parse_math=False)
         found[row] |= gallery.draw(right, pool[index[row, 0]], sentences[row]) | {
             "cosine": cosine[row, 0].item()}
-    figure.supxlabel(gallery.note(), fontsize=8)
+    figure.supxlabel(gallery.note())
     save(figure, out, {"run": str(run), "a": names[0], "b": names[1], "counts": counts, "examples": found},
          f"{common.table(lines)}\np: McNemar's exact test\n\n{common.table(cells)}\n"
          f"in brackets: in how many runs it is right\n{gallery.note()}")
-
-
-def shared_answers(a, b, task):
-    """{task: (A's Answers, B's)} of the tasks with right and wrong that both folders hold, or of --task."""
-    if task and task not in TASKS:
-        raise SystemExit(f"--task {task}: choose from {', '.join(TASKS)}")
-    folders = task_folders(a), task_folders(b)
-    shared = [name for name in TASKS if name in folders[0] and name in folders[1]]
-    names = [task] if task else [name for name in shared if TASKS[name].kind in ("classify", "choice")]
-    if not set(names) <= set(shared) or not names:
-        raise SystemExit(f"{a} and {b}: have no {task or 'task of classes or candidates'} in common; "
-                         "fine-tune both models on it")
-    found = {}
-    for name in names:
-        one, other = (read_answers(folder[name]) for folder in folders)
-        if one.first != other.first or one.second != other.second or (one.labels != other.labels).any():
-            raise SystemExit(f"{a} and {b}: were evaluated on different files of {name}; fine-tune both on "
-                             "one")
-        found[name] = one, other
-    return found
 
 
 def table_rows(texts, said, width=38):

@@ -2,6 +2,7 @@
 
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,11 +15,12 @@ import data
 import distill
 from analyses.figures import clip_states, describe
 from common import parse_json, print0, read_json, read_settings, read_text, write_json
+from finetune import run_name
 from model import DistillHead
 from parts.machine import Ranks, init_ranks
 from parts.metrics import PERCEPTUAL, mean_state, probes, retrieval, shared_neighbours
 from parts.tasks import DEMO_TASKS, TASKS
-from parts.weights import load_bert, load_mlm_head, load_video_encoder, read_tensors
+from parts.weights import config_and_vocab, load_bert, load_mlm_head, load_video_encoder, read_tensors
 from run import model_folder, read_run
 
 
@@ -78,6 +80,30 @@ def newest_run(out="out"):
     if not found:
         raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd")
     return max(found)[1]
+
+
+def short_names(paths):
+    """Names of runs and of models' folders and files; the path itself of those that would be equal."""
+    paths = [Path(path) for path in paths]
+    names = [path.stem if path.is_file() else run_name(path / "model" if (path / "model").is_dir() else path)
+             for path in paths]
+    times = Counter(dict(zip(paths, names)).values())
+    return [name if times[name] == 1 else str(path) for name, path in zip(names, paths)]
+
+
+def students_of(run, judge):
+    """{name: folder} of a distillation and of its text-only twin where that lies beside it; those that read
+    other tokens are left out."""
+    found = {}
+    for folder in dict.fromkeys((Path(run), Path(run).parent / f"distill-none-s{judge.cfg.seed}")):
+        if not (folder / "results.json").exists():
+            continue
+        if config_and_vocab(folder / "model", weights=False)[1].hash != judge.val.vocab.hash:
+            print0(f"{folder}: has another vocabulary, so it is left out")
+            continue
+        objective = read_run(folder)[0]["config"]["objective"]
+        found["text-only" if objective == "none" else objective] = folder
+    return found
 
 
 def read_table(run):

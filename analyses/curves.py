@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analyses.closing import newest_run, read_table
+from analyses.closing import newest_run, read_table, short_names
 from analyses.figures import COLOURS, STYLES, bars, grid, save
 from common import parse_json, read_text, table
 from run import read_run
@@ -42,13 +42,12 @@ def curves(runs=(), out=""):
     With several runs a colour is a run and a style a term.
     """
     runs = [Path(run) for run in runs or [newest_run()]]
-    short = len({run.name for run in runs}) == len(runs)
-    logs = {run.name if short else str(run): read_log(run) for run in runs}
+    logs = {name: read_log(run) for name, run in zip(short_names(runs), runs)}
     closing = read_table(runs[0]) if len(runs) == 1 and (runs[0] / "table.json").exists() else None
     columns = closing["columns"] if closing else {}
     learned = [key for key in ("retrieval", "probes")
                if columns and all(column.get(key) for column in columns.values())]
-    figure, axes = grid(2, 2 + bool(learned), 4.3, 3.3)
+    figure, axes = grid(2, 2 + bool(learned), 4.3, 3.3, frame=False)
     for i, (run, log) in enumerate(logs.items()):
         for j, (term, (steps, values)) in enumerate(log["terms"].items()):
             colour, name = (i, f"{run}: {term}") if len(logs) > 1 else (j, term)
@@ -87,10 +86,8 @@ def curves(runs=(), out=""):
                   for model, column in columns.items()},
                  [100 * found["linear_chance"] for found in own.values()])
     for axis in figure.axes:
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
         if axis.get_legend_handles_labels()[0] and (len(logs) > 1 or axis not in axes[1, :2]):
-            axis.legend(fontsize=7, frameon=False, loc="upper right", ncols=2 if axis in axes[:, 2:] else 1)
+            axis.legend(fontsize=7, loc="upper right", ncols=2 if axis in axes[:, 2:] else 1)
     for axis in axes[len(learned):, 2:].flat:
         axis.axis("off")
     terms = list(dict.fromkeys(term for log in logs.values() for term in log["terms"]))

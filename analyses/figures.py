@@ -10,11 +10,17 @@ COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#0
 STYLES = ("-", "--", "-.", ":")
 
 
-def grid(rows, columns, width, height):
-    """A matplotlib figure of rows x columns panels of width x height inches, without a screen; its axes."""
+def grid(rows, columns, width, height, frame=True):
+    """A matplotlib figure of rows x columns panels of width x height inches, without a screen; its axes.
+
+    frame: whether panels are closed at the top and on the right.
+    """
     import matplotlib
     matplotlib.use("Agg")
-    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=COLOURS)
+    matplotlib.rcParams.update({
+        "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "axes.spines.top": frame,
+        "axes.spines.right": frame, "axes.titlesize": 10, "figure.titlesize": 10, "figure.labelsize": 8,
+        "legend.fontsize": 8, "legend.frameon": False})
     import matplotlib.pyplot as plt
     return plt.subplots(rows, columns, figsize=(width * columns, height * rows), constrained_layout=True,
                         squeeze=False)

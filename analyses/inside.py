@@ -1,6 +1,5 @@
 """What happens inside of models: attention maps, distances of weights, activation patterns of neurons."""
 import math
-import re
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +9,9 @@ import torch
 
 import common
 import data
-from analyses.closing import newest_run, open_judge, read_heads
+from analyses.closing import newest_run, open_judge, read_heads, short_names, students_of
 from analyses.figures import STYLES, grid, save
+from analyses.sentences import encode, sample_sentences
 from parts.vocab import OPENAI_CLIP
 from parts.weights import config_and_vocab, is_clip, load_bert, load_xdbert, open_clip
 from run import model_folder, read_run
@@ -21,44 +21,13 @@ from run import model_folder, read_run
 LONGEST = 40  # tokens of a sentence, so that a figure can name them
 
 
-def named(paths):
-    """{short name: path}: the last part that is not "model", or the whole path where two would be equal."""
-    paths = list(dict.fromkeys(map(str, paths)))
-    short = [next((part for part in reversed(Path(path).parts) if part != "model"), path) for path in paths]
-    return {path if short.count(name) > 1 else name: path for name, path in zip(short, paths)}
-
-
-def sentences(cfg, most=100):
-    """The first `most` different whole sentences, of 6 to 16 words, in the held-out text of a run's flags."""
-    blocks, found = data.TextBlocks(cfg.train, cfg.block_size, "val", cfg.val), {}
-    for i in range(min(len(blocks), 4000)):
-        text = blocks.vocab.decode(blocks.batch([i])["ids"][0, 1:-1])
-        for one in re.findall(r"(?<=[.!?] )[^.!?\[\]]+[.!?](?= |$)", text):
-            if 6 <= len(one.split()) <= 16 and len(blocks.vocab.encode([one])[0]) <= LONGEST // 2:
-                found[one] = True
-        if len(found) >= most:
-            return list(found)[:most]
-    if not found:
-        raise SystemExit(f"{blocks.files[0]}: no whole sentence of 6 to 16 words in its held-out blocks of "
-                         f"{blocks.block_size} tokens; give one by --sentence")
-    return list(found)
-
-
 def read_words(text, vocab, room):
     """Ids of a text (n,), and for each the word between spaces that it is of (n,); at most `room`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise SystemExit("--sentence: is not UTF-8; write it anew") from None
-    pieces = vocab.encode(text.split())
-    ids = [i for word in pieces for i in word]
-    if vocab.unk in ids:
-        word = next(word for word, own in zip(text.split(), pieces) if vocab.unk in own)
-        raise SystemExit(f"--sentence: {word!r} cannot be written in the vocabulary of {vocab.size:,} "
-                         "tokens; leave it out")
-    if not 0 < len(ids) <= room:
-        raise SystemExit(f"--sentence: has {len(ids)} tokens; give one that has 1 to {room}")
-    return np.array(ids), np.repeat(np.arange(len(pieces)), list(map(len, pieces)))
+    pieces = encode(text.split(), vocab, "--sentence", 0)
+    lengths = [len(ids) for ids in pieces]
+    if not 0 < sum(lengths) <= room:
+        raise SystemExit(f"--sentence: has {sum(lengths)} tokens; give one that has 1 to {room}")
+    return np.concatenate(pieces), np.repeat(np.arange(len(pieces)), lengths)
 
 
 def means_over(texts):
@@ -193,9 +162,10 @@ def attention(runs, sentence="", out=""):
     the sentence, or over 100 sentences of the first run's held-out text, whose first is drawn.
     """
     texts, rows, drawn = [sentence] if sentence else [], [], {}
-    for name, run in named(runs).items():
+    for name, run in dict(zip(short_names(runs), runs)).items():
         opened = open_cross(run)
-        texts = texts or sentences(opened.cfg)
+        cfg = opened.cfg
+        texts = texts or sample_sentences(data.TextBlocks(cfg.train, cfg.block_size, "val", cfg.val), 100)
         found, drawn[name] = measure_attention(name, opened, texts)
         rows += found
     lines = [["run", "layer", "direction", "head", "entropy, nats", "of uniform's", "by query, nats",
@@ -233,7 +203,7 @@ def draw_maps(drawn, rows):
         line[0].set_ylabel(f"{row[0]['run']}\n{row[0]['direction']}", fontsize=8)
     figure.colorbar(image, ax=axes, label="attention weight (a row sums to 1)", shrink=0.4)
     figure.suptitle("Cross-modal attention: rows are queries, columns keys; at most 2 layers and 2 heads are "
-                    "drawn", fontsize=10)
+                    "drawn")
     return figure, [{key: panel[key] for key in ("run", "direction", "layer", "head", "queries", "keys",
                                                  "weights")} for panel in flat]
 
@@ -261,7 +231,7 @@ def distances(original, adapted):
     Frobenius norms. Parts: embeddings, layer 1 .., pooler, output (CLIP's last norm and projection), all.
     """
     sums = {}
-    for name in original.keys() & adapted.keys():
+    for name in sorted(original.keys() & adapted.keys()):  # in order: equal sums to the bit
         a, b = original[name].double(), adapted[name].double()
         head, *rest = name.split(".")
         part = f"layer {int(rest[0]) + 1}" if head == "layers" else (
@@ -284,8 +254,8 @@ def drift(original, adapted, out=""):
     not count.
     """
     weights, vocab = open_encoder(original)
-    found = {}
-    for name, path in common.progress(named(adapted).items(), len(adapted), " models", "drift"):
+    found, models = {}, dict(zip(short_names(adapted), adapted))
+    for name, path in common.progress(models.items(), len(models), " models", "drift"):
         other, other_vocab = open_encoder(path)
         for key in sorted(weights.keys() | other.keys()):
             shapes = [tuple(x[key].shape) if key in x else "missing" for x in (weights, other)]
@@ -305,18 +275,16 @@ def drift(original, adapted, out=""):
             rows.append([name, part, f"{x['parameters']:,}", f"{x['rms']:.2e}", relative])
     rows += [[f"{name}, XDBERT Table 7", "all", "-", f"{value:.2e}", "-"] for name, value in TABLE_7.items()]
 
-    figure, (axes,) = grid(1, 2, 5.2, 3.6)
+    figure, (axes,) = grid(1, 2, 5.2, 3.6, frame=False)
     titles = {"rms": "root mean square of B - A", "relative": "|B - A| / |A|, %"}
     for axis, (key, title) in zip(axes, titles.items()):
         for i, (name, one) in enumerate(found.items()):
             at = [x for x, part in enumerate(parts) if one.get(part, {}).get(key) is not None]
             axis.plot(at, [one[parts[x]][key] * (100 if key == "relative" else 1) for x in at],
                       STYLES[i % len(STYLES)], marker="osv^Dx+*"[i % 8], label=name)
-        axis.set(title=f"A = {next(iter(named([original])))}", ylabel=title, ylim=(0, None))
+        axis.set(title=f"A = {short_names([original])[0]}", ylabel=title, ylim=(0, None))
         axis.set_xticks(range(len(parts)), parts, rotation=0 if len(parts) < 6 else 90, fontsize=8)
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False)
+    axes[0].legend()
     save(figure, out, {"original": str(original), "adapted": found, "paper": TABLE_7}, common.table(rows))
 
 
@@ -354,18 +322,13 @@ def neurons(run="", sentence="", out="", rows=6):
     are rotated by half of the sentence.
     """
     run = run or newest_run()
-    objective = read_run(run)[1]["objective"]
     judge = open_judge(run, torch.device("cpu"))
     if not judge.bert:
         raise SystemExit(f"{run}: no teacher beside it that reads the same words; give a run of distill.py "
                          "whose --teacher does")
-    texts = [sentence] if sentence else sentences(judge.cfg)
-    folders = {} if objective == "none" else {objective: run}
-    beside = Path(run).with_name(f"distill-none-s{judge.cfg.seed}") if folders else Path(run)
-    if (beside / "results.json").exists() and read_run(beside)[1].get("vocabulary") == judge.val.vocab.hash:
-        folders["text-only"] = beside
-    models = {name: (load_bert(Path(folder) / "model"), read_heads(folder)[1]("nst"))
-              for name, folder in folders.items()}
+    texts = [sentence] if sentence else sample_sentences(judge.val, 100)
+    models = {name: (load_bert(folder / "model"), read_heads(folder)[1]("nst"))
+              for name, folder in students_of(run, judge).items()}
     vocab, measured, drawn = judge.val.vocab, {name: [] for name in models}, None
     for text in common.progress(texts, len(texts), " sentences", "patterns"):
         ids, _ = read_words(text, vocab, min(LONGEST, judge.cfg.block_size) - 2)
@@ -402,6 +365,6 @@ def neurons(run="", sentence="", out="", rows=6):
             for row in panel])
     axes[-1, 0].set_xlabel("tokens", fontsize=8)
     figure.colorbar(image, ax=axes, label="activation, L2 norm 1 over the tokens", shrink=0.8)
-    figure.suptitle("Neurons of the teacher, and the nearest of each student", fontsize=10)
+    figure.suptitle("Neurons of the teacher, and the nearest of each student")
     save(figure, out, {"run": str(run), "sentences": texts, "models": means, "tokens": tokens,
                        "neurons": panels}, common.table(lines) + means_over(texts))

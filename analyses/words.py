@@ -6,21 +6,20 @@ import math
 import os
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 
 import common
+from analyses.answers import shared_answers
+from analyses.closing import short_names
 from analyses.figures import COLOURS, grid, save
-from common import decode_json, keyed_uniform, open_text, print0, read_json, read_text
-from finetune import run_name
+from common import decode_json, keyed_uniform, open_text, print0, read_text
 from parts.examples import flat
-from parts.metrics import answer_score, squad_questions
-from parts.tasks import TASKS, content_hash, find_file
+from parts.tasks import TASKS
 from parts.vocab import Vocab, byte_letters, load_clip_vocab
 from parts.weights import config_and_vocab, is_clip, load_bert, open_clip
 from prepare.packing import read_pieces
-from run import model_folder, read_run
+from run import model_folder
 
 # ---------------------------------------------------------------------------- PWCCA
 
@@ -163,9 +162,7 @@ def pwcca(models, words="", clip_vocab="", out=""):
     """
     if len(models) < 2:
         raise SystemExit(f"MODEL {models[0]}: is alone; give two or more to compare")
-    names = [Path(path).stem if Path(path).is_file() else run_name(model_folder(path, "MODEL"))
-             for path in models]
-    names = names if len(set(names)) == len(names) else [str(path) for path in models]
+    names = short_names(models)
     opened = [word_embeddings(path, clip_vocab) for path in models]
     lines = map(str.strip, read_text(words).split("\n")) if words else ()
     chosen = list(dict.fromkeys(filter(None, lines))) or None
@@ -187,7 +184,7 @@ def pwcca(models, words="", clip_vocab="", out=""):
 def draw_pwcca(found):
     """Bars of the pairs with their random baselines and levels, and those of the paper."""
     height = max(len(found), len(PAPER))  # in bars
-    figure, axes = grid(1, 2, 5.6, 1.5 + 0.55 * height)
+    figure, axes = grid(1, 2, 5.6, 1.5 + 0.55 * height, frame=False)
     for axis, title, values in zip(axes[0], ("measured", "XDBERT Table 2 (its words are not named)"),
                                    ({name: row["pwcca"] for name, row in found.items()}, PAPER)):
         places = np.arange(len(values))
@@ -199,15 +196,12 @@ def draw_pwcca(found):
                  xlim=(0, 1.16), xticks=np.linspace(0, 1, 6), ylim=(height - 0.5, -0.5),
                  xlabel="PWCCA (1 = equal up to a linear map)")
         axis.tick_params(labelsize=8)
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
     for y, row in enumerate(found.values()):
         axes[0, 0].plot(row["random"], [y, y], "D", color=COLOURS[5], markersize=5,
                         label="each against random" if y == 0 else None)
         axes[0, 0].plot([row["level"]] * 2, [y - 0.38, y + 0.38], "k--", linewidth=1.5,
                         label="independent Gaussians" if y == 0 else None)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8,
-                  frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
@@ -326,99 +320,32 @@ def permutation_p(x, y, rounds=9999):
     return as_far / (rounds + 1)
 
 
-def open_runs(path):
-    """{task: {s0: (folder, its read_run)}} of a folder that finetune.py left: a task's or a model's."""
-    found = {}
-    folders = [Path(path), *sorted(Path(path).iterdir())] if Path(path).is_dir() else []
-    for results in (results for folder in folders for results in sorted(folder.glob("s[0-9]*/results.json"))):
-        run = results.parent
-        config, measured = read_run(run)
-        task, hashes = config["config"].get("tasks"), measured.get("hashes")
-        if task not in TASKS or not isinstance(hashes, dict) or "dev" not in hashes:
-            raise SystemExit(f"{run}: no run of finetune.py; give the folder of a task's or a model's runs")
-        found.setdefault(task, {})[run.name] = run, config["config"], hashes
-    if not found:
-        raise SystemExit(f"{path}: holds no finished run of finetune.py (s0, s1, ..); give the folder of a "
-                         "task's runs, such as out/finetune/MODEL/rte, or of a model's")
-    return found
-
-
-def dev_file(task, runs, data_dir):
-    """Path of the dev set on which all of the runs were evaluated."""
-    run, config, hashes = runs[0]
-    for other, _, its in runs:
-        if its["dev"] != hashes["dev"]:
-            raise SystemExit(f"{other}: evaluated on another dev file of {task.title} than {run}; fine-tune "
-                             "one again")
-    root = Path(data_dir or config.get("data_dir", "data"))
-    for folder in sorted(root.glob("demo-s*/raw/tasks")) if task.demo else [root]:
-        path = find_file(task, folder, task.evals[""], required=not task.demo)
-        if path and content_hash(path) == hashes["dev"]:
-            return path
-    raise SystemExit(f"{root}: the dev file of {task.title} there is not that of {run}; give the folder of "
-                     "its data as --data_dir")
-
-
-def read_right(task, path, rows, run):
-    """Whether a run predicted each example of its dev set right, bool (n,): the class or the candidate, of
-    SQuAD an exact match."""
-    file, advice = run / "predictions" / task.outputs[""], "fine-tune it again"
-    if task.kind == "span":
-        texts = read_json(file, advice)
-        lost = [name for name in rows.ids if not isinstance(texts.get(name), str)]
-        if lost or len(texts) != len(rows.ids):
-            raise SystemExit(f"{file}: not the predictions for {path}; {advice}")
-        gold = [[text for text, _ in question.answers] for question in squad_questions(read_json(path), path)]
-        return np.array([answer_score(texts[name], answers, task.unanswerable)[0] == 1
-                         for name, answers in zip(rows.ids, gold)])
-    header, line = task.form
-    form = re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.*)", re.escape(line)))
-    lines = read_text(file, advice).removesuffix("\n").split("\n")
-    matches = [form.fullmatch(text) for text in (lines[1:] if header else lines)]
-    values = [match.groupdict() if match else {} for match in matches]
-    predicted = [task.numbers.get(value.get("word", value.get("label"))) for value in values]
-    same_ids = all(value.get("id", name) == name for value, name in zip(values, rows.ids))
-    if len(predicted) != len(rows.ids) or None in predicted or not same_ids:
-        raise SystemExit(f"{file}: not the predictions for {path} ({len(predicted):,} lines, "
-                         f"{len(rows.ids):,} examples); {advice}")
-    return np.equal(predicted, rows.labels)
-
-
-def texts_of(rows, i):
-    """The texts of an example: of a choice its context once and every candidate."""
-    if rows.second is None:
-        return [rows.first[i]]
-    return [rows.first[i], *(rows.second[i] if isinstance(rows.second[i], list) else [rows.second[i]])]
-
-
 GROUPS = ("improved", "on par", "worsened")
 
 
-def compare(task, path, runs_a, runs_b, vocab, seen):
-    """The examples of a task with their ratios, by GROUPS.
+def ratios_by_gain(one, other, vocab, seen):
+    """The ratios of a task's examples by GROUPS, from two models' Answers of as many runs.
 
     -> {"runs", "groups": {group: {"examples": numbers, "ratios"}}, "p", "shown": {group: an example}}. Shown
     is the first of those with the largest difference, of those on par the first. Examples without a word have
     no ratio and are in no group.
     """
-    rows = task.read(task, path, True)
-    right = [sum(read_right(task, path, rows, run).astype(int) for run, *_ in runs)
-             for runs in (runs_a, runs_b)]  # (n,) each
+    right = one.right.sum(0), other.right.sum(0)  # (n,) each
     gain = right[1] - right[0]
-    ratios = [grounded_ratio([piece for text in texts_of(rows, i) for piece in mark(text, vocab, seen)])
-              for i in common.progress(range(len(gain)), len(gain), " examples", f"pieces of {task.title}")]
+    ratios = [grounded_ratio([piece for text in one.texts(i) for piece in mark(text, vocab, seen)]) for i in
+              common.progress(range(len(gain)), len(gain), " examples", f"pieces of {one.task.title}")]
     groups, shown = {}, {}
     for group, sign in zip(GROUPS, (1, 0, -1)):
         chosen = [i for i in np.flatnonzero(np.sign(gain) == sign).tolist() if not math.isnan(ratios[i])]
         groups[group] = {"examples": chosen, "ratios": [ratios[i] for i in chosen]}
         if chosen:
             i = max(chosen, key=lambda i: abs(gain[i]))
-            marked = [mark(text, vocab, seen) for text in texts_of(rows, i)]
+            marked = [mark(text, vocab, seen) for text in one.texts(i)]
             kinds = [kind for text in marked for _, kind in text]
             shown[group] = {"example": i, "A": int(right[0][i]), "B": int(right[1][i]), "ratio": ratios[i],
                             "grounded": kinds.count("grounded"), "other": kinds.count("other"),
                             "texts": marked}
-    return {"runs": len(runs_a), "groups": groups, "shown": shown,
+    return {"runs": len(one.runs), "groups": groups, "shown": shown,
             "p": permutation_p(groups["improved"]["ratios"], groups["worsened"]["ratios"])}
 
 
@@ -446,36 +373,22 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
     """
     if min_count is not None and not 0 <= min_count < math.inf:
         raise SystemExit(f"--min_count {min_count:g}: must be 0 or more")
-    both = [open_runs(path) for path in (a, b)]
-    if task and task not in TASKS:
-        raise SystemExit(f"--task {task}: choose one of {', '.join(TASKS)}")
-    tasks = [TASKS[name] for name in TASKS if all(name in runs for runs in both) and task in ("", name)]
-    compared = [one for one in tasks if one.kind != "regress"]
-    if not compared:
-        why = (f"{tasks[0].title} has scores, no right and wrong answers" if tasks else
-               f"no task with runs of both ({', '.join(both[0])}; {', '.join(both[1])})")
-        raise SystemExit(f"{a}, {b}: {why}; give others or another --task")
-    sets = []
-    for one in compared:
-        seeds = sorted(both[0][one.name].keys() & both[1][one.name].keys())
-        if not seeds:
-            raise SystemExit(f"{a}, {b}: no seed of {one.title} in both; fine-tune with the same --seeds")
-        runs = [[runs[one.name][seed] for seed in seeds] for runs in both]
-        sets.append((one, dev_file(one, [*runs[0], *runs[1]], data_dir), *runs))
-    first, path, (run, *_), _ = sets[0]
-    if not (captions or first.demo):
+    pairs = shared_answers(a, b, ("classify", "choice", "span"), task, data_dir)
+    first, _ = next(iter(pairs.values()))
+    if not (captions or first.task.demo):
         raise SystemExit("--captions is missing: give COCO's captions_train2014.json, or text with a caption "
                          "a line")
-    captions = captions or path.parents[2] / "caption.json"
-    folder = run[0] / "model" if (run[0] / "model").exists() else run[1]["model"] or run[1]["cross"]
-    vocab = config_and_vocab(model_folder(folder, str(run[0])), weights=False)[1]
+    captions = captions or first.path.parents[2] / "caption.json"
+    run, flags, _ = next(iter(first.runs.values()))
+    folder = run / "model" if (run / "model").exists() else flags["model"] or flags["cross"]
+    vocab = config_and_vocab(model_folder(folder, str(run)), weights=False)[1]
     if not isinstance(vocab, Vocab):
         raise SystemExit(f"{a}: reads CLIP's pieces, the ratio counts BERT's; give the runs of a BERT as A")
     counts, n = count_pieces(captions, vocab)
     least = 100 * min(1, n / COCO_CAPTIONS) if min_count is None else min_count
     print0(f"grounded: no stop word, and more than {round(least, 2):g} occurrences in the {n:,} captions of "
            f"{captions}" + f" (100 per {COCO_CAPTIONS:,})" * (min_count is None))
-    results = {one.name: compare(one, *beside, vocab, counts > least) for one, *beside in sets}
+    results = {name: ratios_by_gain(*pair, vocab, counts > least) for name, pair in pairs.items()}
     legend = f"A = {a}, B = {b}; p: permutation test of the means of improved and worsened"
     examples = [shown_text(TASKS[name].title, group, one, result["runs"], sys.stdout.isatty())
                 for name, result in results.items() for group, one in result["shown"].items()]
@@ -499,7 +412,7 @@ def grounded_table(results):
 def draw_grounded(results):
     """A panel a task: box, mean and points of the ratios of improved and of worsened examples."""
     columns = min(4, len(results))
-    figure, axes = grid(-(-len(results) // columns), columns, max(2.9, 5 / columns), 3.6)
+    figure, axes = grid(-(-len(results) // columns), columns, max(2.9, 5 / columns), 3.6, frame=False)
     for axis in axes.flat[len(results):]:
         axis.set_axis_off()
     for axis, (name, result) in zip(axes.flat, results.items()):
@@ -515,12 +428,9 @@ def draw_grounded(results):
                                  "marker": "D", "markerfacecolor": "white", "markeredgecolor": "black"})
         axis.set(xlim=(-0.5, 1.5), xticks=[0, 1], xticklabels=[
             f"{group}\nn = {len(result['groups'][group]['ratios']):,}" for group in GROUPS[::2]])
-        axis.title.set_fontsize(10)
-        axis.spines[["top", "right"]].set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel("visually-grounded ratio")
     axes.flat[0].plot([], [], "D", color="black", markerfacecolor="white", label="mean")
     axes.flat[0].plot([], [], "-", color="black", linewidth=2, label="median")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8,
-                  frameon=False)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure

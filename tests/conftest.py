@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -99,6 +100,12 @@ def stop_line(function, *args, **kw):
     text = str(stop.value)
     assert text and "\n" not in text and "Traceback" not in text
     return text
+
+
+def written(out):
+    """What the json beside a PNG of analyze.py holds."""
+    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 10000
+    return json.loads(out.with_suffix(".json").read_text())
 
 
 def stop_at(monkeypatch, step):
@@ -400,3 +407,25 @@ def finetune_config(request, tmp_path, monkeypatch):
     """tuning_config in a folder of its own; flags as keywords."""
     monkeypatch.chdir(tmp_path)  # out/
     return functools.partial(tuning_config, request)
+
+
+def fine_tuned(folder, name, data_dir, predictions, **flags):
+    """What finetune.py leaves in a task's folder; predictions: {seed: classes or SQuAD's texts of the dev set}.
+    """
+    from parts.examples import rows_of
+    from parts.tasks import TASKS, content_hash, find_file, write_predictions
+    from run import FORMAT
+    task = TASKS[name]
+    path = find_file(task, data_dir, task.evals[""])
+    rows = task.read(task, path, True)
+    ids = [rows.ids[i] for i in rows_of(task, rows, "dev")]
+    flags = {"tasks": name, "data_dir": str(data_dir.parents[2] if task.demo else data_dir)} | flags
+    for seed, values in predictions.items():
+        run = folder / f"s{seed}"
+        if task.kind == "span":
+            values = dict(zip(ids, values)), dict.fromkeys(ids, -1.0)
+        write_predictions(task, SimpleNamespace(ids=ids), values, run / "predictions" / task.outputs[""])
+        (run / "config.json").write_text(json.dumps({"format": FORMAT, "config": flags}))
+        results = {"model": folder.parent.name, "hashes": {"dev": content_hash(path)}}
+        (run / "results.json").write_text(json.dumps(results))
+    return rows

@@ -4,9 +4,11 @@ Run: python -m pytest -q tests/test_analyze.py
 """
 import json
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import written
 
 import analyze
 from analyses import closing
@@ -53,8 +55,7 @@ def test_curves_of_runs_are_drawn_and_told(tmp_path, capsys):
     out = tmp_path / "figures" / "curves.png"
     for runs in ([run], [run, other], [other]):
         analyze.main(["curves", *map(str, runs), "--out", str(out)])
-        assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-        found = json.loads(out.with_suffix(".json").read_text())
+        found = written(out)
         assert list(found["runs"]) == [path.name for path in runs]
         out.unlink()
     assert list(found["runs"]["s1"]["terms"]) == ["mlm", "nst"] and found["runs"]["s1"]["unit"] == "tokens"
@@ -62,6 +63,18 @@ def test_curves_of_runs_are_drawn_and_told(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert re.search(r"last window +steps +mlm +nst +lr +gradient norm +tokens/s", "\n".join(lines))
     assert re.search(r"distill-nst\+crd-s0 +20 +4.0000 +nan +5.0e-04 +0.500 +1,000", "\n".join(lines))
+
+
+def test_short_names_tell_paths_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tuned = Path("out/finetune/bert/rte/s1")
+    for folder in (tuned / "model", Path("out/nst/model"), Path("more/nst/model")):
+        folder.mkdir(parents=True)
+    Path("clip.pt").touch()
+    assert closing.short_names([tuned, "out/nst/", "out/nst", "clip.pt", "."]) == [
+        "bert-rte-s1", "nst", "nst", "clip", tmp_path.name]
+    assert closing.short_names(["out/nst", "more/nst", "out/nst/model", str(tuned / "model")]) == [
+        "out/nst", "more/nst", "out/nst/model", "bert-rte-s1"]
 
 
 def test_curves_of_what_is_no_run_are_one_line(tmp_path):

@@ -1,5 +1,5 @@
 """Proves that retrieval, vokens and nearest words are what plain loops find, that clips are shown as they are,
-that examples and their counts follow from the predictions, and that bad inputs end in one line.
+that examples follow from the predictions, and that bad inputs end in one line.
 
 Run: python -m pytest -q tests/test_clips.py
 """
@@ -14,17 +14,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import QUICK_STUDENT, stop_line
+from conftest import QUICK_STUDENT, fine_tuned, stop_line, written
 from matplotlib.image import imsave
 
 import analyze
-import data
 import distill
 import losses
-from analyses import answers, clips, figures
-from parts.examples import rows_of
+from analyses import clips, figures
 from parts.metrics import ranks, recall, top
-from parts.tasks import TASKS, content_hash, find_file, write_predictions
+from parts.tasks import TASKS, find_file
 from parts.weights import read_tensors
 
 
@@ -63,12 +61,6 @@ def opened(run):
 def quick(monkeypatch):
     """Ridge maps from few clips, as they take seconds."""
     monkeypatch.setattr(clips, "fit_spaces", functools.partial(clips.fit_spaces, fit=200))
-
-
-def written(out):
-    """What the json beside a PNG holds."""
-    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and out.stat().st_size > 10000
-    return json.loads(out.with_suffix(".json").read_text())
 
 
 # ---------------------------------------------------------------------------- measures
@@ -153,7 +145,7 @@ def test_retrieval_draws_the_clips_of_highest_cosine(opened, tmp_path, capsys):
     assert found["held_out"] == found["searched"] == len(held_out) and "R@10" in text
     assert found["chance_median"] == (len(held_out) + 1) / 2
     for one in found["sentences"]:
-        ids, mask = clips.encode_texts([one["sentence"]], held_out.vocab, 24, "x")
+        ids, mask = clips.encode_texts([one["sentence"]], held_out.vocab, readers, "x")
         with torch.no_grad():
             query = readers["teacher"].bert(ids, mask)[0].mean(0)
             v = {int(c): judge.video(gallery.clips.clips([c])["frames"])[0]
@@ -166,22 +158,6 @@ def test_retrieval_draws_the_clips_of_highest_cosine(opened, tmp_path, capsys):
             fits = gallery.states[clip["caption"]]["noun"] in nouns if nouns else None
             assert clip["fits"] is fits
             assert figures.describe(gallery.states[clip["caption"]]) in clip["clip"]
-
-
-def test_sampled_sentences_are_whole_name_a_noun_and_are_drawn_by_the_seed(opened):
-    _, judge, gallery, _ = opened
-    ids = judge.val.batch(np.arange(len(judge.val)))["ids"][:, 1:-1]
-    blocks = [judge.val.vocab.decode(row.tolist()) for row in ids]
-    found = clips.sample_sentences(judge.val, 5, 3, gallery.nouns_in)
-    assert found == clips.sample_sentences(judge.val, 5, 3, gallery.nouns_in)
-    assert found != clips.sample_sentences(judge.val, 5, 4, gallery.nouns_in)
-    assert len(found) == 5 and len({noun for text in found for noun in gallery.nouns_in(text)}) >= 5
-    for text in found:
-        (noun, *_), words = gallery.nouns_in(text), text.split()
-        assert noun in gallery.nouns and len(words) >= 5
-        assert any(f". {text}" in block or f"[SEP] {text}" in block for block in blocks)
-    line = stop_line(clips.sample_sentences, judge.val, 5, 0, lambda text: [])
-    assert "hold no whole sentence; give --sentence" in line
 
 
 def test_sample_of_clips_is_of_the_held_out_ones_or_of_the_whole_file(opened):
@@ -267,7 +243,7 @@ def test_vokens_of_the_tokens_are_those_of_equation_9(opened):
     _, judge, gallery, readers = opened
     captions, vokens = clips.voken_captions(judge, gallery)
     assert len(captions) == len(vokens) == 9
-    ids, mask = clips.encode_texts(["the bishop blessed the vase in the valley ."], judge.val.vocab, 24, "x")
+    ids, mask = clips.encode_texts(["the bishop blessed the vase in the valley ."], judge.val.vocab, readers, "x")
     scores, index = clips.token_clips(readers["teacher"], ids, mask, vokens)
     h = readers["teacher"].bert(ids)[0, 1:-1]
     videos, b = F.normalize(vokens, dim=-1), torch.arange(9.0)
@@ -301,10 +277,10 @@ def test_share_of_own_material_is_counted_over_all_words(opened, monkeypatch):
     x = torch.tensor([[1, 0.1], [1, 0.2], [0, 1.0], [0, 1.1], [0.1, 1.0]])
     monkeypatch.setattr(clips, "noun_vectors", lambda *args, **kw: x)
     words, kinds = list("abcde"), dict(zip("abcde", ("wax", "wax", "wax", "stone", "stone")))
-    _, shares = clips.read_words({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
+    _, shares = clips.word_neighbours({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
     assert shares == {"teacher": pytest.approx((3 * 2 + 2 * 1) / 20)}  # of 4 neighbours each, all the others
     monkeypatch.setattr(clips, "nearest_words", functools.partial(clips.nearest_words, k=1))
-    _, shares = clips.read_words({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
+    _, shares = clips.word_neighbours({"teacher": readers["teacher"]}, judge, words, ["a"], kinds, 9)
     assert shares == {"teacher": pytest.approx(4 / 5)}  # c's nearest is a stone
 
 
@@ -355,66 +331,7 @@ def test_vokens_of_other_clips_are_refused(opened, teacher_run, tmp_path):
     assert "has no vokens.safetensors" in stop_line(clips.voken_captions, other, gallery)
 
 
-# ---------------------------------------------------------------------------- answers and examples
-
-
-def fine_tuned(folder, task, data_dir, predictions, model="tuned", which=""):
-    """What finetune.py leaves of a task's runs that answered `predictions`, a list for each seed."""
-    task = TASKS[task]
-    path = find_file(task, data_dir, task.evals[which])
-    rows = task.read(task, path, True)
-    keep, runs = rows_of(task, rows, "dev"), []
-    for seed, answered in enumerate(predictions):
-        run = folder / f"s{seed}"
-        run.mkdir(parents=True)
-        base = data_dir.parents[2] if task.demo else data_dir
-        (run / "config.json").write_text(json.dumps({"config": {"data_dir": str(base)}}))
-        file = task.outputs.get(which, f"{which}.txt")
-        write_predictions(task, SimpleNamespace(ids=[rows.ids[i] for i in keep]), np.array(answered),
-                          run / "predictions" / file)
-        runs.append({"seed": seed, "hashes": {which or "dev": content_hash(path)}})
-    (folder / "results.json").write_text(json.dumps({"task": task.name, "model": model, "runs": runs}))
-    return rows
-
-
-@pytest.mark.parametrize("name, which", [("rte", ""), ("sst2", ""), ("mnli", ""), ("mnli", "mm"), ("swag", ""),
-                                         ("piqa", ""), ("tracie", "")])
-def test_answers_are_read_back_as_they_were_written(tiny_tasks, tmp_path, name, which):
-    rng = np.random.default_rng(0)
-    predictions = rng.integers(len(TASKS[name].words), size=(2, 21))
-    rows = fine_tuned(tmp_path, name, tiny_tasks, predictions, which=which)
-    found = answers.read_answers(tmp_path, which)
-    assert (found.predictions == predictions).all() and found.labels.tolist() == rows.labels
-    assert found.first == rows.first and found.second == rows.second and found.seeds == [0, 1]
-    assert (found.right == (predictions == np.array(rows.labels))).all()
-    sentence = found.sentence(3)
-    if name in ("swag", "piqa"):
-        assert sentence == f"{rows.first[3]} {rows.second[3][rows.labels[3]]}" and found.word(1) == "(b)"
-        assert len(found.hypotheses(3)) == len(TASKS[name].words)
-    elif name == "tracie":
-        assert found.context(3) == rows.second[3] and found.hypotheses(3) == [rows.first[3]]
-    else:
-        assert sentence == " ".join(filter(None, [rows.first[3], rows.second and rows.second[3]]))
-
-
-def by_hand(right):
-    """Answers of one class whose runs are right where `right` (runs, n) says so."""
-    right = np.array(right)
-    return answers.Answers(TASKS["rte"], "x", [""] * right.shape[1], None, np.zeros(right.shape[1], int),
-                           (~right.astype(bool)).astype(int), list(range(len(right))))
-
-
-def test_counts_follow_the_majority_of_the_runs_and_mcnemars_test():
-    """Six items: A right in 3, 2, 2, 2, 1, 0 of 3 runs; B, of 2 runs, in 2, 1, 0, 0, 0, 2."""
-    a = by_hand([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 0], [1, 0, 0, 0, 0, 0]])
-    b = by_hand([[1, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 1]])
-    found = answers.compare(a, b)
-    # half of the runs is not most of them: item 1 is only A's; p = 2 (C(4, 0) + C(4, 1)) / 2^4
-    assert found == {"items": 6, "both": 1, "only a": 3, "only b": 1, "neither": 1, "p": pytest.approx(0.625)}
-    assert answers.compare(a, a)["p"] == 1
-    many = answers.compare(by_hand([[1] * 12 + [0] * 3]), by_hand([[0] * 12 + [1] * 3]))
-    assert many["p"] == pytest.approx(2 * sum(math.comb(15, k) for k in range(4)) / 2 ** 15)
-    assert [b.majority(i) for i in range(6)] == [0, 0, 1, 1, 1, 0]
+# ---------------------------------------------------------------------------- examples
 
 
 @pytest.fixture
@@ -429,8 +346,8 @@ def two_models(demo, tmp_path):
             answered, third = gold.copy(), gold.copy()
             answered[items] = 1 - answered[items]
             third[items[2:3]] = 1 - third[items[2:3]]  # B's third run is wrong on item 2 alone
-            fine_tuned(tmp_path / model / name, name, tasks, [answered, answered, third], model=f"model-{model}")
-    return tmp_path / "a", tmp_path / "b"
+            fine_tuned(tmp_path / f"model-{model}" / name, name, tasks, {0: answered, 1: answered, 2: third})
+    return tmp_path / "model-a", tmp_path / "model-b"
 
 
 def test_examples_are_the_questions_that_only_one_model_gets_right(two_models, run, demo, tmp_path, capsys):
@@ -470,30 +387,6 @@ def test_wrapped_rows_hold_every_word_and_fill_their_columns():
 # ---------------------------------------------------------------------------- bad input
 
 
-def test_answers_that_do_not_fit_their_task_are_refused(tiny_tasks, tmp_path):
-    folder = tmp_path / "rte"
-    fine_tuned(folder, "rte", tiny_tasks, [[0] * 21])
-    path = folder / "s0" / "predictions" / "RTE.tsv"
-    lines = path.read_text().splitlines()
-    for content, line in (
-            (lines[:-1], "20 answers to 21 questions"), (lines[1:], "its first line is"),
-            ([*lines[:3], "2\tmaybe", *lines[4:]], "line 4: .*maybe' is no answer to item 2"),
-            ([lines[0], *lines[2:], lines[1]], "line 2: .* is no answer to item 0")):
-        path.write_text("\n".join(content) + "\n")
-        with pytest.raises(SystemExit, match=line):
-            answers.read_answers(folder)
-    path.unlink()
-    assert "evaluate the run again" in stop_line(answers.read_answers, folder)
-    summary = json.loads((folder / "results.json").read_text())
-    for change, line in (({"runs": []}, "holds no run"), ({"runs": [{}]}, "not in the form of finetune.py"),
-                         ({"task": "stsb"}, "has no classes"), ({"task": "squad1"}, "has no classes"),
-                         ({"task": "mine"}, "has no classes"),
-                         ({"runs": [{"seed": 0, "hashes": {"dev": "x"}}]}, "is not the file that")):
-        (folder / "results.json").write_text(json.dumps(summary | change))
-        assert line in stop_line(answers.read_answers, folder)
-    assert "holds no finished task" in stop_line(answers.task_folders, tmp_path / "nowhere")
-
-
 def test_bad_inputs_end_in_one_line(run, two_models, tmp_path, teacher_run):
     a, b = map(str, two_models)
     examples, out = ["examples", a, b, "--run", str(run)], ["--out", str(tmp_path / "x.png")]
@@ -509,9 +402,10 @@ def test_bad_inputs_end_in_one_line(run, two_models, tmp_path, teacher_run):
             (["retrieval", str(run), "--thumbnails", str(tmp_path / "none")], "no such folder"),
             (["tokens", str(run), "--word", "日本"], "--word '日本': the run's vocabulary does not know"),
             (["tokens", str(run), "--word", ""], "holds no word"),
-            ([*examples, "--task", "mine"], "choose from"), ([*examples, "--task", "rte"], "have no rte in common"),
+            ([*examples, "--task", "mine"], "choose one of sst2"),
+            ([*examples, "--task", "rte"], "no task with runs of both (mishap, two_choices; mishap, two_choices)"),
             ([*examples, "--rows", "0"], "--rows 0"),
-            (["examples", a, str(tmp_path), "--run", str(run)], "holds no finished task"),
+            (["examples", a, str(tmp_path), "--run", str(run)], "holds no finished run of finetune.py"),
             ([*examples[:3], "--run", str(tmp_path)], "give the folder of a finished run")):
         assert line in stop_line(analyze.main, [*flags, *out]), flags
         assert not (tmp_path / "x.png").exists()
@@ -522,7 +416,7 @@ def test_questions_of_another_vocabulary_find_no_clip(tiny_tasks, run, tmp_path,
     monkeypatch.setattr(clips, "UNKNOWN", -1)  # the demo's vocabulary knows every letter
     right = [0, 1] * 10 + [0]
     for model, answered in (("a", right), ("b", [1 - x for x in right])):
-        fine_tuned(tmp_path / model, "rte", tiny_tasks, [answered], model=model)
+        fine_tuned(tmp_path / model / "rte", "rte", tiny_tasks, {0: answered})
     line = stop_line(analyze.main, ["examples", str(tmp_path / "a"), str(tmp_path / "b"), "--run", str(run),
                                     "--out", str(tmp_path / "x.png")])
     assert f"--run {run}" in line and "vocabulary does not know" in line

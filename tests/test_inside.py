@@ -6,12 +6,11 @@ Run: python -m pytest -q tests/test_inside.py
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import stop_line
+from conftest import stop_line, written
 
 import analyze
 import losses
@@ -32,10 +31,6 @@ def write_run(folder, results=(), **flags):
     (folder / "config.json").write_text(json.dumps({"format": FORMAT, "config": flags}))
     (folder / "results.json").write_text(json.dumps(dict(results)))
     return folder
-
-
-def png(path):
-    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 # ---------------------------------------------------------------------------- attention
@@ -103,8 +98,8 @@ def test_attention_draws_runs_side_by_side_and_tells_what_nobody_trained(tiny_cr
             cross_run(tiny_cross, tmp_path / "two", objective="mlm+match+cliptc")]
     out = tmp_path / "attention.png"
     analyze.main(["attention", *map(str, runs), "--sentence", "the dog ran .", "--out", str(out)])
-    found = json.loads(out.with_suffix(".json").read_text())
-    assert png(out) and len(found["maps"]) == 2 * 2 * 2 * 2  # runs, directions, layers, heads
+    found = written(out)
+    assert len(found["maps"]) == 2 * 2 * 2 * 2  # runs, directions, layers, heads
     for one in found["maps"]:
         weights = np.array(one["weights"])
         assert weights.shape == (len(one["queries"]), len(one["keys"]))
@@ -126,7 +121,7 @@ def test_attention_ends_in_one_line(tiny_cross, tiny_bert, tmp_path):
         text = stop_line(analyze.main, ["attention", str(run), "--out", str(tmp_path / "a.png"), *argv])
         assert not (tmp_path / "a.png").exists() and not (tmp_path / "a.json").exists()
         return text
-    assert "'ñandú' cannot be written in the vocabulary" in says("--sentence", "the ñandú ran")
+    assert "--sentence 'ñandú': the run's vocabulary does not know" in says("--sentence", "the ñandú ran")
     assert "has 0 tokens" in says("--sentence", " ")
     assert "has 29 tokens; give one that has 1 to 28" in says("--sentence", "dog " * 29)
     assert "not UTF-8" in says("--sentence", "dog \udc80")
@@ -135,18 +130,6 @@ def test_attention_ends_in_one_line(tiny_cross, tiny_bert, tmp_path):
     shutil.copytree(tiny_bert, tmp_path / "plain" / "model")
     assert "has no cross-modal encoder" in says(run=write_run(tmp_path / "plain", cross_layers=2))
     assert "has no cross-modal encoder" in says(run=write_run(run, task="RTE"))  # fine-tuned with all of it
-
-
-def test_sentences_are_whole_and_stand_in_the_text(demo, tmp_path):
-    cfg = SimpleNamespace(train=str(demo / "demo-s0" / "corpus.h5"), block_size=24, val="")
-    found = inside.sentences(cfg, most=30)
-    assert len(set(found)) == 30
-    files = sorted((demo / "demo-s0" / "raw" / "text").iterdir())
-    text = " ".join(" ".join(path.read_text() for path in files).split()).replace(" .", ".")
-    for one in found:
-        assert one.endswith(".") and "." not in one[:-1] and one in text
-    cfg.block_size = 6
-    assert "no whole sentence" in stop_line(inside.sentences, cfg)
 
 
 # ---------------------------------------------------------------------------- drift
@@ -188,8 +171,8 @@ def moved(folder, target, by, part):
 def test_drift_draws_and_prints_the_papers_beside(tiny_bert, tmp_path, capsys):
     out, far = tmp_path / "drift.png", moved(tiny_bert, tmp_path / "far" / "model", 0.5, "layers.")
     analyze.main(["drift", str(tiny_bert), str(tiny_bert), str(far.parent), "--out", str(out)])
-    found = json.loads(out.with_suffix(".json").read_text())
-    assert png(out) and found["paper"]["Oscar"] == 41.6e-3
+    found = written(out)
+    assert found["paper"]["Oscar"] == 41.6e-3
     assert all(x["rms"] == x["relative"] == 0 for x in found["adapted"]["tiny"].values())
     assert found["adapted"]["far"]["layer 1"]["rms"] == pytest.approx(0.5, rel=1e-6)
     assert found["adapted"]["far"]["embeddings"]["rms"] == 0 and "pooler" not in found["adapted"]["far"]
@@ -200,12 +183,12 @@ def test_drift_counts_a_pooler_that_both_have_and_reads_towers(tiny_bert, tiny_c
     pooled = load_bert(tiny_bert, pooler=True)
     save_bert(pooled, tmp_path / "pooled", load_vocab(tiny_bert))
     assert "pooler.weight" in inside.open_encoder(tmp_path / "pooled")[0]
-    out = str(tmp_path / "drift.png")
-    analyze.main(["drift", str(tmp_path / "pooled"), str(tmp_path / "pooled"), str(tiny_bert), "--out", out])
-    found = json.loads((tmp_path / "drift.json").read_text())["adapted"]
+    out = tmp_path / "drift.png"
+    analyze.main(["drift", str(tmp_path / "pooled"), str(tmp_path / "pooled"), str(tiny_bert), "--out", str(out)])
+    found = written(out)["adapted"]
     assert "pooler" in found["pooled"] and "pooler" not in found["tiny"]
-    analyze.main(["drift", str(tiny_clip), str(tiny_clip), "--out", out])
-    found = json.loads((tmp_path / "drift.json").read_text())["adapted"]["tiny_clip"]
+    analyze.main(["drift", str(tiny_clip), str(tiny_clip), "--out", str(out)])
+    found = written(out)["adapted"]["tiny_clip"]
     assert list(found) == ["embeddings", "layer 1", "output", "all"]
 
 
@@ -286,8 +269,8 @@ def test_neurons_finds_the_permutation_that_the_head_undoes(distilled, capsys):
     out = distilled / "neurons.png"
     analyze.main(["neurons", str(distilled / "distill-nst-s0"), "--out", str(out), "--sentence",
                   "the bishop donated the bulb before the evening ."])
-    found = json.loads(out.with_suffix(".json").read_text())
-    assert png(out) and found["tokens"][0] == "[CLS]" and len(found["neurons"]) == 6
+    found = written(out)
+    assert found["tokens"][0] == "[CLS]" and len(found["neurons"]) == 6
     nst, text = found["models"]["nst"], found["models"]["text-only"]
     assert abs(nst["mmd"]) < 1e-8 < text["mmd"]
     assert nst["nearest"] == pytest.approx(1) and nst["chance"] < 0.99 and text["nearest"] < 0.99
@@ -306,9 +289,23 @@ def test_neurons_finds_the_permutation_that_the_head_undoes(distilled, capsys):
 def test_neurons_of_a_text_only_run_and_of_the_held_out_text(distilled):
     out = distilled / "neurons.png"
     analyze.main(["neurons", str(distilled / "distill-none-s0"), "--out", str(out)])
-    found = json.loads(out.with_suffix(".json").read_text())
+    found = written(out)
     assert list(found["models"]) == ["text-only"] and len(found["sentences"]) == 100
     assert [[row["model"] for row in rows] for rows in found["neurons"]] == [["teacher", "text-only"]] * 6
+
+
+def test_students_are_a_run_and_its_text_only_twin_of_the_same_words(distilled, capsys):
+    run, twin = distilled / "distill-nst-s0", distilled / "distill-none-s0"
+    judge = closing.open_judge(run, torch.device("cpu"))
+    assert closing.students_of(str(run), judge) == {"nst": run, "text-only": twin}
+    assert closing.students_of(twin, judge) == {"text-only": twin}
+    vocab = load_vocab(run / "model")
+    vocab.tokens[-2:] = vocab.tokens[-2:][::-1]
+    vocab.save(twin / "model")
+    assert closing.students_of(run, judge) == {"nst": run}
+    assert f"{twin}: has another vocabulary" in capsys.readouterr().out
+    (twin / "results.json").unlink()  # not finished
+    assert closing.students_of(run, judge) == {"nst": run}
 
 
 def test_neurons_ends_in_one_line(distilled, monkeypatch):
@@ -317,7 +314,7 @@ def test_neurons_ends_in_one_line(distilled, monkeypatch):
         assert not (distilled / "n.png").exists()
         return text
     run = str(distilled / "distill-nst-s0")
-    assert "cannot be written in the vocabulary" in says(run, "--sentence", "the ☃ ran")
+    assert "'☃': the run's vocabulary does not know" in says(run, "--sentence", "the ☃ ran")
     assert "give the folder of a finished run" in says(str(distilled))
     assert "not a distillation" in says(str(write_run(distilled / "teacher-mlm+ct-s0", {"objective": "mlm"}, videos="")))
     shutil.rmtree(distilled / "teacher-mlm+ct-s0")

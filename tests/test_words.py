@@ -6,7 +6,6 @@ Run: python -m pytest -q tests/test_words.py
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +13,11 @@ import torch
 
 import analyze
 from analyses import words
-from conftest import TINY_WORDS, stop_line
+from conftest import TINY_WORDS, fine_tuned, stop_line, written
 from model import BERT, BERTConfig, CLIPConfig, CLIPText
-from parts.tasks import TASKS, content_hash, write_predictions
+from parts.tasks import TASKS, find_file
 from parts.vocab import SPECIALS, Vocab, load_clip_vocab, load_vocab
 from parts.weights import load_bert, save_bert, save_clip
-from run import FORMAT
 
 
 def gaussian(*key_and_shape):
@@ -149,8 +147,7 @@ def test_pwcca_command_writes_pairs_and_baselines(models, tmp_path, capsys):
     out = tmp_path / "figures" / "pwcca.png"
     paths = [str(models / name) for name in ("bert", "mapped", "electra", "clip")]
     analyze.main(["pwcca", *paths, "--out", str(out)])
-    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    found = json.loads(out.with_suffix(".json").read_text())
+    found = written(out)
     pairs, n = found["pairs"], len(set(TINY_WORDS))
     assert list(pairs) == ["bert / mapped", "bert / electra", "bert / clip", "mapped / electra", "mapped / clip",
                            "electra / clip"]
@@ -171,7 +168,7 @@ def test_pwcca_over_a_file_of_words(models, tmp_path):
     (tmp_path / "words.txt").write_text("\n".join(chosen) + "\n\n")
     paths = [str(models / name) for name in ("bert", "clip")]
     analyze.main(["pwcca", *paths, "--words", str(tmp_path / "words.txt"), "--out", str(tmp_path / "a.png")])
-    found = json.loads((tmp_path / "a.json").read_text())["pairs"]["bert / clip"]
+    found = written(tmp_path / "a.png")["pairs"]["bert / clip"]
     assert found["words"] == len(set(chosen))
 
 
@@ -206,7 +203,7 @@ def test_pwcca_warns_of_few_words_for_the_widths(models, tmp_path, capsys):
     paths = [str(models / name) for name in ("bert", "clip")]
     words.pwcca(paths, str(few), out=str(tmp_path / "a.png"))
     assert "3 correlations are 1 between any two models" in capsys.readouterr().out  # 8 + 8 - 13
-    found = json.loads((tmp_path / "a.json").read_text())["pairs"]["bert / clip"]
+    found = written(tmp_path / "a.png")["pairs"]["bert / clip"]
     vectors = [words.vectors_of(TINY_WORDS[:14], name, *words.word_embeddings(models / name))
                for name in ("bert", "clip")]
     rho = words.projection_weighted_cca(*map(words.view, vectors))[1]
@@ -338,27 +335,17 @@ def test_permutation_p_is_that_of_all_divisions():
 
 @pytest.fixture
 def runs(tiny_tasks, tiny_bert, tmp_path):
-    """make(model, task, {seed: predictions of its main dev set}): folders as finetune.py leaves them."""
+    """make(model, task, {seed: predictions}): folder of a model as finetune.py leaves it."""
     def make(model, name, predictions):
-        task, root = TASKS[name], tmp_path / "finetune" / model / name
-        for seed, values in predictions.items():
-            path = words.find_file(task, tiny_tasks, task.evals[""])
-            rows = task.read(task, path, True)
-            if task.kind == "span":
-                values = {i: text for i, text in zip(rows.ids, values)}, dict.fromkeys(rows.ids, -1.0)
-            write_predictions(task, SimpleNamespace(ids=rows.ids), values,
-                              root / f"s{seed}" / "predictions" / task.outputs[""])
-            shutil.copytree(tiny_bert, root / f"s{seed}" / "model")
-            config = {"tasks": name, "data_dir": str(tiny_tasks), "model": str(tiny_bert), "cross": ""}
-            (root / f"s{seed}" / "config.json").write_text(json.dumps({"format": FORMAT, "config": config}))
-            (root / f"s{seed}" / "results.json").write_text(json.dumps({"hashes": {"dev": content_hash(path)}}))
-        return tmp_path / "finetune" / model
+        folder = tmp_path / "finetune" / model
+        fine_tuned(folder / name, name, tiny_tasks, predictions, model=str(tiny_bert), cross="")
+        return folder
     return make
 
 
 def gold(tiny_tasks, name):
     task = TASKS[name]
-    return task.read(task, words.find_file(task, tiny_tasks, task.evals[""]), True)
+    return task.read(task, find_file(task, tiny_tasks, task.evals[""]), True)
 
 
 @pytest.fixture
@@ -368,17 +355,17 @@ def captions(tmp_path):
     return str(path)
 
 
-def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, captions, tmp_path, capsys):
+def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, tiny_bert, captions, tmp_path, capsys):
     rows = gold(tiny_tasks, "rte")
     right, wrong = np.array(rows.labels), 1 - np.array(rows.labels)
     a, b = right.copy(), right.copy()
     a[:6], b[6:10] = wrong[:6], wrong[6:10]  # B improves 0 to 5, worsens 6 to 9: 6 and 7 in one run of two
     runs("a", "rte", {0: a, 1: a, 5: wrong})  # seeds 5 and 6 have no partner
     runs("b", "rte", {0: b, 1: np.concatenate([right[:8], b[8:]]), 6: wrong})
+    shutil.copytree(tiny_bert, tmp_path / "finetune" / "a" / "rte" / "s0" / "model")
     out, folders = tmp_path / "grounded.png", [str(tmp_path / "finetune" / model) for model in "ab"]
     analyze.main(["grounded", *folders, "--captions", captions, "--min_count", "1", "--out", str(out)])
-    assert out.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    found = json.loads(out.with_suffix(".json").read_text())
+    found = written(out)
     result = found["tasks"]["rte"]
     assert result["runs"] == 2 and found["n_captions"] == 2 and found["min_count"] == 1
     assert {group: result["groups"][group]["examples"] for group in words.GROUPS} == {
@@ -395,27 +382,10 @@ def test_grounded_command_groups_examples_by_right_runs(runs, tiny_tasks, captio
     ratios = result["groups"]["worsened"]["ratios"]
     assert f"4: {np.mean(ratios):.4f} / {np.median(ratios):.4f}" in text
     analyze.main(["grounded", f"{folders[0]}/rte", folders[1], "--captions", captions, "--out", str(out)])
-    assert json.loads(out.with_suffix(".json").read_text())["min_count"] == pytest.approx(200 / 591753)
+    assert written(out)["min_count"] == pytest.approx(200 / 591753)
     words.grounded(*folders, captions=captions, min_count=2, out=str(out))  # cat and ran do not occur more often
-    groups = json.loads(out.with_suffix(".json").read_text())["tasks"]["rte"]["groups"]
+    groups = written(out)["tasks"]["rte"]["groups"]
     assert not any(ratio for group in groups.values() for ratio in group["ratios"])
-
-
-@pytest.mark.parametrize("name", ("swag", "piqa", "mnli", "tracie", "squad1", "squad2"))
-def test_predictions_of_every_kind_are_read_back(name, runs, tiny_tasks):
-    task, rows = TASKS[name], gold(tiny_tasks, name)
-    path = words.find_file(task, tiny_tasks, task.evals[""])
-    values = np.array(rows.labels)
-    if task.kind == "span":
-        values = [context[a:b] if a >= 0 else "" for context, (a, b) in zip(rows.second, rows.labels)]
-        values[3] = "nothing of it"
-    else:
-        values[3] = (values[3] + 1) % len(task.words)
-    folder = runs("model", name, {0: values}) / name / "s0"
-    right = words.read_right(task, path, rows, folder)
-    assert right.dtype == bool and np.flatnonzero(~right).tolist() == [3]
-    texts = words.texts_of(rows, 3)
-    assert texts == [rows.first[3], *(rows.second[3] if task.kind == "choice" else [rows.second[3]])]
 
 
 def test_shown_text_is_bold_on_a_terminal():
@@ -433,35 +403,14 @@ def test_grounded_ends_in_one_line(runs, tiny_tasks, captions, tmp_path):
     b = runs("b", "rte", {0: labels})
     scores = np.array(gold(tiny_tasks, "stsb").labels)
     runs("a", "stsb", {0: scores}), runs("b", "stsb", {0: scores})
-    other = str(runs("c", "sst2", {0: np.zeros(21, int)}))
-    late = str(runs("d", "rte", {3: labels}))
-    out, run = ["--captions", captions, "--out", str(tmp_path / "a.png")], b / "rte" / "s0"
+    out = ["--captions", captions, "--out", str(tmp_path / "a.png")]
 
     def line(*more):
         return stop_line(analyze.main, ["grounded", a, *map(str, more), *out])
     assert "no finished run of finetune.py" in line("nowhere")
-    assert "no finished run of finetune.py" in line(tmp_path)
-    assert "no task with runs of both (rte, stsb; sst2)" in line(other)
-    assert "no seed of RTE in both" in line(late)
     assert "choose one of sst2" in line(b, "--task", "chess")
     assert "must be 0 or more" in line(b, "--min_count", "-3") and "nan" in line(b, "--min_count", "nan")
     assert "STS-B has scores" in line(b, "--task", "stsb")
     assert "--captions is missing" in stop_line(analyze.main, ["grounded", a, str(b), *out[2:]])
     assert "no such file" in line(b, "--data_dir", tmp_path).lower()
-    changed = tmp_path / "glue" / "RTE" / "dev.tsv"
-    changed.parent.mkdir(parents=True)
-    changed.write_text((tiny_tasks / "glue" / "RTE" / "dev.tsv").read_text().replace("cat", "dog"))
-    assert "the dev file of RTE there is not that of" in line(b, "--data_dir", tmp_path)
-    file = run / "predictions" / "RTE.tsv"
-    written = file.read_text()
-    for broken in (written[:written.rindex("\n", 0, -1)], written.replace("\n3\t", "\n99\t"),
-                   written.replace("not_entailment", "perhaps")):
-        file.write_text(broken)
-        assert "not the predictions for" in line(b)
-    file.unlink()
-    assert "RTE.tsv: cannot be read" in line(b)
-    (run / "results.json").write_text(json.dumps({"hashes": {"dev": "another"}}))
-    assert "evaluated on another dev file of RTE" in line(b)
-    (run / "results.json").write_text("{}")
-    assert "no run of finetune.py" in line(b)
     assert not (tmp_path / "a.png").exists()
