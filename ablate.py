@@ -30,7 +30,7 @@ import common
 import data
 import finetune
 from analyses import figures
-from analyses.answers import read_answers
+from analyses.answers import shared_answers
 from analyses.inside import distances, open_encoder
 from analyses.papers import LARGER, SECOND, TABLES, Row, Table
 from analyses.plan import SCRIPTS, TAKEN, Plan, estimates
@@ -105,9 +105,9 @@ def categories_of(cfg):
             for name in (name for name in runs[0] if name.endswith(", accuracy")):
                 found[name.removesuffix(", accuracy")] = float(np.mean([run[name] for run in runs]))
         if task.name == "entailment":
-            answers = read_answers(Path(cfg.out_dir, task.name))
+            answers, _ = shared_answers(*2 * [Path(cfg.out_dir, task.name)], [task.kind])[task.name]
             for action, (past, _) in ACTIONS.items():
-                about = [past in text.split() for text in answers.first]
+                about = [past in text.split() for text in answers.rows.first]
                 found[f"entailment: {action}"] = 100 * float(answers.right[:, about].mean())
     return found
 
@@ -343,8 +343,8 @@ def steps_in(folder):
     """Steps of a run: a number, or of a fine-tuning {task: steps}."""
     if (steps := peek_json(Path(folder, "results.json")).get("steps")) is not None:
         return steps
-    return {path.parent.name: found["runs"][0]["steps"] for path in sorted(Path(folder).glob("*/results.json"))
-            if (found := peek_json(path))}
+    paths = sorted(Path(folder).glob("*/results.json"))
+    return {path.parent.name: found["runs"][0]["steps"] for path in paths if (found := peek_json(path))}
 
 
 if __name__ == "__main__":
