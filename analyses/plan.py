@@ -1,4 +1,5 @@
 """What ablate.py runs: the rows of a table as commands of the stages, each of them once."""
+import contextlib
 import functools
 import hashlib
 import json
@@ -244,9 +245,9 @@ def flops_of(stage, cfg, student):
         return 3 * tokens * flops_per_token(shape, length, mlm)
 
     def shape_of(path):
-        if path in ("", "none") or not Path(path).exists():  # of a run to come
-            return model_config(student, 1000 if student == "demo" else 30_000)
-        return config_and_vocab(model_folder(path, "--model"), weights=False)[0]
+        with contextlib.suppress(SystemExit):
+            return config_and_vocab(model_folder(path, "--model"), weights=False)[0]
+        return model_config(student, 1000 if student == "demo" else 30_000)  # of a run to come
 
     if stage == "finetune":
         shape, total = shape_of(cfg.model or cfg.like), 0
