@@ -107,7 +107,7 @@ def as_text(asked, rows):
         line += ["-"] * 4 if column is None else [cell(column), number(column["median"], column["mean"]), *(
             ["-", "-"] if row is base or column["difference"] is None else
             [number(column["difference"], column["mean"], "+"),
-             "-" if column["p"] is None else f"{column['p']:.3f}"])]
+             "-" if column["p"] is None else f"{column['p']:.3f}".replace("0.000", "<.001")])]
         line += ["|"] * has_paper + [paper_cell(x) for x in row["paper"] or [None] * len(asked.columns)]
         line += [paper_cell(mean and round(mean, 1)) for mean in [printed(asked, row)]] * several
         pair = printed(asked, row, base), printed(asked, base, row)
@@ -156,7 +156,8 @@ def draw(asked, rows, chance=None):
         title = asked.columns[0] if len(asked.columns) == 1 else asked.printed
         panels.append((f"the paper: {title}", [printed(asked, row) for row in rows]))
     names = [row["name"] for row in rows]
-    figure, (axes,) = figures.grid(1, len(panels), 4.4 + 0.035 * max(map(len, names)), 1.2 + 0.3 * len(rows))
+    figure, (axes,) = figures.grid(1, len(panels), 4.4 + 0.035 * max(map(len, names)), 1.2 + 0.3 * len(rows),
+                                   frame=False)
     for axis, (title, means), colour in zip(axes, panels, (figures.COLOURS[4], figures.COLOURS[1])):
         own = axis is axes[0]
         ends = [max([x or 0, *(column["seeds"].values() if own and column else ())])
@@ -167,7 +168,6 @@ def draw(asked, rows, chance=None):
             axis.text(end + 0.02 * most, y, "-" if x is None else number(x), va="center", fontsize=8)
         axis.set(xlabel=title, xlim=(0, most * 1.18), yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6),
                  yticklabels=names if own else [])
-        axis.spines[["top", "right"]].set_visible(False)
     label = "a seed"
     for y, column in enumerate(ours):
         if column and len(column["seeds"]) > 1:
