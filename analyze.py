@@ -12,8 +12,8 @@
     python analyze.py attention RUN RUN         # maps of the cross-modal encoder (XDBERT Table 9)
     python analyze.py page                      # one HTML file on a run, for a class
 
-Each prints a table and writes out/figures/<command>.png with a json beside it. The papers' tables of results
-are ablate.py's.
+Each prints a table and writes out/figures/<command>.png with a json beside it. Without folders they look at
+the demo's models and make these first. The papers' tables of results are ablate.py's.
 """
 import argparse
 
@@ -24,8 +24,9 @@ from analyses.curves import curves
 from analyses.inside import attention, drift, neurons
 from analyses.page import page
 from analyses.words import grounded, pwcca
+from prepare.chain import any_distillation, demo_adaptations, demo_fine_tuned
 
-NEWEST = "folder of a finished run; default: the newest distillation in out/"
+NEWEST = "folder of a finished run; default: the newest distillation in out/, else the demo's, made now"
 
 
 def parse(argv=None):
@@ -49,15 +50,15 @@ def parse(argv=None):
         add("--seed", type=int, default=0, help="of what is drawn at random (default %(default)s)")
 
     def two_models(add):
-        add("a", metavar="A", help="folder of finetune.py's runs: of a task, or of a model with several")
-        add("b", metavar="B", help="the same of what is compared with it")
+        add("a", metavar="A", nargs="?", help="folder of finetune.py's runs: of a task, or of a model with several")
+        add("b", metavar="B", nargs="?", help="the same of what is compared with it")
         add("--task", default="", help="one task; default: all that both have")
         add("--data_dir", default="", help="of the tasks' files; default: that of the runs")
 
     add = command(table, "the results of several distillations, a row each", out="")
     add("runs", nargs="+", help="folders of finished runs")
     add = command(curves, "losses, gradients, learning rate and speed of runs of any stage, overlaid")
-    add("runs", nargs="*", help="folders of finished runs; default: the newest distillation in out/")
+    add("runs", nargs="*", help=NEWEST.replace("folder of a", "folders of"))
     add = command(retrieval, "figure of the clips that teacher and students retrieve for sentences")
     add("run", nargs="?", help=NEWEST)
     add("--sentence", action="append", default=[], metavar="TEXT",
@@ -78,7 +79,7 @@ def parse(argv=None):
     add("run", nargs="?", help=NEWEST)
     add("--sentence", default="", help="what they read; default: the run's held-out text")
     add = command(pwcca, "PWCCA of models' word embeddings, a bar a pair")
-    add("models", nargs="+", metavar="MODEL", help="runs, folders of BERT, ELECTRA or CLIP, OpenAI's file")
+    add("models", nargs="*", metavar="MODEL", help="runs, folders of BERT, ELECTRA or CLIP, OpenAI's file")
     add("--words", default="", help="file of words, one a line; default: those that both hold whole")
     add("--clip_vocab", default="", help="vocabulary of an OpenAI file, bpe_simple_vocab_16e6.txt.gz")
     add = command(grounded, "visually-grounded ratio of examples that B improves or worsens against A")
@@ -88,10 +89,10 @@ def parse(argv=None):
     add("--min_count", type=float, help="a grounded piece occurs more often in the captions; "
                                         "default: 100 per 591,753 captions")
     add = command(drift, "figure and table of the distance of adapted weights from the original ones")
-    add("original", help="run or folder of the model that was adapted")
-    add("adapted", nargs="+", help="runs or folders of what became of it")
+    add("original", nargs="?", help="run or folder of the model that was adapted")
+    add("adapted", nargs="*", help="runs or folders of what became of it")
     add = command(attention, "figure and table of the attention of cross-modal encoders")
-    add("runs", nargs="+", help="folders of adapt_xdbert.py's runs")
+    add("runs", nargs="*", help="folders of adapt_xdbert.py's runs")
     add("--sentence", default="", help="what they read; default: the held-out text of the first run")
     add = command(page, "one HTML file on a run, with all that it shows in it", out=".html")
     add("run", nargs="?", help=NEWEST)
@@ -100,9 +101,32 @@ def parse(argv=None):
     return flags.pop("function"), flags
 
 
+def fill_in(function, flags):
+    """Puts folders of the demo's models where a command was given none; makes what is missing."""
+    if "run" in flags and not flags["run"]:
+        flags["run"] = any_distillation()
+    if function is curves and not flags["runs"]:
+        flags["runs"] = [any_distillation()]
+    if function in (examples, grounded):
+        if flags["a"] and not flags["b"]:
+            raise SystemExit(f"{flags['a']}: is compared with nothing; give a second folder, B")
+        if not flags["a"]:
+            both = demo_fine_tuned()
+            flags["a"], flags["b"] = both if function is examples else both[::-1]  # B: what may be better
+    if function is attention and not flags["runs"]:
+        flags["runs"] = demo_adaptations()
+    if function is pwcca and not flags["models"]:
+        flags["models"] = ["out/distill-none-s0", *demo_adaptations()[:1], "out/teacher-clip-s0"]
+    if function is drift and not flags["adapted"]:
+        if flags["original"]:
+            raise SystemExit(f"{flags['original']}: is compared with nothing; give an adapted model, too")
+        flags |= {"original": "out/distill-none-s0", "adapted": demo_adaptations()}
+
+
 @common.one_line_end()
 def main(argv=None):
     function, flags = parse(argv)
+    fill_in(function, flags)
     function(**flags)
 
 

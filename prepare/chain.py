@@ -13,7 +13,7 @@ import adapt_xdbert as adapt_script
 import distill as distill_script
 import finetune as finetune_script
 import teacher as teacher_script
-from analyses.closing import close, close_adaptation, open_clips, tasks_table
+from analyses.closing import close, close_adaptation, newest_run, open_clips, tasks_table
 from common import peek_json, print0, read_settings, stored_config, write_json
 from data import open_vocab
 from parts.machine import init_ranks, side_by_side
@@ -104,6 +104,34 @@ def finetune(cfg):
     if asked or cfg.model or cfg.cross or not all(task.demo for task in chosen):
         return finetune_script.main(cfg)
     return demo_rows(cfg)
+
+
+# ---------------------------------------------------------------------------- what analyze.py looks at
+
+
+def any_distillation():
+    """Folder of the newest distillation in out/; makes the demo's where there is none."""
+    if not list(Path("out").glob("distill-*/table.json")):
+        print0("no finished distillation in out/ yet: the demo's main job comes first")
+        distill(distill_script.Config(resume="auto"))
+    return newest_run()
+
+
+def demo_adaptations():
+    """Folders of the demo's adaptations by the paper's objectives, with and without CLIPTC."""
+    return [adapt_xdbert(adapt_script.Config(objective=objective, table=False, resume="auto"))["folder"]
+            for objective in (adapt_script.Config.objective, "mlm+match")]
+
+
+def demo_fine_tuned():
+    """Folders of the demo's distilled and text-only students' runs on its tasks."""
+    distilled = distill(distill_script.Config(resume="auto"))["folder"]
+    found = []
+    for folder in (distilled, str(Path(distilled).with_name("distill-none-s0"))):
+        tuned = finetune_script.Config(model=folder, out_dir=f"out/finetune/{Path(folder).name}")
+        finetune(tuned)
+        found.append(tuned.out_dir)
+    return found
 
 
 # ---------------------------------------------------------------------------- the demo's prerequisites

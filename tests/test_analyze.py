@@ -12,6 +12,7 @@ from conftest import written
 
 import analyze
 from analyses import closing
+from prepare import chain
 from run import FORMAT
 
 
@@ -121,3 +122,51 @@ def test_tasks_table_has_medians_of_both_sets_and_chance():
     assert head.startswith("median of 3: held-out / seen") and head.endswith("average")
     assert re.search(r"^distilled +60.0 / 90.0 +30.0 / 50.0 +45.0 / 70.0$", row)
     assert re.search(r"^chance +50.0 +25.0 +37.5$", chance)
+
+
+def test_commands_without_folders_look_at_the_demos_models(monkeypatch):
+    """What each gets where it was given nothing; the models themselves are made by the stages."""
+    monkeypatch.setattr(analyze, "any_distillation", lambda: "newest")
+    monkeypatch.setattr(analyze, "demo_adaptations", lambda: ["with", "without"])
+    monkeypatch.setattr(analyze, "demo_fine_tuned", lambda: ["distilled", "text-only"])
+
+    def filled(*argv):
+        function, flags = analyze.parse(argv)
+        analyze.fill_in(function, flags)
+        return flags
+    for command in ("retrieval", "tokens", "neurons", "page"):
+        assert filled(command)["run"] == "newest" and filled(command, "own")["run"] == "own"
+    assert filled("curves")["runs"] == ["newest"] and filled("curves", "a", "b")["runs"] == ["a", "b"]
+    assert filled("attention")["runs"] == ["with", "without"] and filled("attention", "own")["runs"] == ["own"]
+    assert [filled("examples")[name] for name in ("a", "b", "run")] == ["distilled", "text-only", "newest"]
+    assert [filled("grounded")[name] for name in "ab"] == ["text-only", "distilled"]
+    assert filled("pwcca")["models"] == ["out/distill-none-s0", "with", "out/teacher-clip-s0"]
+    assert [filled("drift")[name] for name in ("original", "adapted")] == ["out/distill-none-s0", ["with", "without"]]
+    assert filled("drift", "a", "b")["adapted"] == ["b"]
+    for argv, words in ((("examples", "a"), "a: is compared with nothing; give a second folder"),
+                        (("drift", "a"), "a: is compared with nothing; give an adapted model")):
+        with pytest.raises(SystemExit, match=words):
+            filled(*argv)
+
+
+def test_demos_models_are_made_by_the_stages(monkeypatch, tmp_path):
+    """The Configs that the chain is asked to run; a distillation that is there is taken as it is."""
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def stage(cfg):
+        asked.append(cfg)
+        return {"folder": f"out/{getattr(cfg, 'objective', '')}"}
+    for name in ("distill", "adapt_xdbert", "finetune"):
+        monkeypatch.setattr(chain, name, stage)
+    monkeypatch.setattr(chain, "newest_run", lambda: "newest")
+    assert chain.any_distillation() == "newest" and [cfg.objective for cfg in asked] == ["nst+crd"]
+    run = tmp_path / "out" / "distill-x"
+    run.mkdir(parents=True)
+    (run / "table.json").write_text("{}")
+    assert chain.any_distillation() == "newest" and len(asked) == 1
+    assert chain.demo_adaptations() == ["out/mlm+match+cliptc", "out/mlm+match"]
+    assert [(cfg.objective, cfg.table, cfg.resume) for cfg in asked[1:]] == [
+        ("mlm+match+cliptc", False, "auto"), ("mlm+match", False, "auto")]
+    assert chain.demo_fine_tuned() == ["out/finetune/nst+crd", "out/finetune/distill-none-s0"]
+    assert [cfg.model for cfg in asked[4:]] == ["out/nst+crd", "out/distill-none-s0"]
