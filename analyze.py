@@ -50,7 +50,8 @@ def parse(argv=None):
         add("--seed", type=int, default=0, help="of what is drawn at random (default %(default)s)")
 
     def two_models(add):
-        add("a", metavar="A", nargs="?", help="folder of finetune.py's runs: of a task, or of a model with several")
+        add("a", metavar="A", nargs="?",
+            help="folder of finetune.py's runs: of a task, or of a model with several; default: the demo's")
         add("b", metavar="B", nargs="?", help="the same of what is compared with it")
         add("--task", default="", help="one task; default: all that both have")
         add("--data_dir", default="", help="of the tasks' files; default: that of the runs")
