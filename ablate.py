@@ -19,7 +19,7 @@ import itertools
 import math
 import shlex
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +180,8 @@ def parse(argv=None):
         help="table 1 on own data: the packed features of the weaker 2D encoder")
     add("--larger_text", default="", metavar="FILE",
         help="table xdbert-3 on own data: more text, packed by data.py xtext")
+    add("--against", type=int, default=0, metavar="N",
+        help="compare with the table's N-th row instead of its baseline (<table>-against-N.json)")
     add("--jobs", type=int, default=0, help="processes at once (default: cores; on GPUs one each)")
     add("--dry_run", action="store_true", help="print the commands and how long they may take")
     add("--csv", action="store_true", help="write <table>.csv, too")
@@ -188,7 +190,7 @@ def parse(argv=None):
     args = parser.parse_args(argv, argparse.Namespace(argv=argv))
     if args.table and args.table not in TABLES:
         raise SystemExit(f"--table {args.table}: choose one of {', '.join(TABLES)}")
-    for name, least in (("seeds", 1), ("tune_seeds", 1), ("first_seed", 0), ("jobs", 0)):
+    for name, least in (("seeds", 1), ("tune_seeds", 1), ("first_seed", 0), ("against", 0), ("jobs", 0)):
         if getattr(args, name) < least:
             raise SystemExit(f"--{name} {getattr(args, name)}: at least {least}")
     return args
@@ -229,6 +231,10 @@ def main(argv=None):
     args = parse(argv)
     common.clear_up_on_sigterm()
     table = TABLES[args.table] if args.table else grid_of(args.vary)
+    if args.against > len(table.rows):
+        raise SystemExit(f"--against {args.against}: the table has {len(table.rows)} rows")
+    if args.against:
+        table = replace(table, baseline=args.against - 1)
     base = configs(args, table)
     plan = Plan(base, args.tune_seeds, args.out, args.second_videos, args.larger_text)
     seeds, runs = range(args.first_seed, args.first_seed + args.seeds), {}
@@ -324,6 +330,7 @@ def close(table, args, plan, runs, results):
     own = [getattr(args, stage) for stage in SCRIPTS] + (args.vary or [])
     if any(own):  # results of other flags stand beside each other
         name += "-" + hashlib.sha256(shlex.join(own).encode()).hexdigest()[:6]
+    name += f"-against-{args.against}" * bool(args.against)
     for wanted, suffix, write in ((args.csv, "csv", as_csv), (args.latex, "tex", as_latex)):
         if wanted:
             with atomic(plan.out / f"{name}.{suffix}") as part:

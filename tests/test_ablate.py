@@ -339,6 +339,10 @@ def test_table_runs_and_is_not_run_again(demo, tmp_path, monkeypatch, capsys):
     assert {path.suffix for path in Path(tmp_path, "ablate").glob("13-*.*")} == {".json", ".png", ".csv", ".tex"}
     ablate.main(argv)
     assert asked[1:] == [[]] and "to be made: 0" in capsys.readouterr().out
+    ablate.main([*argv, "--against", "2"])  # the same runs, seen from the other row
+    other = json.loads(next((tmp_path / "ablate").glob("13-*-against-2.json")).read_text())
+    assert other["baseline"] == nst["name"] and "paired t test over the seeds against + KD-NST" in capsys.readouterr().out
+    assert other["rows"][0]["columns"]["average"]["difference"] == -nst["columns"]["average"]["difference"]
 
 
 def test_row_that_fails_leaves_the_others(demo, tmp_path, monkeypatch, capsys):
@@ -377,7 +381,7 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
     (["--vary", "w_nst=1,1"], "gives a value or a flag twice"), (["--vary", "lr=1,2", "--vary", "lr=3,4"], "a flag twice"),
     (["--vary", "seed=0,1"], "--seed is not a flag that rows may differ in"), (["--vary", "preset=small,demo"], "--preset is not"),
     (["--vary", "soft_tau=1,2"], "soft_tau=1 and soft_tau=2 are the same run"),
-    (["--table", "5", "--jobs", "-1"], "--jobs -1: at least 0"), (["--table", "5", "--student=--seed=3"], "--seed 3 is what ablate.py"),
+    (["--table", "13", "--against", "4"], "--against 4: the table has 3 rows"), (["--table", "5", "--jobs", "-1"], "--jobs -1: at least 0"), (["--table", "5", "--student=--seed=3"], "--seed 3 is what ablate.py"),
     (["--table", "5", "--student", "--objective=nst"], "--objective nst is what ablate.py or the rows of the table"),
     (["--table", "5", "--finetune", "--seeds 5"], "--seeds 5 is what ablate.py"),
     (["--table", "xdbert-1", "--adapt", "--w_itc 2 --w_match 2 --mask_rate 0.2 --train own.h5"], "--language FOLDER"),
