@@ -59,7 +59,8 @@ def measure(table, row, plan, folders):
     cfg = plan.jobs[Path(folders["tuned"]).name][1]
     scores = scores_of(cfg)
     if table.by == "categories":
-        scores = categories_of(cfg) | scores
+        asked = [TASKS[name].title for name in ("piqa", "tracie", "two_choices", "before_after")]
+        scores = categories_of(cfg) | {title: scores[title] for title in asked if title in scores}
     if table.by == "drift":
         original, adapted = (open_encoder(folders[name])[0] for name in ("language", row.model))
         scores = {"distance": distances(original, adapted)["all"]["rms"]} | scores
@@ -306,26 +307,28 @@ def close(table, args, plan, runs, results):
     """Prints the table, and writes the json, the chart and what else was asked for."""
     found = [{seed: scores for (j, seed), scores in results.items() if j == i}
              for i in range(len(table.rows))]
-    rows, notes, times = [], [table.note], peek_json(plan.out / "times.json")
+    rows, counts, times = [], [], peek_json(plan.out / "times.json")
     for i, row in enumerate(table.rows):
         seeds = {seed: folders for (j, seed), folders in runs.items() if j == i}
         made = dict.fromkeys(Path(folder).name for folders in seeds.values() for folder in folders.values())
         made = [job for job in made if job in plan.jobs]
         broken = [text for seed in found[i] if "tuned" in seeds.get(seed, {})
                   for text in collapsed(plan.jobs[Path(seeds[seed]["tuned"]).name][1])]
-        notes += [f"collapsed runs of {row.name}: {', '.join(broken)}"] * bool(broken)
+        counts += [f"{row.name} {len(broken)}"] * bool(broken)
         rows.append({"name": row.name, "paper": list(row.paper), "collapsed": broken,
                      "columns": statistics(found[i], found[table.baseline]),
                      "steps": {what: steps_in(folder)
                                for what, folder in next(iter(seeds.values()), {}).items()},
                      "commands": [show(job, plan) for job in made],
                      "failed seeds": sorted(seeds.keys() - found[i].keys())})
+    notes = [table.note] * bool(table.note)
+    notes += [f"collapsed runs, which the json names: {', '.join(counts)}"] * bool(counts)
     n = max(map(len, found))
     test = "" if table.by == "parameters" else "one seed: no test of differences" if n < 2 else (
         f"mean ± standard deviation over the seeds; * and p: paired t test over the seeds against "
         f"{table.rows[table.baseline].name}, two-sided, not corrected for the number of tests: one cell in "
         "twenty has a star by chance. Three seeds see differences above 2.5 times their deviation")
-    print0("\n".join(["", as_text(table, rows), "", *filter(None, [test, *notes]), ""]))
+    print0("\n".join(["", as_text(table, rows), "", *[test] * bool(test), *notes, ""]))
     name = args.table or "vary-" + "-".join(text.partition("=")[0] for text in args.vary)
     own = [getattr(args, stage) for stage in SCRIPTS] + (args.vary or [])
     if any(own):  # results of other flags stand beside each other
@@ -340,7 +343,7 @@ def close(table, args, plan, runs, results):
     if main_column(table, rows) == "average" and any("seen nouns" in row["columns"] for row in rows):
         chance = float(np.mean([100 / len(TASKS[task].words) for task in DEMO_TASKS]))
     figures.save(draw(table, rows, chance), plan.out / f"{name}.png", {
-        "title": table.title, "notes": list(filter(None, notes)), "test": test, "rows": rows,
+        "title": table.title, "notes": notes, "test": test, "rows": rows,
         "paper_columns": list(table.columns), "command": shlex.join(["python", "ablate.py", *args.argv]),
         "baseline": table.rows[table.baseline].name, "cores": cores(),
         "seconds_of_its_runs": sum(times.get(job, 0.0) for job in plan.jobs)})

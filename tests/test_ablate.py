@@ -334,6 +334,9 @@ def test_table_runs_and_is_not_run_again(demo, tmp_path, monkeypatch, capsys):
     score = json.loads((next(Path(tmp_path, "ablate").glob("finetune-distill-nst-s1-*")) / "before_after" / "results.json").read_text())
     assert nst["columns"]["before/after"]["seeds"]["1"] == score["runs"][0]["score"]
     assert plain["columns"]["before/after"]["difference"] == 0 and nst["failed seeds"] == []
+    # two steps teach nothing: every run of both rows, of two tasks and two seeds
+    assert "collapsed runs, which the json names: BERT 6L/512H 4, + KD-NST 4" in out and found["notes"][0] == "a note"
+    assert nst["collapsed"] == ["mishap s0", "before/after s0", "mishap s1", "before/after s1"]
     for command in nst["commands"]:
         assert command.startswith(("python teacher.py ", "python distill.py ", "python finetune.py ")) and command in out
     assert {path.suffix for path in Path(tmp_path, "ablate").glob("13-*.*")} == {".json", ".png", ".csv", ".tex"}
@@ -439,6 +442,15 @@ def test_row_whose_result_cannot_be_read_leaves_the_others(demo, tmp_path, monke
     with pytest.raises(SystemExit, match="1 runs failed"):
         ablate.main(["--table", "13", "--seeds", "1", *quick_flags(demo), "--out", "ablate"])
     assert re.search(r"failed: \+ KD-NST\+CRD, seed 0: .*mishap/results.json, line 1: broken JSON", capsys.readouterr().out)
+
+
+def test_table_7_shows_categories_and_the_two_kinds_of_reasoning(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ablate, "side_by_side", run_here)
+    monkeypatch.chdir(tmp_path)
+    flags = [text for text in quick_flags(demo) if not text.startswith("--finetune")]
+    ablate.main(["--table", "7", "--seeds", "1", *flags, "--finetune=--max_steps 2 --tasks entailment,two_choices,before_after",
+                 "--out", "ablate"])
+    assert re.search(r"ours +seeds +entailment: drop .* entailment: cut +two choices +before/after\n", capsys.readouterr().out)
 
 
 def test_distance_is_the_main_column_of_table_7(demo, tmp_path, monkeypatch, capsys):
