@@ -185,6 +185,7 @@ def parse(argv=None):
         help="compare with the table's N-th row instead of its baseline (<table>-against-N.json)")
     add("--jobs", type=int, default=0, help="processes at once (default: cores; on GPUs one each)")
     add("--dry_run", action="store_true", help="print the commands and how long they may take")
+    add("--show", action="store_true", help="run nothing: the table of what is finished")
     add("--csv", action="store_true", help="write <table>.csv, too")
     add("--latex", action="store_true", help="write <table>.tex, too")
     add("--out", default="out/ablate", help="folder of runs and results (default %(default)s)")
@@ -252,14 +253,17 @@ def main(argv=None):
     print0(f"{table.title}: {len(table.rows)} rows, {args.seeds} seeds, {len(plan.jobs)} runs; to be made: "
            f"{len(left)}, in about {duration(sum(took.values()) / min(workers, max(1, len(left))))}, "
            f"{workers} at once")
-    for job in plan.jobs if args.dry_run else left:
+    for job in plan.jobs if args.dry_run else () if args.show else left:
         print0(f"{duration(took[job]) if job in took else 'made':>7}  {show(job, plan)}")
     if args.dry_run:
         print0("".join(f"\nmade first: {path}" for path in plan.makers))
         return
-    for make in plan.makers.values() if left else ():
-        make()
-    failed = run_jobs(plan, left, workers)
+    if args.show:
+        failed = dict.fromkeys(left, "is not finished")
+    else:
+        for make in plan.makers.values() if left else ():
+            make()
+        failed = run_jobs(plan, left, workers)
     results = {(i, 0): {"parameters": parameters(row.model)} for i, row in enumerate(table.rows)
                if table.by == "parameters"}
     for (i, seed), folders in runs.items():
@@ -269,7 +273,9 @@ def main(argv=None):
             except SystemExit as error:  # of a file that was damaged since
                 failed[f"{table.rows[i].name}, seed {seed}"] = str(error)
     close(table, args, plan, runs, results)
-    if failed:
+    if args.show:
+        print0(f"not finished: {len(left)} of {len(plan.jobs)} runs")
+    elif failed:
         for job, why in failed.items():
             print0(f"failed: {job}: {why}" + (f"; all that it said: {plan.out / 'logs' / job}.txt"
                                               if job in plan.jobs else ""))

@@ -354,9 +354,14 @@ def test_row_that_fails_leaves_the_others(demo, tmp_path, monkeypatch, capsys):
         return failed | {name: "out of luck" for name in jobs if "-nst-" in name}
     monkeypatch.setattr(ablate, "side_by_side", fails)
     monkeypatch.chdir(tmp_path)
+    argv = ["--table", "13", "--seeds", "1", *quick_flags(demo), "--out", "ablate"]
     with pytest.raises(SystemExit, match="2 runs failed; the table has the others"):
-        ablate.main(["--table", "13", "--seeds", "1", *quick_flags(demo), "--out", "ablate"])
+        ablate.main(argv)
     out = capsys.readouterr().out
+    monkeypatch.setattr(ablate, "side_by_side", None)
+    ablate.main([*argv, "--show"])  # runs nothing
+    shown = capsys.readouterr().out
+    assert "not finished: 2 of 7 runs" in shown and re.search(r"\+ KD-NST\+CRD +1 +50.0", shown)
     assert re.search(r"failed: distill-nst-s0-\w+: out of luck; all that it said: ablate/logs/distill-nst-s0-\w+.txt", out)
     found = json.loads(next(Path("ablate").glob("13-*.json")).read_text())["rows"]
     assert [bool(row["columns"]) for row in found] == [True, False, True] and found[1]["failed seeds"] == [0]
