@@ -34,7 +34,7 @@ from analyses.answers import shared_answers
 from analyses.inside import distances, open_encoder
 from analyses.papers import LARGER, SECOND, TABLES, Row, Table
 from analyses.plan import SCRIPTS, TAKEN, Plan, estimates
-from analyses.rows import as_csv, as_latex, as_text, draw, main_column, statistics
+from analyses.rows import as_csv, as_latex, as_text, columns_of, draw, main_column, seen_by, statistics
 from analyses.words import compare_embeddings, word_embeddings
 from common import atomic, duration, parse_cli, peek_json, print0, read_json, write_json
 from parts.machine import cores, init_ranks, side_by_side
@@ -192,6 +192,10 @@ def parse(argv=None):
     args = parser.parse_args(argv, argparse.Namespace(argv=argv))
     if args.table and args.table not in TABLES:
         raise SystemExit(f"--table {args.table}: choose one of {', '.join(TABLES)}")
+    if args.seeds > 100:
+        raise SystemExit(f"--seeds {args.seeds}: at most 100")
+    if args.second_videos and args.table != "1" or args.larger_text and args.table != "xdbert-3":
+        raise SystemExit("--second_videos is for table 1 and --larger_text for table xdbert-3; leave it out")
     for name, least in (("seeds", 1), ("tune_seeds", 1), ("first_seed", 0), ("against", 0), ("jobs", 0)):
         if getattr(args, name) < least:
             raise SystemExit(f"--{name} {getattr(args, name)}: at least {least}")
@@ -202,7 +206,11 @@ def configs(args, table):
     """{stage: Config} of what every run of a stage shares; one line where it gives what rows set."""
     base = {}
     for stage, script in SCRIPTS.items():
-        base[stage] = cfg = parse_cli(script.Config, script.PRESETS, shlex.split(getattr(args, stage)))
+        try:
+            words = shlex.split(getattr(args, stage))
+        except ValueError as error:
+            raise SystemExit(f"--{stage} {getattr(args, stage)}: {error}") from None
+        base[stage] = cfg = parse_cli(script.Config, script.PRESETS, words)
         of_rows = {name for row in table.rows for name in getattr(row, stage)} if args.table else set()
         for name in sorted(TAKEN[stage] | of_rows - {"max_steps", "train", "videos"}):
             if getattr(cfg, name) != getattr(script.Config, name):
@@ -253,10 +261,9 @@ def main(argv=None):
     print0(f"{table.title}: {len(table.rows)} rows, {args.seeds} seeds, {len(plan.jobs)} runs; to be made: "
            f"{len(left)}, in about {duration(sum(took.values()) / min(workers, max(1, len(left))))}, "
            f"{workers} at once")
-    for job in plan.jobs if args.dry_run else () if args.show else left:
-        print0(f"{duration(took[job]) if job in took else 'made':>7}  {show(job, plan)}")
+    if not args.show:
+        show_plan(plan, table, runs, took)
     if args.dry_run:
-        print0("".join(f"\nmade first: {path}" for path in plan.makers))
         return
     if args.show:
         failed = dict.fromkeys(left, "is not finished")
@@ -281,6 +288,29 @@ def main(argv=None):
                                               if job in plan.jobs else ""))
         raise SystemExit(f"{len(failed)} runs failed; the table has the others. The same command tries them "
                          "again")
+
+
+def show_plan(plan, table, runs, took):
+    """Prints what is made first, then row by row the commands that no row above has printed."""
+    for path in plan.makers:
+        print0(f"made first: {path}")
+    shown = set()
+    for i, row in enumerate(table.rows):
+        folders = [folder for (j, _), parts in runs.items() if j == i for folder in parts.values()]
+        needs = set().union(*(needed(plan, folder) for folder in folders))
+        jobs = [job for job in plan.jobs if job in needs]
+        print0("\n".join(["", f"{row.name}:", *(
+            f"{duration(took[job]) if job in took else 'made':>7}  {show(job, plan)}"
+            for job in jobs if job not in shown)]))
+        shown |= set(jobs)
+
+
+def needed(plan, folder):
+    """Names of a run's job and of all that it needs."""
+    name = Path(folder).name
+    if name not in plan.jobs:
+        return set()
+    return {name}.union(*(needed(plan, need) for need in plan.needs[name]))
 
 
 def check(plan, table, runs, args):
@@ -333,7 +363,8 @@ def close(table, args, plan, runs, results):
     test = "" if table.by == "parameters" else "one seed: no test of differences" if n < 2 else (
         f"mean ± standard deviation over the seeds; * and p: paired t test over the seeds against "
         f"{table.rows[table.baseline].name}, two-sided, not corrected for the number of tests: one cell in "
-        "twenty has a star by chance. Three seeds see differences above 2.5 times their deviation")
+        f"twenty has a star by chance. {n} seeds see differences above {seen_by(n):.1f} times their "
+        "deviation")
     print0("\n".join(["", as_text(table, rows), "", *[test] * bool(test), *notes, ""]))
     name = args.table or "vary-" + "-".join(text.partition("=")[0] for text in args.vary)
     own = [getattr(args, stage) for stage in SCRIPTS] + (args.vary or [])
@@ -345,9 +376,10 @@ def close(table, args, plan, runs, results):
             with atomic(plan.out / f"{name}.{suffix}") as part:
                 part.write_text(write(table, rows))
             print0(f"wrote {plan.out / name}.{suffix}")
-    chance = None
-    if main_column(table, rows) == "average" and any("seen nouns" in row["columns"] for row in rows):
-        chance = float(np.mean([100 / len(TASKS[task].words) for task in DEMO_TASKS]))
+    chances = {TASKS[task].title: 100 / len(TASKS[task].words) for task in DEMO_TASKS}
+    chances["average"] = float(np.mean(list(chances.values())))
+    on_demo = any(title in columns_of(rows) for title in chances if title != "average")
+    chance = chances.get(main_column(table, rows)) if on_demo else None
     figures.save(draw(table, rows, chance), plan.out / f"{name}.png", {
         "title": table.title, "notes": notes, "test": test, "rows": rows,
         "paper_columns": list(table.columns), "command": shlex.join(["python", "ablate.py", *args.argv]),

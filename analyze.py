@@ -12,15 +12,17 @@
     python analyze.py attention RUN RUN         # maps of the cross-modal encoder (XDBERT Table 9)
     python analyze.py page                      # one HTML file on a run, for a class
 
-Each prints a table and writes out/figures/<command>.png with a json beside it. Without folders they look at
-the demo's models and make these first. The papers' tables of results are ablate.py's.
+All but table write a picture, out/figures/<command>.png, and a json of what it shows. Where no folder is
+given they look at the demo's models, and train these first where they are missing, which takes minutes. The
+papers' tables of results are ablate.py's.
 """
 import argparse
 
 import common
 from analyses.clips import examples, retrieval, tokens
-from analyses.closing import table
+from analyses.closing import newest_run, table
 from analyses.curves import curves
+from analyses.figures import check_out
 from analyses.inside import attention, drift, neurons
 from analyses.page import page
 from analyses.words import grounded, pwcca
@@ -59,7 +61,7 @@ def parse(argv=None):
     add = command(table, "the results of several distillations, a row each", out="")
     add("runs", nargs="+", help="folders of finished runs")
     add = command(curves, "losses, gradients, learning rate and speed of runs of any stage, overlaid")
-    add("runs", nargs="*", help=NEWEST.replace("folder of a", "folders of"))
+    add("runs", nargs="*", help="folders of finished runs, at most 8; default: as for retrieval")
     add = command(retrieval, "figure of the clips that teacher and students retrieve for sentences")
     add("run", nargs="?", help=NEWEST)
     add("--sentence", action="append", default=[], metavar="TEXT",
@@ -97,20 +99,27 @@ def parse(argv=None):
     add("--sentence", default="", help="what they read; default: the held-out text of the first run")
     add = command(page, "one HTML file on a run, with all that it shows in it", out=".html")
     add("run", nargs="?", help=NEWEST)
-    flags = vars(parser.parse_args(argv))
-    del flags["command"]
+    args, rest = parser.parse_known_args(argv)
+    flags = vars(args)
+    name = flags.pop("command")
+    if rest:
+        raise SystemExit(f"analyze.py {name}: unknown {rest[0]}; see analyze.py {name} --help")
+    if not 1 <= flags.get("rows", 1) <= 40:
+        raise SystemExit(f"--rows {flags['rows']}: from 1 to 40")
+    if "out" in flags:
+        check_out(flags["out"], ".html" if name == "page" else ".png")
     return flags.pop("function"), flags
 
 
 def fill_in(function, flags):
     """Puts folders of the demo's models where a command was given none; makes what is missing."""
-    if "run" in flags and not flags["run"]:
-        flags["run"] = any_distillation()
     if function is curves and not flags["runs"]:
         flags["runs"] = [any_distillation()]
+    if flags.get("a") and not flags["b"]:
+        raise SystemExit(f"{flags['a']}: is compared with nothing; give a second folder, B")
+    if "run" in flags and not flags["run"]:  # of own models nothing is made
+        flags["run"] = newest_run() if flags.get("a") else any_distillation()
     if function in (examples, grounded):
-        if flags["a"] and not flags["b"]:
-            raise SystemExit(f"{flags['a']}: is compared with nothing; give a second folder, B")
         if not flags["a"]:
             both = demo_fine_tuned()
             flags["a"], flags["b"] = both if function is examples else both[::-1]  # B: what may be better
@@ -126,6 +135,7 @@ def fill_in(function, flags):
 
 @common.one_line_end()
 def main(argv=None):
+    common.clear_up_on_sigterm()
     function, flags = parse(argv)
     fill_in(function, flags)
     function(**flags)

@@ -160,6 +160,11 @@ def read_run(folder):
     """(config.json, results.json) of a finished run of this format; SystemExit says how to make it again."""
     folder = Path(folder)
     advice = "give the folder of a finished run"
+    if not (folder / "config.json").exists() and (runs := [*folder.glob("*/log.jsonl"),
+                                                           *folder.glob("*/*/log.jsonl")]):
+        raise SystemExit(f"{folder}: holds several runs; give one of them, such as {min(runs).parent}")
+    if folder.name == "model" and (folder.parent / "log.jsonl").exists():
+        advice = f"give the folder above, {folder.parent}"
     config = read_settings(folder / "config.json", {"config": dict}, advice)
     if config.get("format") != FORMAT:
         command = config.get("command")

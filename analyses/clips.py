@@ -164,6 +164,7 @@ class Gallery:
             self.states = []
         self.nouns = {state["noun"] for state in self.states}
         self.folder, self.with_images = thumbnails and Path(thumbnails), 0
+        self.framed = False  # whether a clip has been drawn that fits its text
 
     def sample(self, judge, most, seed):
         """Numbers of up to `most` random clips: of the demo's held-out ones, else of all in the file."""
@@ -213,6 +214,7 @@ class Gallery:
     def draw(self, axis, caption, text, note=""):
         """Shows a clip in a panel, its frame thick and with a tick where it fits the text."""
         fits = self.fits(caption, text)
+        self.framed |= bool(fits)
         images = frame_files(self.folder, *self.video(caption)) if self.folder else []
         if images:
             self.with_images += 1
@@ -235,7 +237,9 @@ class Gallery:
 
     def note(self):
         """What is to be said below a figure and its table, a line each."""
-        lines = ["✓ and a thick frame: the clip shows a noun of the text"] * bool(self.states)
+        lines = ["a clip: form = material, size and colour the thing's; it turns (spins) or rises (tilts), "
+                 "and pales where the action has an effect"] * bool(self.states)
+        lines += ["✓ and a thick frame: the clip shows a noun of the text"] * self.framed
         lines += [f"{self.folder}: has no thumbnail of these clips"] * (
             bool(self.folder) and not self.with_images)
         return "\n".join(lines)
@@ -292,8 +296,6 @@ def encode_texts(texts, vocab, readers, source):
 
 def chosen_sentences(given, rows, seed, judge, gallery, readers):
     """(texts, ids, mask) of the --sentence flags, else of `rows` sentences of the run's corpus."""
-    if rows < 1:
-        raise SystemExit(f"--rows {rows}: must be at least 1")
     nouns_in = gallery.nouns_in if gallery.states else None
     texts = list(given) or sample_sentences(judge.val, rows, seed, nouns_in)
     return texts, *encode_texts(texts, judge.val.vocab, readers, "--sentence")
@@ -508,7 +510,8 @@ def draw_tokens(gallery, readers, text, clips, near, asked, materials, most=20):
             gallery.draw(axis, clip["caption"], text, clip["token"])
         for axis, word, row in zip(axes[rows:, column], asked, near[name]):
             draw_neighbours(axis, word, row, materials)
-    figure.supxlabel(gallery.note())
+    count = len(next(iter(clips.values())))
+    figure.supxlabel(f"the first {rows} of {count} tokens\n" * (count > rows) + gallery.note())
     return figure
 
 
@@ -542,8 +545,6 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
     clip: what the teacher of --run finds for the context with its right answer, as in `retrieval`. p:
     McNemar's exact test on the questions of which one of the two alone is right.
     """
-    if rows < 1:
-        raise SystemExit(f"--rows {rows}: must be at least 1")
     pairs = shared_answers(a, b, ("classify", "choice"), task, data_dir)
     names = [answers.model for answers in next(iter(pairs.values()))]
     names = names if names[0] != names[1] else [str(a), str(b)]

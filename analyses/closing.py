@@ -21,7 +21,7 @@ from parts.machine import Ranks, init_ranks
 from parts.metrics import PERCEPTUAL, mean_state, probes, retrieval, shared_neighbours
 from parts.tasks import DEMO_TASKS, TASKS
 from parts.weights import config_and_vocab, load_bert, load_mlm_head, load_video_encoder, read_tensors
-from run import model_folder, read_run
+from run import file_hash, model_folder, read_run
 
 
 def open_clips(videos, teacher, vocab):
@@ -53,7 +53,14 @@ def open_judge(folder, device):
     cfg = SimpleNamespace(**config["config"])
     if not {"train", "teacher"} <= vars(cfg).keys():
         raise SystemExit(f"{folder}: not a distillation; give the folder of a finished run of distill.py")
+    changed = f"{folder}: was made from another {{}} than is there now; make the run again"
+    if "*" not in cfg.train and not Path(cfg.train).exists():
+        raise SystemExit(f"{folder}: was made from {cfg.train}, which is not here; call from the folder in "
+                         "which it was made, or make that file again")
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
+    recorded = config.get("hashes") if isinstance(config.get("hashes"), dict) else {}
+    if recorded.get("corpus", train.hash) != train.hash:
+        raise SystemExit(changed.format(cfg.train))
     latents = Path(cfg.train).parent / "raw" / "latents.json"
     judge = SimpleNamespace(cfg=cfg, train=train, val=val, bert=None, mlm=None, video=None, clips=None,
                             teacher=None,
@@ -62,6 +69,8 @@ def open_judge(folder, device):
     if not Path(path).exists() or distill.is_paired(path, train.vocab):  # it cannot read the student's words
         return judge
     judge.teacher = path = model_folder(path, "--teacher")
+    if recorded.get("teacher", own := file_hash(path)) != own:
+        raise SystemExit(changed.format(path))
     judge.bert = load_bert(path).to(device)
     judge.mlm = load_mlm_head(path, judge.bert, needed=False)
     if judge.mlm:
@@ -323,14 +332,18 @@ def table(runs):
     rows, device = [], init_ranks().device
     for run in common.progress(runs, len(runs), " runs", "measure"):
         found = measure(run, open_judge(run, device), device)
-        row = {"run": Path(run).name, "mlm loss": f"{found['mlm_loss']:.3f}",
-               "accuracy": f"{100 * found['mlm_accuracy']:.1f}"}
-        if "retrieval" in found:
-            row["ridge R@10"] = f"{100 * found['retrieval']['ridge']['10']:.1f}"
-        if found.get("neighbours") is not None:
-            row["teacher's neighbours"] = f"{100 * found['neighbours']:.1f}"
-        for name, probe in (found["probes"] or {}).items():
-            row[name] = f"{100 * probe['linear']:.1f} / {100 * probe['neighbours']:.1f}"
+        try:
+            row = {"run": Path(run).name, "mlm loss": f"{found['mlm_loss']:.3f}",
+                   "accuracy": f"{100 * found['mlm_accuracy']:.1f}"}
+            if "retrieval" in found:
+                row["ridge R@10"] = f"{100 * found['retrieval']['ridge']['10']:.1f}"
+            if found.get("neighbours") is not None:
+                row["teacher's neighbours"] = f"{100 * found['neighbours']:.1f}"
+            for name, probe in (found["probes"] or {}).items():
+                row[name] = f"{100 * probe['linear']:.1f} / {100 * probe['neighbours']:.1f}"
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise SystemExit(f"{run}/results.json: not in the form of distill.py ({error!r}); make the run "
+                             "again") from None
         rows.append(row)
     columns = max(rows, key=len)
     print(common.table([list(columns), *([row.get(key, "-") for key in columns] for row in rows)]))

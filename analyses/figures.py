@@ -29,9 +29,7 @@ def grid(rows, columns, width, height, frame=True):
 def save(figure, out, found, text=""):
     """Prints `text`, writes the figure as the PNG `out` and what it shows, `found`, as the json beside it."""
     import matplotlib.pyplot as plt
-    out = Path(out)
-    if out.suffix != ".png":
-        raise SystemExit(f"--out {out}: is written as PNG; give a name that ends in .png")
+    out = check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     if text:
         print(f"\n{text}\n")
@@ -40,6 +38,14 @@ def save(figure, out, found, text=""):
     plt.close(figure)
     write_json(out.with_suffix(".json"), found)
     print(f"wrote {out} and {out.with_suffix('.json')}")
+
+
+def check_out(out, suffix=".png"):
+    """--out as a Path; one line where its name ends otherwise."""
+    if Path(out).suffix != suffix:
+        raise SystemExit(f"--out {out}: is written as {suffix[1:].upper()}; give a name that ends in "
+                         f"{suffix}")
+    return Path(out)
 
 
 def bars(axis, title, groups, values, chance):
@@ -66,9 +72,9 @@ def draw_clip(axis, state, mark):
         turn = {2: 20, 3: 40, 4: 60}.get(second, 0)
         spins = state["order"] == "spins first"
         axis.scatter(second, 0 if spins else turn / 150, SIZES[state["size"]], state["colour"],
-                     marker=(*FORMS[state["material"]], turn if spins else 0),
+                     edgecolors="k", linewidths=0.5, marker=(*FORMS[state["material"]], turn if spins else 0),
                      alpha=0.4 if state["effect"] and second > 2 else 0.9)
-    axis.set(xlim=(-0.7, 5.7), ylim=(-0.8, 0.8), xticks=[], yticks=[])
+    axis.set(xlim=(-0.7, 5.7), ylim=(-0.8, 1.0), xticks=[], yticks=[])
     axis.set_xlabel(describe(state), fontsize=6.5, labelpad=2)
     for side in axis.spines.values():
         side.set_color(mark)

@@ -176,7 +176,11 @@ def attention(runs, sentence="", out=""):
                       f"{row['mutual']:.2f}", f"{row['top']:.0%}", f"{row['key']} {row['key_share']:.0%}",
                       f"{row['same']:.0%}", f"{row['uniform']:.0%}"])
     figure, maps = draw_maps(drawn, rows)
-    text = common.table(lines) + means_over(texts)
+    text = "\n".join([
+        common.table(lines) + means_over(texts),
+        "entropy: of a query's attention; by query: what it tells of the key, 0 = all queries attend alike",
+        "on one key: the share of the key that gets most, and which that is most often",
+        "on the same word: as the query's; untrained: no term of the run reads this half"])
     save(figure, out, {"sentences": texts, "rows": rows, "maps": maps}, text)
 
 
@@ -367,4 +371,6 @@ def neurons(run="", sentence="", out="", rows=6):
     figure.colorbar(image, ax=axes, label="activation, L2 norm 1 over the tokens", shrink=0.8)
     figure.suptitle("Neurons of the teacher, and the nearest of each student")
     save(figure, out, {"run": str(run), "sentences": texts, "models": means, "tokens": tokens,
-                       "neurons": panels}, common.table(lines) + means_over(texts))
+                       "neurons": panels}, common.table(lines) + means_over(texts) + (
+        "\nkernel: exp(-|s - t|^2 / 2) of two patterns, 1 = equal; by chance: with the student's tokens "
+        "rotated"))

@@ -12,6 +12,7 @@ from pathlib import Path
 from analyses.clips import retrieval
 from analyses.closing import closing_table, newest_run, read_table
 from analyses.curves import curves
+from analyses.figures import check_out
 from common import atomic
 from run import read_run
 
@@ -20,12 +21,21 @@ body { max-width: 76rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 sans
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
 img { max-width: 100%; } pre { overflow-x: auto; background: #f6f6f6; padding: 0.8rem; font-size: 13px; }
 table { border-collapse: collapse; font-size: 14px; } td { padding: 0.1rem 1.2rem 0.1rem 0; }
+td + td { word-break: break-all; }
 """
-WHAT = {  # stage: what its run is, by a flag that only its Config has
+WHAT = {  # what a run is, by a flag that only its stage's Config has
     "crd_tau": "a student, distilled on text alone (VidLanKD section 3.3)",
     "ct_input": "a teacher, trained on videos and their captions (VidLanKD section 3.2)",
     "cliptc_rate": "a language encoder, adapted beside CLIP's text tower (XDBERT section 2.3)",
-    "layer_decay": "a model, fine-tuned on a task"}
+    "layer_decay": "{model}, fine-tuned on {task}, seed {seed}"}
+# what its parts show
+CURVES = """Each term of the loss over the steps, relative to where it began; the gradient that each sends
+into the last hidden states, by which terms can be compared; the learning rate, and the speed."""
+TABLE = """What the teacher, the student that read text alone and this student know. Retrieval: is a caption's
+own clip among the 1, 5, 10 nearest? Probes: does a noun's vector tell its property, of nouns that the probe
+was not fitted on? The texts say nothing of these properties."""
+CLIPS = """A clip is six frames. On the demo the form is the material, size and colour are the thing's; it
+turns or rises, and pales where the action has an effect. Neither student has seen a clip."""
 
 
 def element(tag, text):
@@ -33,8 +43,9 @@ def element(tag, text):
     return f"<{tag}>{html.escape(str(text))}</{tag}>"
 
 
-def drawn(command, *args):
-    """What a command of analyze.py shows: its picture as a data: source, and the text that it prints."""
+def drawn(words, command, *args):
+    """What a command of analyze.py shows: its picture as a data: source, and the text that it prints; `words`
+    tell what it is."""
     text = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figure.png"
@@ -42,27 +53,31 @@ def drawn(command, *args):
             command(*args, out=out)
         picture = base64.b64encode(out.read_bytes()).decode()
     text = re.sub(r"\nwrote .*", "", text.getvalue()).strip("\n")
-    return f'<img alt="{command.__name__}" src="data:image/png;base64,{picture}"/>\n{element("pre", text)}'
+    image = f'<img alt="{html.escape(words)}" src="data:image/png;base64,{picture}"/>'
+    return "\n".join([element("p", words), image, element("pre", text)])
 
 
 def page(run="", out=""):
     """A self-contained HTML page on a run: curves, closing table, retrieved clips, flags, command line."""
-    run, out = Path(run or newest_run()), Path(out)
+    run, out = Path(run or newest_run()), check_out(out, ".html")
     config, results = read_run(run)
-    if out.suffix not in (".html", ".htm"):
-        raise SystemExit(f"--out {out}: is written as HTML; give a name that ends in .html")
     flags = config["config"]
-    what = next((text for flag, text in WHAT.items() if flag in flags), "a run")
-    parts = [element("h1", f"{run.name}: {what}"), element("h2", "Learning curves"), drawn(curves, [run])]
+    what = next((text for flag, text in WHAT.items() if flag in flags), "a run").format_map(
+        {"model": "a model", "task": "a task", "seed": "?"} | results)
+    if "crd_tau" in flags and flags.get("objective") == "none":
+        what = "a student that read text alone, the baseline"
+    parts = [element("h1", f"{run.name}: {what}"), element("h2", "Learning curves"),
+             drawn(CURVES, curves, [run])]
     if (run / "table.json").exists() and flags.get("objective") != "none" and "crd_tau" in flags:
         table = read_table(run)
-        parts += [element("h2", "What was learned"),
+        parts += [element("h2", "What was learned"), element("p", TABLE),
                   element("pre", closing_table(table["columns"], table["clips"]))]
         if table["clips"]:
-            parts += [element("h2", "A sentence and the clips that it retrieves"), drawn(retrieval, run)]
+            parts += [element("h2", "Sentences and the clips that they retrieve"),
+                      drawn(CLIPS, retrieval, run)]
     parts.append(element("h2", "Results"))
     parts.append(rows({name: x for name, x in flat(results).items()
-                       if name not in ("folder", "format", "finished")}))
+                       if name not in ("folder", "format", "finished", "vocabulary")}))
     parts.append(element("h2", "How it was made"))
     command = config.get("command")
     parts.append(element("pre", shlex.join(map(str, command)) if isinstance(command, list) else "unknown"))

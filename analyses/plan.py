@@ -223,7 +223,7 @@ class Plan:
         for stage, script in SCRIPTS.items():
             runs, base = [cfg for own, cfg in self.jobs.values() if own == stage], asdict(self.base[stage])
             usual = preset_values(script, self.base[stage])
-            found += [f"--{stage}: --{name} {x}" for name, x in base.items() if runs and x != usual[name]
+            found += [f"--{stage}: --{name} {x}" for name, x in base.items() if x != usual[name]
                       and name not in FREE and all(getattr(cfg, name) != x for cfg in runs)]
         return found
 

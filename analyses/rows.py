@@ -29,6 +29,12 @@ def compare(values, others):
     return float(stats.ttest_1samp(difference, 0).pvalue)
 
 
+def seen_by(n):
+    """How many of their standard deviations the mean of n differences must be for p < .05: t / sqrt(n)."""
+    from scipy import stats
+    return float(stats.t.ppf(0.975, n - 1) / n ** 0.5)
+
+
 def statistics(seeds, baseline):
     """{column: statistics of a row}; seeds, baseline: {seed: {column: value}} of the row and the baseline."""
     found = {}
@@ -151,7 +157,8 @@ def as_latex(asked, rows):
 def draw(asked, rows, chance=None):
     """Figure: bars of our main column, a dot a seed, and beside it the paper's; chance: a line."""
     ours = [row["columns"].get(main_column(asked, rows)) for row in rows]
-    panels = [(f"ours: {main_column(asked, rows)}", [column and column["mean"] for column in ours])]
+    unit = "" if asked.by in ("pwcca", "parameters", "drift") else ", % right"
+    panels = [(f"ours: {main_column(asked, rows)}{unit}", [column and column["mean"] for column in ours])]
     if any(printed(asked, row) is not None for row in rows):
         title = asked.columns[0] if len(asked.columns) == 1 else asked.printed
         panels.append((f"the paper: {title}", [printed(asked, row) for row in rows]))
@@ -163,9 +170,10 @@ def draw(asked, rows, chance=None):
         ends = [max([x or 0, *(column["seeds"].values() if own and column else ())])
                 for x, column in zip(means, ours)]
         most = max(ends) or 1
-        for y, (x, end) in enumerate(zip(means, ends)):
+        for y, (x, end, column) in enumerate(zip(means, ends, ours)):
             axis.barh(y, x or 0, color=colour, height=0.7)
-            axis.text(end + 0.02 * most, y, "-" if x is None else number(x), va="center", fontsize=8)
+            star = "*" if own and column and differs(column) else ""
+            axis.text(end + 0.02 * most, y, "-" if x is None else number(x) + star, va="center", fontsize=8)
         axis.set(xlabel=title, xlim=(0, most * 1.18), yticks=range(len(rows)), ylim=(len(rows) - 0.4, -0.6),
                  yticklabels=names if own else [])
     label = "a seed"
@@ -179,5 +187,6 @@ def draw(asked, rows, chance=None):
     if axes[0].get_legend_handles_labels()[0]:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=2, fontsize=8,
                       frameon=False)
-    figure.suptitle(asked.title, fontsize=10)
+    starred = any(column and differs(column) for column in ours)
+    figure.suptitle(asked.title + f" (*: p < .05 against {rows[asked.baseline]['name']})" * starred)
     return figure

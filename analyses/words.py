@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -373,6 +374,8 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
     """
     if min_count is not None and not 0 <= min_count < math.inf:
         raise SystemExit(f"--min_count {min_count:g}: must be 0 or more")
+    if Path(a).resolve() == Path(b).resolve():
+        raise SystemExit(f"{a}: is given twice; give the runs of two models to compare")
     pairs = shared_answers(a, b, ("classify", "choice", "span"), task, data_dir)
     first, _ = next(iter(pairs.values()))
     if not (captions or first.task.demo):
@@ -389,7 +392,8 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
     print0(f"grounded: no stop word, and more than {round(least, 2):g} occurrences in the {n:,} captions of "
            f"{captions}" + f" (100 per {COCO_CAPTIONS:,})" * (min_count is None))
     results = {name: ratios_by_gain(*pair, vocab, counts > least) for name, pair in pairs.items()}
-    legend = f"A = {a}, B = {b}; p: permutation test of the means of improved and worsened"
+    legend = (f"A = {a}, B = {b}; improved: B is right in more of the runs\np: permutation test of the means "
+              "of improved and worsened; below, *grounded* pieces and (stop words)")
     examples = [shown_text(TASKS[name].title, group, one, result["runs"], sys.stdout.isatty())
                 for name, result in results.items() for group, one in result["shown"].items()]
     found = {"A": str(a), "B": str(b), "captions": str(captions), "n_captions": n, "min_count": least,

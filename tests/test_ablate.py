@@ -372,8 +372,11 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
     ablate.main(["--vary", "w_nst=0,10", "--vary", "head=mlp,none", "--seeds", "1", "--dry_run", "--jobs", "3"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("grid of w_nst, head: 4 rows, 1 seeds, 9 runs; to be made: 9, in about ") and lines[0].endswith("3 at once")
-    assert all(re.match(r" +\S+  python (teacher|distill|finetune).py --", line) for line in lines[1:10])
-    assert list(filter(None, lines[10:])) == ["made first: data/demo-s0"]
+    assert lines[1] == "made first: data/demo-s0" and len(lines) == 19
+    rows = [i for i, line in enumerate(lines) if line.endswith(":")]  # each row with what no row above has: 3, 2, 2, 2
+    assert [lines[i] for i in rows] == [f"w_nst={w} head={head}:" for w in (0, 10) for head in ("mlp", "none")]
+    assert np.diff([*rows, len(lines) + 1]).tolist() == [5, 4, 4, 4]
+    assert all(re.match(r" +\S+  python (teacher|distill|finetune).py --", lines[i + 1]) for i in rows)
     assert not list(tmp_path.iterdir())
 
 

@@ -62,7 +62,7 @@ def test_curves_of_runs_are_drawn_and_told(tmp_path, capsys):
     assert list(found["runs"]["s1"]["terms"]) == ["mlm", "nst"] and found["runs"]["s1"]["unit"] == "tokens"
     assert found["runs"]["s1"]["terms"]["nst"] == [[10, 20], [0.1, None]] and found["runs"]["s1"]["gradients"] == {}
     lines = capsys.readouterr().out.splitlines()
-    assert re.search(r"last window +steps +mlm +nst +lr +gradient norm +tokens/s", "\n".join(lines))
+    assert re.search(r"last window +to step +mlm +nst +lr +gradient norm +tokens/s", "\n".join(lines))
     assert re.search(r"distill-nst\+crd-s0 +20 +4.0000 +nan +5.0e-04 +0.500 +1,000", "\n".join(lines))
 
 

@@ -397,7 +397,7 @@ def test_bad_inputs_end_in_one_line(run, two_models, tmp_path, teacher_run):
             (["retrieval", str(run), "--sentence", " "], "holds no word"),
             (["retrieval", str(run), "--sentence", "日本 語 qzx"], "does not know these words"),
             (["retrieval", str(run), "--sentence", "the vase \udcff"], "not UTF-8"),
-            (["retrieval", str(run), "--rows", "0"], "--rows 0: must be at least 1"),
+            (["retrieval", str(run), "--rows", "0"], "--rows 0: from 1 to 40"),
             (["retrieval", str(run), "--clips", "0"], "--clips 0: must be at least 1"),
             (["retrieval", str(run), "--thumbnails", str(tmp_path / "none")], "no such folder"),
             (["tokens", str(run), "--word", "日本"], "--word '日本': the run's vocabulary does not know"),

@@ -315,12 +315,12 @@ def test_neurons_ends_in_one_line(distilled, monkeypatch):
         return text
     run = str(distilled / "distill-nst-s0")
     assert "'☃': the run's vocabulary does not know" in says(run, "--sentence", "the ☃ ran")
-    assert "give the folder of a finished run" in says(str(distilled))
+    assert "holds several runs; give one of them, such as" in says(str(distilled))
     assert "not a distillation" in says(str(write_run(distilled / "teacher-mlm+ct-s0", {"objective": "mlm"}, videos="")))
     shutil.rmtree(distilled / "teacher-mlm+ct-s0")
     assert "no teacher beside it" in says(run)
     monkeypatch.chdir(distilled)
-    assert "no finished distillation" in says()
+    assert "no finished distillation" in stop_line(inside.neurons, out=str(distilled / "n.png"))
 
 
 def test_heads_are_read_as_functions(distilled):

@@ -76,7 +76,7 @@ def test_page_of_any_stage_has_curves_and_flags(tmp_path):
     (run / "config.json").write_text(json.dumps({"format": 3, "config": {"layer_decay": 1.0}}))
     analyze.main(["page", str(run), "--out", str(tmp_path / "page.html")])
     text = (tmp_path / "page.html").read_text()
-    assert "fine-tuned on a task" in text and "unknown" in text and text.count("<img") == 1
+    assert "a model, fine-tuned on mishap, seed ?" in text and "unknown" in text and text.count("<img") == 1
 
 
 def test_page_of_what_is_none_is_one_line(student, tmp_path):
