@@ -337,6 +337,9 @@ def run_jobs(plan, left, workers):
     finally:  # also where it is interrupted
         if seconds:
             write_json(plan.out / "times.json", peek_json(plan.out / "times.json") | seconds)
+        for name in seconds:  # several times the model, and nothing goes on from a finished run
+            for path in Path(plan.jobs[name][1].out_dir).glob("*.pt*"):
+                path.unlink()
 
 
 def close(table, args, plan, runs, results):

@@ -337,6 +337,7 @@ def test_table_runs_and_is_not_run_again(demo, tmp_path, monkeypatch, capsys):
     # two steps teach nothing: every run of both rows, of two tasks and two seeds
     assert "collapsed runs, which the json names: BERT 6L/512H 4, + KD-NST 4" in out and found["notes"][0] == "a note"
     assert nst["collapsed"] == ["mishap s0", "before/after s0", "mishap s1", "before/after s1"]
+    assert not list((tmp_path / "ablate").glob("*/*.pt*"))  # checkpoints
     for command in nst["commands"]:
         assert command.startswith(("python teacher.py ", "python distill.py ", "python finetune.py ")) and command in out
     assert {path.suffix for path in Path(tmp_path, "ablate").glob("13-*.*")} == {".json", ".png", ".csv", ".tex"}
