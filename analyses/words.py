@@ -116,14 +116,15 @@ def whole_words(vocab):
             if ids == [i] and i not in vocab.specials]
 
 
-def vectors_of(words, model, vocab, table):
+def unread_words(words, vocab):
+    """Those that a vocabulary cannot write without special tokens."""
+    return {word for word, ids in zip(words, vocab.encode(words))
+            if not ids or not set(ids).isdisjoint(vocab.specials)}
+
+
+def vectors_of(words, vocab, table):
     """Words -> (n, width), float64: of a word of several pieces the mean of theirs."""
-    pieces = vocab.encode(words)
-    unread = [word for word, ids in zip(words, pieces) if not ids or not set(ids).isdisjoint(vocab.specials)]
-    if unread:
-        raise SystemExit(f"--words: {model} cannot read {unread[0]!r} and {len(unread) - 1} more words; "
-                         "remove them")
-    return np.stack([table[ids].mean(0, dtype=np.float64) for ids in pieces])
+    return np.stack([table[ids].mean(0, dtype=np.float64) for ids in vocab.encode(words)])
 
 
 def compare_embeddings(first, second, words=None, number=0):
@@ -133,7 +134,12 @@ def compare_embeddings(first, second, words=None, number=0):
     if words is None:
         other = set(whole_words(second[1]))
         words = [word for word in whole_words(first[1]) if word in other]
-    n, widths, name = len(words), [table.shape[1] for *_, table in models], f"{first[0]} / {second[0]}"
+    name = f"{first[0]} / {second[0]}"
+    if unread := unread_words(words, first[1]) | unread_words(words, second[1]):
+        print0(f"{name}: {len(unread):,} of the words are left out, such as {min(unread)!r}: not both can "
+               "read them")
+        words = [word for word in words if word not in unread]
+    n, widths = len(words), [table.shape[1] for *_, table in models]
     if n < max(widths) + 2:
         raise SystemExit(f"{name}: {n:,} words for a width of {max(widths)}, and with so few PWCCA is 1 "
                          f"between any two models; at least {max(widths) + 2:,} are needed, and several "
@@ -142,7 +148,7 @@ def compare_embeddings(first, second, words=None, number=0):
         print0(f"{name}: {n:,} words for widths of {widths[0]} and {widths[1]}: so few that "
                f"{min(min(widths), sum(widths) - n + 1)} correlations are 1 between any two models")
     rng = np.random.default_rng([0, number])
-    x, y = (view(vectors_of(words, *model)) for model in models)
+    x, y = (view(vectors_of(words, *model[1:])) for model in models)
     if not (x[0].size and y[0].size):
         raise SystemExit(f"{name}: the word embeddings of one are all the same; give a trained model")
     noise = [view(rng.standard_normal((n, width))) for width in widths]
