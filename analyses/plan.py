@@ -13,7 +13,7 @@ import data
 import distill
 import finetune
 import teacher
-from analyses.papers import LARGER, OWN, SECOND, Row
+from analyses.papers import LARGER, NST_ALONE, OWN, SECOND, Row
 from common import convert, peek_json, without_unread
 from model import model_config
 from parts.machine import flops_per_token, init_ranks, peak_flops
@@ -130,7 +130,10 @@ class Plan:
         cfg, needs = replace(cfg, train=self.text(seed)), []
         if cfg.objective == "none":
             cfg = replace(text_only_run(cfg, self.out), init_from=cfg.init_from)
-        elif cfg.teacher and row.teacher:
+        elif cfg.objective == "nst" and cfg.preset == "demo" and cfg.w_nst == distill.Config.w_nst and (
+                "w_nst" not in row.student):
+            cfg = replace(cfg, w_nst=NST_ALONE)
+        if cfg.teacher and row.teacher:
             raise SystemExit("--student: this table trains teachers of its own; leave --teacher "
                              f"{cfg.teacher} out")
         if two_stage or cfg.objective != "none" and not cfg.teacher:

@@ -246,6 +246,15 @@ def test_a_flag_of_one_row_may_be_shared_and_one_of_none_is_told(plan):
     assert "--student: --w_voken 2.0" in one.unread() and not [flag for flag in one.unread() if "soft_tau" in flag]
 
 
+def test_nst_alone_has_a_weight_of_its_own_on_the_demo(plan):
+    """And no other objective; a weight that is given stays, by a row as by all."""
+    def weight(one, **flags):
+        return one.jobs[Path(one.student(Row("", student=flags), 0)).name][1].w_nst
+    one = plan()
+    assert weight(one, objective="nst") == 1000 and weight(one, objective="nst+crd") == 100
+    assert weight(one, objective="nst", w_nst=100) == 100 and weight(plan(student={"w_nst": 7.0}), objective="nst") == 7
+
+
 def test_more_fine_tuning_runs_are_added_to_the_first(plan):
     names = [Path(plan(tune_seeds).folders(TABLES["5"].rows[0], 0, True)["tuned"]).name for tune_seeds in (1, 3)]
     assert names[0] == names[1]
