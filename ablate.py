@@ -212,7 +212,7 @@ def configs(args, table):
             raise SystemExit(f"--{stage} {getattr(args, stage)}: {error}") from None
         base[stage] = cfg = parse_cli(script.Config, script.PRESETS, words)
         of_rows = {name for row in table.rows for name in getattr(row, stage)} if args.table else set()
-        for name in sorted(TAKEN[stage] | of_rows - {"max_steps", "train", "videos"}):
+        for name in sorted(TAKEN[stage] | of_rows - {"max_steps", "train", "videos", "w_nst"}):
             if getattr(cfg, name) != getattr(script.Config, name):
                 raise SystemExit(f"--{stage}: --{name} {getattr(cfg, name)} is what ablate.py or the rows of "
                                  "the table set themselves; leave it out")

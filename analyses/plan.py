@@ -125,15 +125,15 @@ class Plan:
 
     def student(self, row, seed):
         """Folder of a row's student."""
-        two_stage = row.student.get("init_from") == OWN
-        cfg = self.configure("student", {name: x for name, x in row.student.items() if x != OWN}, seed)
+        two_stage, base = row.student.get("init_from") == OWN, self.base["student"]
+        flags = {name: x for name, x in row.student.items() if x != OWN}
+        if flags.get("w_nst") == NST_ALONE and (base.preset, base.w_nst) != ("demo", distill.Config.w_nst):
+            del flags["w_nst"]
+        cfg = self.configure("student", flags, seed)
         cfg, needs = replace(cfg, train=self.text(seed)), []
         if cfg.objective == "none":
             cfg = replace(text_only_run(cfg, self.out), init_from=cfg.init_from)
-        elif cfg.objective == "nst" and cfg.preset == "demo" and cfg.w_nst == distill.Config.w_nst and (
-                "w_nst" not in row.student):
-            cfg = replace(cfg, w_nst=NST_ALONE)
-        if cfg.teacher and row.teacher:
+        elif cfg.teacher and row.teacher:
             raise SystemExit("--student: this table trains teachers of its own; leave --teacher "
                              f"{cfg.teacher} out")
         if two_stage or cfg.objective != "none" and not cfg.teacher:

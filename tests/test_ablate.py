@@ -246,13 +246,14 @@ def test_a_flag_of_one_row_may_be_shared_and_one_of_none_is_told(plan):
     assert "--student: --w_voken 2.0" in one.unread() and not [flag for flag in one.unread() if "soft_tau" in flag]
 
 
-def test_nst_alone_has_a_weight_of_its_own_on_the_demo(plan):
-    """And no other objective; a weight that is given stays, by a row as by all."""
-    def weight(one, **flags):
-        return one.jobs[Path(one.student(Row("", student=flags), 0)).name][1].w_nst
-    one = plan()
-    assert weight(one, objective="nst") == 1000 and weight(one, objective="nst+crd") == 100
-    assert weight(one, objective="nst", w_nst=100) == 100 and weight(plan(student={"w_nst": 7.0}), objective="nst") == 7
+def test_nst_alone_has_a_weight_of_its_own_in_the_demos_tables(plan):
+    """And nowhere else: not in a grid, not with other objectives, not where a weight is given to all."""
+    def weight(one, row):
+        return one.jobs[Path(one.student(row, 0)).name][1].w_nst
+    nst, both = (next(row for row in TABLES["5"].rows if row.student["objective"] == name) for name in ("nst", "nst+crd"))
+    assert weight(plan(), nst) == 1000 and weight(plan(), both) == 100
+    assert weight(plan(student={"w_nst": 7.0}), nst) == 7
+    assert {weight(plan(), row) for row in ablate.grid_of(["objective=nst,nst+crd"]).rows} == {100}
 
 
 def test_more_fine_tuning_runs_are_added_to_the_first(plan):
