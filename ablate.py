@@ -165,7 +165,7 @@ def parse(argv=None):
     parser = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                            allow_abbrev=False)
     add = parser.add_argument
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--table", help=f"one of {', '.join(TABLES)}")
     what.add_argument("--vary", action="append", metavar="FLAG=VALUE,VALUE",
                       help="of distill.py, or STAGE.FLAG=VALUE,VALUE (teacher, student, adapt, finetune); | "
@@ -189,7 +189,11 @@ def parse(argv=None):
     add("--csv", action="store_true", help="write <table>.csv, too")
     add("--latex", action="store_true", help="write <table>.tex, too")
     add("--out", default="out/ablate", help="folder of runs and results (default %(default)s)")
-    args = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    args, rest = parser.parse_known_args(argv, argparse.Namespace(argv=argv))
+    if rest:  # told before what is missing: it may be this, mistyped
+        raise SystemExit(f"ablate.py: unknown {rest[0]}; see ablate.py --help")
+    if not (args.table or args.vary):
+        raise SystemExit("ablate.py: give --table, or --vary; see ablate.py --help")
     if args.table and args.table not in TABLES:
         raise SystemExit(f"--table {args.table}: choose one of {', '.join(TABLES)}")
     if args.seeds > 100:

@@ -393,7 +393,8 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("argv, words", [
     (["--table", "10"], "--table 10: choose one of 1, 2, 3"),
-    (["--table", "5", "--vary", "lr=1"], "not allowed with"), ([], "one of the arguments"),
+    (["--table", "5", "--vary", "lr=1"], "not allowed with"), ([], "give --table, or --vary"),
+    (["--tabel", "5"], "unknown --tabel"),
     (["--table", "5", "--seeds", "0"], "--seeds 0: at least 1"), (["--table", "5", "--seeds", "x"], "invalid int"),
     (["--vary", "w_nst"], "write FLAG=VALUE,VALUE"), (["--vary", "w_nst="], "write FLAG=VALUE,VALUE"),
     (["--vary", "wnst=1"], "wnst is a flag of none"), (["--vary", "layer_decay=x"], "--layer_decay x: not a valid float"),
