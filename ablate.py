@@ -32,9 +32,10 @@ import finetune
 from analyses import figures
 from analyses.answers import shared_answers
 from analyses.inside import distances, open_encoder
-from analyses.papers import LARGER, SECOND, TABLES, Row, Table
-from analyses.plan import SCRIPTS, TAKEN, Plan, estimates
+from analyses.papers import TABLES, Row, Table
+from analyses.plan import SCRIPTS, TAKEN, Plan, finished
 from analyses.rows import as_csv, as_latex, as_text, columns_of, draw, main_column, seen_by, statistics
+from analyses.times import estimates
 from analyses.words import compare_embeddings, word_embeddings
 from common import atomic, duration, parse_cli, peek_json, print0, read_json, write_json
 from parts.machine import cores, init_ranks, side_by_side
@@ -45,15 +46,15 @@ from prepare.world import ACTIONS
 # ---------------------------------------------------------------------------- what came out
 
 
-def measure(table, row, plan, folders):
+def measure(table, row, seed, plan, folders):
     """{column: value} of a row on a seed's world."""
     if table.by == "parameters":
         return {"parameters": parameters(row.model)}
     if table.by == "pwcca":
         one, other = row.model.split("/")
-        names = folders[one], folders["tower" if other == "random" else other]
-        adapt = plan.jobs[Path(folders["adapted"]).name][1]
-        vocab = data.PairBlocks(adapt.train, adapt.block_size).clip_vocab
+        names = folders[one], folders.get(other) or plan.tower(row, seed)
+        path = data.find_shards(plan.pairs(row, seed))[0]
+        vocab = data.stored_clip_vocab(path, *data.open_packed(path, "xtext"))
         found = compare_embeddings(*((name, *word_embeddings(name, vocab)) for name in names))
         return {"PWCCA": found["random"][0] if other == "random" else found["pwcca"]}
     cfg = plan.jobs[Path(folders["tuned"]).name][1]
@@ -156,8 +157,8 @@ def grid_of(vary):
 
 
 def parse(argv=None):
-    """The flags as a namespace."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """The flags as a namespace; dashes and underscores in their names are equal."""
+    argv = [common.spelled(text, "_") for text in (sys.argv[1:] if argv is None else argv)]
     for stage in SCRIPTS:  # argparse takes --student "--lr=1" for two flags
         if f"--{stage}" in argv[:-1]:
             at = argv.index(f"--{stage}")
@@ -216,7 +217,9 @@ def configs(args, table):
             raise SystemExit(f"--{stage} {getattr(args, stage)}: {error}") from None
         base[stage] = cfg = parse_cli(script.Config, script.PRESETS, words)
         of_rows = {name for row in table.rows for name in getattr(row, stage)} if args.table else set()
-        for name in sorted(TAKEN[stage] | of_rows - {"max_steps", "train", "videos", "w_nst"}):
+        if stage == "student" and any(row.two_stage for row in table.rows):
+            of_rows.add("init_from")
+        for name in sorted(TAKEN[stage] | of_rows):
             if getattr(cfg, name) != getattr(script.Config, name):
                 raise SystemExit(f"--{stage}: --{name} {getattr(cfg, name)} is what ablate.py or the rows of "
                                  "the table set themselves; leave it out")
@@ -225,10 +228,12 @@ def configs(args, table):
 
 def left_out(row, args, base):
     """Why a row cannot be run on own data, or ""."""
-    if row.teacher.get("videos") == SECOND and base["teacher"].videos and not args.second_videos:
+    if row.second and base["teacher"].videos and not args.second_videos:
         return "needs features of a second 2D encoder; give them as --second_videos FILE"
-    if row.adapt.get("train") == LARGER and base["adapt"].train and not args.larger_text:
+    if row.larger and base["adapt"].train and not args.larger_text:
         return "needs more text; give it as --larger_text FILE"
+    if row.model == "tower" and (clip := base["adapt"].clip) and not Path(clip).is_dir():
+        return f"needs a tower that can be fine-tuned; give a folder of CLIP in place of --clip {clip}"
     return ""
 
 
@@ -250,18 +255,23 @@ def main(argv=None):
     if args.against:
         table = replace(table, baseline=args.against - 1)
     base = configs(args, table)
-    plan = Plan(base, args.tune_seeds, args.out, args.second_videos, args.larger_text)
+    for flag, stage, name in (("second_videos", "teacher", "videos"), ("larger_text", "adapt", "train")):
+        if getattr(args, flag) and not getattr(base[stage], name):
+            raise SystemExit(f"--{flag} {getattr(args, flag)}: is for own data, --{stage} \"--{name} FILE\"; "
+                             "on the demo it is made")
+    given = {word[2:].partition("=")[0].replace("-", "_") for word in shlex.split(args.student)}
+    plan = Plan(base, args.tune_seeds, args.out, args.second_videos, args.larger_text, given)
     seeds, runs = range(args.first_seed, args.first_seed + args.seeds), {}
     for i, row in enumerate(table.rows):
         if why := left_out(row, args, base):
             print0(f"left out: {row.name} {why}")
         elif row.model and table.by != "parameters":
             for seed in seeds[:1] if row.one_seed else seeds:
-                runs[i, seed] = plan.folders(row, seed, table.by != "pwcca")
+                runs[i, seed] = plan.folders(row, seed, table.by)
     check(plan, table, runs, args)
-    left = plan.left()
-    took, workers = estimates(plan, left) if left else {}, args.jobs or (
-        torch.cuda.device_count() if init_ranks(base["student"].device).device.type == "cuda" else cores())
+    left, on_gpu = plan.left(), init_ranks(base["student"].device).device.type == "cuda"
+    workers = args.jobs or (torch.cuda.device_count() if on_gpu else cores())
+    took = estimates(plan, left, workers) if left else {}
     print0(f"{table.title}: {len(table.rows)} rows, {args.seeds} seeds, {len(plan.jobs)} runs; to be made: "
            f"{len(left)}, in about {duration(sum(took.values()) / min(workers, max(1, len(left))))}, "
            f"{workers} at once")
@@ -280,7 +290,7 @@ def main(argv=None):
     for (i, seed), folders in runs.items():
         if failed.keys().isdisjoint(Path(folder).name for folder in folders.values()):
             try:
-                results[i, seed] = measure(table, table.rows[i], plan, folders)
+                results[i, seed] = measure(table, table.rows[i], seed, plan, folders)
             except SystemExit as error:  # of a file that was damaged since
                 failed[f"{table.rows[i].name}, seed {seed}"] = str(error)
     close(table, args, plan, runs, results)
@@ -331,25 +341,33 @@ def check(plan, table, runs, args):
 
 
 def run_jobs(plan, left, workers):
-    """Runs what is left; -> {name: why it failed}. How long each took is kept in times.json."""
-    logs, seconds = plan.out / "logs", {}
+    """Runs what is left; -> {name: why it failed}. How long each took, in all, is kept in times.json."""
+    logs, seconds, folders = plan.out / "logs", {}, {name: Path(plan.jobs[name][1].out_dir) for name in left}
+    times = {name: took for name, took in peek_json(plan.out / "times.json").items()
+             if name not in left or folders[name].exists()}  # else it starts anew
     logs.mkdir(parents=True, exist_ok=True)
     commands = {name: command(SCRIPTS[plan.jobs[name][0]], plan.jobs[name][1]) for name in left}
     needs = {name: [need for need in plan.needs[name] if need in left] for name in left}
     try:
-        return side_by_side(commands, needs, workers, logs, seconds)
+        failed = side_by_side(commands, needs, workers, logs, seconds)
     finally:  # also where it is interrupted
         if seconds:
-            write_json(plan.out / "times.json", peek_json(plan.out / "times.json") | seconds)
-        for name in seconds:  # several times the model, and nothing goes on from a finished run
-            for path in Path(plan.jobs[name][1].out_dir).glob("*.pt*"):
+            write_json(plan.out / "times.json",
+                       times | {name: times.get(name, 0.0) + took for name, took in seconds.items()})
+        ended = [name for name in left if finished(*plan.jobs[name])]
+        for name in ended:  # several times the model, and nothing goes on from a finished run
+            for path in folders[name].glob("*.pt*"):
                 path.unlink()
+    return dict.fromkeys((name for name in left if name not in ended), "did not come to its end") | failed
 
 
 def close(table, args, plan, runs, results):
     """Prints the table, and writes the json, the chart and what else was asked for."""
     found = [{seed: scores for (j, seed), scores in results.items() if j == i}
              for i in range(len(table.rows))]
+    if not results:
+        print0("nothing is finished, so there is no table")
+        return
     rows, counts, times = [], [], peek_json(plan.out / "times.json")
     for i, row in enumerate(table.rows):
         seeds = {seed: folders for (j, seed), folders in runs.items() if j == i}
@@ -361,7 +379,7 @@ def close(table, args, plan, runs, results):
         rows.append({"name": row.name, "paper": list(row.paper), "collapsed": broken,
                      "columns": statistics(found[i], found[table.baseline]),
                      "steps": {what: steps_in(folder)
-                               for what, folder in next(iter(seeds.values()), {}).items()},
+                               for what, folder in next(iter(seeds.values()), {}).items() if what != "fresh"},
                      "commands": [show(job, plan) for job in made],
                      "failed seeds": sorted(seeds.keys() - found[i].keys())})
     notes = [table.note] * bool(table.note)
@@ -383,10 +401,11 @@ def close(table, args, plan, runs, results):
             with atomic(plan.out / f"{name}.{suffix}") as part:
                 part.write_text(write(table, rows))
             print0(f"wrote {plan.out / name}.{suffix}")
-    chances = {TASKS[task].title: 100 / len(TASKS[task].words) for task in DEMO_TASKS}
-    chances["average"] = float(np.mean(list(chances.values())))
-    on_demo = any(title in columns_of(rows) for title in chances if title != "average")
-    chance = chances.get(main_column(table, rows)) if on_demo else None
+    chances = {TASKS[task].title: 100 / len(TASKS[task].words) for task in DEMO_TASKS
+               if TASKS[task].title in columns_of(rows)}  # of real tasks it is not so simple
+    if chances:
+        chances["average"] = float(np.mean(list(chances.values())))
+    chance = chances.get(main_column(table, rows))
     figures.save(draw(table, rows, chance), plan.out / f"{name}.png", {
         "title": table.title, "notes": notes, "test": test, "rows": rows,
         "paper_columns": list(table.columns), "command": shlex.join(["python", "ablate.py", *args.argv]),

@@ -17,6 +17,8 @@ given they look at the demo's models, and train these first where they are missi
 papers' tables of results are ablate.py's.
 """
 import argparse
+import sys
+from functools import partial
 
 import common
 from analyses.clips import examples, retrieval, tokens
@@ -44,12 +46,18 @@ def parse(argv=None):
                              help="the file to write (default %(default)s)")
         return one.add_argument
 
-    def shown(add, clips=True):
-        if clips:
-            add("--clips", type=int, default=60000, help="search at most so many (default %(default)s)")
+    number = {name: partial(common.convert, name, kind=int) for name in ("clips", "seed", "rows")}
+
+    def with_thumbnails(add):
         add("--thumbnails", default="", metavar="FOLDER",
             help="of images <video_id>_<second>, <video_id>/<second> or <video_id> with .jpg or .png")
-        add("--seed", type=int, default=0, help="of what is drawn at random (default %(default)s)")
+
+    def shown(add, clips=True):
+        if clips:
+            add("--clips", type=number["clips"], default=60000,
+                help="search at most so many (default %(default)s)")
+        with_thumbnails(add)
+        add("--seed", type=number["seed"], default=0, help="of what is drawn at random (default %(default)s)")
 
     def two_models(add):
         add("a", metavar="A", nargs="?",
@@ -66,21 +74,21 @@ def parse(argv=None):
     add("run", nargs="?", help=NEWEST)
     add("--sentence", action="append", default=[], metavar="TEXT",
         help="a sentence; may be repeated; default: --rows of the run's text corpus")
-    add("--rows", type=int, default=4, help="sentences to draw (default %(default)s)")
+    add("--rows", type=number["rows"], default=4, help="sentences to draw (default %(default)s)")
     shown(add)
     add = command(tokens, "figure of the clip of each token of a sentence, and of a word's nearest words")
     add("run", nargs="?", help=NEWEST)
-    add("--sentence", default="", metavar="TEXT", help="default: one of the run's text corpus")
+    add("--sentence", metavar="TEXT", help="default: one of the run's text corpus")
     add("--word", action="append", default=[], help="a word; may be repeated; default: three")
     shown(add, clips=False)
     add = command(examples, "figure of questions that A gets right and B wrong, with their nearest clips")
     two_models(add)
-    add("--rows", type=int, default=6, help="questions to show (default %(default)s)")
+    add("--rows", type=number["rows"], default=6, help="questions to show (default %(default)s)")
     add("--run", default="", help="a distillation; its teacher finds the clips; default: the newest in out/")
     shown(add)
     add = command(neurons, "figure and table of the activation patterns that NST matches")
     add("run", nargs="?", help=NEWEST)
-    add("--sentence", default="", help="what they read; default: the run's held-out text")
+    add("--sentence", help="what they read; default: the run's held-out text")
     add = command(pwcca, "PWCCA of models' word embeddings, a bar a pair")
     add("models", nargs="*", metavar="MODEL", help="runs, folders of BERT, ELECTRA or CLIP, OpenAI's file")
     add("--words", default="", help="file of words, one a line; default: those that both hold whole")
@@ -96,9 +104,11 @@ def parse(argv=None):
     add("adapted", nargs="*", help="runs or folders of what became of it")
     add = command(attention, "figure and table of the attention of cross-modal encoders")
     add("runs", nargs="*", help="folders of adapt_xdbert.py's runs")
-    add("--sentence", default="", help="what they read; default: the held-out text of the first run")
+    add("--sentence", help="what they read; default: the held-out text of the first run")
     add = command(page, "one HTML file on a run, with all that it shows in it", out=".html")
     add("run", nargs="?", help=NEWEST)
+    with_thumbnails(add)
+    argv = [common.spelled(arg, "_") for arg in (sys.argv[1:] if argv is None else argv)]
     args, rest = parser.parse_known_args(argv)
     flags = vars(args)
     name = flags.pop("command")
@@ -126,7 +136,7 @@ def fill_in(function, flags):
     if function is attention and not flags["runs"]:
         flags["runs"] = demo_adaptations()
     if function is pwcca and not flags["models"]:
-        flags["models"] = ["out/distill-none-s0", *demo_adaptations()[:1], "out/teacher-clip-s0"]
+        flags["models"] = ["out/distill-none-s0", *demo_adaptations(1), "out/teacher-clip-s0"]
     if function is drift and not flags["adapted"]:
         if flags["original"]:
             raise SystemExit(f"{flags['original']}: is compared with nothing; give an adapted model, too")

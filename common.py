@@ -114,6 +114,15 @@ def without_unread(cfg, needs):
                                        if missed_need(cfg, f.name, needs)})
 
 
+def spelled(arg, mark):
+    """A flag's name with `mark`, - or _, in place of the other: --clip_vocab=a_b -> --clip-vocab=a_b; other
+    text as it is."""
+    name, equals, value = arg.partition("=")
+    if not name.startswith("--") or " " in name:
+        return arg
+    return "--" + name[2:].replace("-", mark).replace("_", mark) + equals + value
+
+
 def convert(name, text, kind):
     """The text of flag `name` as its type; SystemExit names the flag where that fails."""
     if kind in (bool, Switch):

@@ -106,7 +106,8 @@ def open_runs(path):
     """{task: {s0: (folder, flags, results)}} of the finished runs in a task's folder or a model's."""
     found = {}
     folders = [Path(path), *sorted(Path(path).iterdir())] if Path(path).is_dir() else []
-    for run in (file.parent for folder in folders for file in sorted(folder.glob("s[0-9]*/results.json"))):
+    runs = [file.parent for folder in folders for file in sorted(folder.glob("s[0-9]*/results.json"))]
+    for run in (run for run in runs if run.name[1:].isdigit()):  # s0.1 has been replaced by s0
         config, results = read_run(run)
         task, hashes = str(config["config"].get("tasks")), results.get("hashes")
         if not (task in TASKS and isinstance(hashes, dict) and "dev" in hashes and "model" in results):

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 import common
 import data
 from analyses.answers import mcnemar, shared_answers
-from analyses.closing import aligned_space, newest_run, open_judge, students_of
+from analyses.closing import aligned_space, open_judge, students_of
 from analyses.figures import COLOURS, describe, draw_clip, grid, save
 from analyses.sentences import encode, sample_sentences
 from common import hash64, keyed_uniform, progress, read_settings
 from finetune import UNKNOWN
 from parts.machine import init_ranks
-from parts.metrics import mean_state, noun_vectors, ranks, recall, ridge, top, vectors
+from parts.metrics import Top, mean_state, noun_vectors, ranks, recall, ridge, top, vectors
 from parts.tasks import TASKS
 from parts.weights import load_bert, read_tensors
 from run import read_run
@@ -63,7 +63,7 @@ class Reader:
 
 def open_run(run):
     """(folder of a distillation, its judge) whose teacher watches clips; SystemExit where it has none."""
-    run, device = Path(run or newest_run()), init_ranks().device
+    run, device = Path(run), init_ranks().device
     if not {"train", "videos", "objective", "teacher"} <= read_run(run)[0]["config"].keys():
         raise SystemExit(f"{run}: not a run of distill.py; give one, such as out/distill-nst+crd-s0")
     judge = open_judge(run, device)
@@ -91,12 +91,12 @@ def fit_spaces(readers, judge, fit=4000):
     """Gives each Reader two more spaces, for the teacher in this order: the paper's own recipe (Appendix E:
     the mean of the last hidden states against v) where the widths allow it, and the mean state after one
     ridge map to v, fitted on `fit` training clips, alike for every model."""
-    def encode(batch):
+    def read(batch):
         return watch(judge, batch), *(mean_state(reader.bert(batch["ids"], batch["mask"]), batch["mask"])
                                       for reader in readers.values())
     train = judge.clips[0]
     index = np.linspace(0, len(train) - 1, min(fit, len(train))).astype(np.int64)
-    v, *states = over_clips("fit", encode, train, index, judge.device)
+    v, *states = over_clips("fit", read, train, index, judge.device)
     for (name, reader), x in zip(readers.items(), states):
         mapped = {"after one ridge map": (
             lambda h, mask, to_video=ridge(x, v): to_video(mean_state(h, mask).cpu()), as_it_is)}
@@ -123,14 +123,14 @@ def held_out_scores(readers, judge):
 
     -> [{"model", "space", "1", "5", "10": shares found among the k nearest, "median": median rank from 1}].
     """
-    def encode(batch):
+    def read(batch):
         columns = [watch(judge, batch)]
         for reader in readers.values():
             h = reader.bert(batch["ids"], batch["mask"])
             columns += [text(h, batch["mask"]) for text, _ in reader.spaces.values()]
         return tuple(columns)
     val, rows = judge.clips[1], []
-    v, *queries = over_clips("held-out clips", encode, val, np.arange(len(val)), judge.device)
+    v, *queries = over_clips("held-out clips", read, val, np.arange(len(val)), judge.device)
     for name, reader in readers.items():
         for title, (_, clip) in reader.spaces.items():
             query = queries.pop(0)
@@ -179,6 +179,18 @@ class Gallery:
         """The teacher's vectors of clips, (n, C_v)."""
         return over_clips("watch", lambda batch: (watch(judge, batch),), self.clips, captions,
                           judge.device)[0]
+
+    def search(self, judge, captions, readers, ids, mask, k):
+        """{name: metrics.Top of k} among clips, for texts ids, mask (n, T) as each Reader sees them."""
+        found = {name: Top(reader.vectors(ids, mask), k) for name, reader in readers.items()}
+
+        def compare(batch):
+            v = watch(judge, batch)
+            for name, reader in readers.items():
+                found[name].add(reader.clip(v))
+            return ()  # so that no vectors are kept
+        over_clips("watch", compare, self.clips, captions, judge.device)
+        return found
 
     def video(self, caption):
         """(id, first second, last second)."""
@@ -304,7 +316,7 @@ def chosen_sentences(given, rows, seed, judge, gallery, readers):
 # ---------------------------------------------------------------------------- retrieval
 
 
-def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, out=""):
+def retrieval(run, sentence=(), rows=4, clips=60000, thumbnails="", seed=0, out=""):
     """The three clips that teacher and students retrieve for sentences, side by side, and recall, median rank
     (VidLanKD Fig. 4 and 5).
 
@@ -316,10 +328,8 @@ def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, o
     texts, ids, mask = chosen_sentences(sentence, rows, seed, judge, gallery, readers)
     pool = gallery.sample(judge, clips, seed)
     fit_spaces(readers, judge)
-    scores, v = held_out_scores(readers, judge), gallery.vectors(judge, pool)
-    best = {name: [x.tolist() for x in top(reader.vectors(ids, mask), reader.clip(v), 3)]
-            for name, reader in readers.items()}
-    k = min(3, len(pool))
+    scores, k = held_out_scores(readers, judge), min(3, len(pool))
+    best = gallery.search(judge, pool, readers, ids, mask, k)
     figure, axes = grid(k * len(texts), len(readers), 3.8, 0.95)
     found = []
     for row, text in enumerate(texts):
@@ -328,11 +338,11 @@ def retrieval(run="", sentence=(), rows=4, clips=60000, thumbnails="", seed=0, o
         axes[k * row, 0].annotate(title, (0, 1), (0, 18), "axes fraction", "offset points", fontsize=8.5,
                                   parse_math=False).set_in_layout(False)
         found.append({"sentence": text, "clips": {name: [] for name in readers}})
-        for column, (name, (cosine, index)) in enumerate(best.items()):
+        for column, (name, its) in enumerate(best.items()):
             for place in range(k):
-                axis, clip = axes[k * row + place, column], pool[index[row][place]]
+                axis, clip = axes[k * row + place, column], pool[its.index[row, place]]
                 shown = gallery.draw(axis, clip, text, f"{place + 1}.")
-                found[-1]["clips"][name].append(shown | {"cosine": cosine[row][place]})
+                found[-1]["clips"][name].append(shown | {"cosine": its.cosine[row, place].item()})
             axes[k * row, column].set_title("\n" * (1 + title.count("\n")) + f"{name}, {readers[name].title}",
                                             fontsize=8.5, loc="left")
     figure.supxlabel(gallery.note())
@@ -436,7 +446,7 @@ def word_neighbours(readers, judge, words, asked, materials, scan):
     return found, shares
 
 
-def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
+def tokens(run, sentence=None, word=(), thumbnails="", seed=0, out=""):
     """The clip that each token of a sentence retrieves (VidLanKD Fig. 2, Eq. 9), and the nearest words of a
     word, in teacher and students.
 
@@ -447,7 +457,7 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
     run, judge = open_run(run)
     gallery, vocab = Gallery(judge, thumbnails), judge.val.vocab
     (captions, vokens), readers = voken_captions(judge, gallery), open_readers(run, judge)
-    (text,), ids, mask = chosen_sentences([sentence] * bool(sentence), 1, seed, judge, gallery, readers)
+    (text,), ids, mask = chosen_sentences([sentence][:sentence is not None], 1, seed, judge, gallery, readers)
     # states of at most a quarter of a GiB
     widest = max(reader.bert.width for reader in readers.values())
     scan = min(4000, max(1, 2 ** 26 // (judge.train.block_size * widest)))
@@ -461,7 +471,10 @@ def tokens(run="", sentence="", word=(), thumbnails="", seed=0, out=""):
                         key=lambda w: (-len(w), w))
         drawn = sorted(words, key=lambda w: keyed_uniform("word", seed, w))
         asked = list(dict.fromkeys([*inside, *drawn]))[:3]
-    encode_texts(asked, vocab, readers, "--word")
+    for w, pieces in zip(asked, encode(asked, vocab, "--word", UNKNOWN)):
+        if len(pieces) > judge.train.block_size - 2:
+            raise SystemExit(f"--word {shorten(w, 60)}: has {len(pieces)} word pieces, more than a block of "
+                             "the corpus; give one word")
     near, shares = word_neighbours(readers, judge, words, asked, materials, scan)
     fit_spaces(readers, judge)
     pieces = [vocab.tokens[i] for i in ids[0, 1:int(mask.sum()) - 1].tolist()]
@@ -538,7 +551,7 @@ def draw_neighbours(axis, word, near, materials):
 # ---------------------------------------------------------------------------- examples
 
 
-def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, data_dir="", out=""):
+def examples(a, b, run, task="", rows=6, clips=60000, thumbnails="", seed=0, data_dir="", out=""):
     """Questions that one model gets right and another wrong, with the nearest clip (VidLanKD Tables 10-12).
 
     Right: in more than half of A's runs, and in no more than half of B's, of the seeds that both have. The
@@ -548,14 +561,17 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
     pairs = shared_answers(a, b, ("classify", "choice"), task, data_dir)
     names = [answers.model for answers in next(iter(pairs.values()))]
     names = names if names[0] != names[1] else [str(a), str(b)]
-    counts, chosen = {}, []
+    counts, found_in = {}, {}
     for name, (one, other) in pairs.items():
         counts[name] = mcnemar(one, other)
         margin = one.right.mean(0) - other.right.mean(0)
         only = np.flatnonzero(one.mostly_right & ~other.mostly_right)
         order = np.lexsort((hash64("example", seed, only), -margin[only]))
-        chosen += [(name, int(i)) for i in only[order][:math.ceil(rows / len(pairs))]]
-    chosen = chosen[:rows]
+        found_in[name] = only[order][:rows].tolist()
+    # one of each task in turn, so that all are seen; then task by task
+    turns = [(turn, name, i) for name, some in found_in.items() for turn, i in enumerate(some)]
+    turns = sorted(turns, key=lambda x: x[0])[:rows]
+    chosen = [(name, i) for name in pairs for _, other, i in turns if name == other]
     lines = [["task", "questions", "both right", f"only {names[0]}", f"only {names[1]}", "neither", "p"]]
     lines += [[TASKS[name].title, *(f"{value:,}" for key, value in row.items() if key != "p"),
                f"{row['p']:.2g}"] for name, row in counts.items()]
@@ -570,7 +586,7 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
     sentences = [pairs[name][0].sentence(i) for name, i in chosen]
     encoded = encode_texts(sentences, judge.val.vocab, {"teacher": teacher}, f"--run {run}")
     pool = gallery.sample(judge, clips, seed)
-    cosine, index = top(teacher.vectors(*encoded), gallery.vectors(judge, pool), 1)
+    nearest = gallery.search(judge, pool, {"teacher": teacher}, *encoded, 1)["teacher"]
 
     cells, found, panels = [["context", "hypotheses", "GT", *names]], [], []
     for number, (name, i) in enumerate(chosen, 1):
@@ -589,8 +605,8 @@ def examples(a, b, task="", rows=6, run="", clips=60000, thumbnails="", seed=0, 
     for row, (left, right) in enumerate(axes):
         left.axis("off")
         left.text(0, 0.5, panels[row], fontsize=8, va="center", transform=left.transAxes, parse_math=False)
-        found[row] |= gallery.draw(right, pool[index[row, 0]], sentences[row]) | {
-            "cosine": cosine[row, 0].item()}
+        found[row] |= gallery.draw(right, pool[nearest.index[row, 0]], sentences[row]) | {
+            "cosine": nearest.cosine[row, 0].item()}
     figure.supxlabel(gallery.note())
     save(figure, out, {"run": str(run), "a": names[0], "b": names[1], "counts": counts, "examples": found},
          f"{common.table(lines)}\np: McNemar's exact test\n\n{common.table(cells)}\n"

@@ -2,6 +2,7 @@
 
 Everything is measured from saved runs: a run can be looked at again at any time, beside any other.
 """
+import glob
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import common
 import data
 import distill
 from analyses.figures import clip_states, describe
-from common import parse_json, print0, read_json, read_settings, read_text, write_json
+from common import parse_json, peek_json, print0, read_json, read_settings, read_text, write_json
 from finetune import run_name
 from model import DistillHead
 from parts.machine import Ranks, init_ranks
@@ -51,10 +52,10 @@ def open_judge(folder, device):
     """
     config, _ = read_run(folder)
     cfg = SimpleNamespace(**config["config"])
-    if not {"train", "teacher"} <= vars(cfg).keys():
+    if not {"train", "val", "block_size", "seed", "videos", "teacher"} <= vars(cfg).keys():
         raise SystemExit(f"{folder}: not a distillation; give the folder of a finished run of distill.py")
     changed = f"{folder}: was made from another {{}} than is there now; make the run again"
-    if "*" not in cfg.train and not Path(cfg.train).exists():
+    if not (Path(cfg.train).exists() or glob.glob(cfg.train)):
         raise SystemExit(f"{folder}: was made from {cfg.train}, which is not here; call from the folder in "
                          "which it was made, or make that file again")
     train, val = (data.TextBlocks(cfg.train, cfg.block_size, part, cfg.val) for part in ("train", "val"))
@@ -82,13 +83,18 @@ def open_judge(folder, device):
 
 
 def newest_run(out="out"):
-    """The folder of the latest distillation with a closing table, by its stored finish time."""
-    kinds = {"finished": (int, float)}
-    found = [(read_settings(path.with_name("results.json"), kinds)["finished"], path.parent)
-             for path in Path(out).glob("distill-*/table.json")]
+    """The folder of the latest distillation with a closing table, by its stored finish time; of a text-only
+    one where there is no other."""
+    found = []
+    for path in Path(out).glob("distill-*/table.json"):
+        results = peek_json(path.with_name("results.json"))
+        if isinstance(results.get("finished"), (int, float)):
+            found.append((results.get("objective") != "none", results["finished"], path.parent))
     if not found:
         raise SystemExit(f"{out}: no finished distillation; run torchrun distill.py --objective nst+crd")
-    return max(found)[1]
+    run = max(found)[2]
+    print0(f"the newest distillation: {run}")
+    return run
 
 
 def short_names(paths):
@@ -101,24 +107,33 @@ def short_names(paths):
 
 
 def students_of(run, judge):
-    """{name: folder} of a distillation and of its text-only twin where that lies beside it; those that read
-    other tokens are left out."""
+    """{name: folder} of a distillation and of its text-only twin where that lies beside it and read the same
+    text."""
     found = {}
     for folder in dict.fromkeys((Path(run), Path(run).parent / f"distill-none-s{judge.cfg.seed}")):
         if not (folder / "results.json").exists():
             continue
-        if config_and_vocab(folder / "model", weights=False)[1].hash != judge.val.vocab.hash:
-            print0(f"{folder}: has another vocabulary, so it is left out")
+        config, results = read_run(folder)
+        text = (config.get("hashes") or {}).get("corpus", judge.train.hash)
+        words = config_and_vocab(folder / "model", weights=False)[1].hash
+        if (text, words) != (judge.train.hash, judge.val.vocab.hash):
+            print0(f"{folder}: has another text or vocabulary, so it is left out")
             continue
-        objective = read_run(folder)[0]["config"]["objective"]
+        objective = results["objective"]
         found["text-only" if objective == "none" else objective] = folder
     return found
 
 
-def read_table(run):
-    """table.json of a distillation."""
+def saved_table(run):
+    """(text of a distillation's closing table, how many clips were held out), from its table.json."""
+    path = Path(run) / "table.json"
     advice = "give the folder of a finished run of distill.py"
-    return read_settings(Path(run) / "table.json", {"columns": dict, "clips": int}, advice)
+    found = read_settings(path, {"columns": dict, "clips": int}, advice)
+    try:
+        return closing_table(found["columns"], found["clips"]), found["clips"]
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise SystemExit(f"{path}: not in the form of distill.py ({error!r}); measure the run again, by its "
+                         "command with --resume auto") from None
 
 
 def read_heads(folder, device="cpu"):
@@ -330,10 +345,11 @@ def table(runs):
     """Prints a row a distillation: masked words, retrieval after the ridge map, and probes of held-out nouns
     (linear / 5 nearest), all but the loss in percent."""
     rows, device = [], init_ranks().device
-    for run in common.progress(runs, len(runs), " runs", "measure"):
+    named = dict(zip(short_names(runs), runs))
+    for name, run in common.progress(named.items(), len(named), " runs", "measure"):
         found = measure(run, open_judge(run, device), device)
         try:
-            row = {"run": Path(run).name, "mlm loss": f"{found['mlm_loss']:.3f}",
+            row = {"run": name, "mlm loss": f"{found['mlm_loss']:.3f}",
                    "accuracy": f"{100 * found['mlm_accuracy']:.1f}"}
             if "retrieval" in found:
                 row["ridge R@10"] = f"{100 * found['retrieval']['ridge']['10']:.1f}"
@@ -345,5 +361,5 @@ def table(runs):
             raise SystemExit(f"{run}/results.json: not in the form of distill.py ({error!r}); make the run "
                              "again") from None
         rows.append(row)
-    columns = max(rows, key=len)
-    print(common.table([list(columns), *([row.get(key, "-") for key in columns] for row in rows)]))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    print0(common.table([columns, *([row.get(key, "-") for key in columns] for row in rows)]))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analyses.closing import newest_run, short_names
+from analyses.closing import short_names
 from analyses.figures import COLOURS, STYLES, bars, grid, save
 from common import parse_json, peek_json, read_text, table
 from run import read_run
@@ -23,16 +23,18 @@ def read_log(run):
                 steps.append(line["step"])
                 values.append(math.nan if value is None else float(value))
         unit = next(name for name in columns if name.endswith("_per_s"))
-        first = next(line for line in lines if "lr" in line)
+        first = list(next(line for line in lines if "lr" in line))
+        terms = {name: columns[name] for name in first[1:first.index("lr")]}
+        if not terms:
+            raise ValueError
+        found = {"terms": terms, "lr": columns["lr"], "norm": columns["grad_norm"], "speed": columns[unit]}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise SystemExit(f"{path}: is no log of a run; give the folder of a finished run") from None
     except StopIteration:
         raise SystemExit(f"{path}: too few steps to draw; train for more than --log_every") from None
-    terms = list(first)[1:list(first).index("lr")]
     parts = {key: {name.removeprefix(prefix): columns[name] for name in columns if name.startswith(prefix)}
              for key, prefix in (("gradients", "gradient_"), ("validation", "val_"))}
-    return parts | {"terms": {name: columns[name] for name in terms}, "lr": columns["lr"],
-                    "norm": columns["grad_norm"], "speed": columns[unit], "unit": unit.removesuffix("_per_s")}
+    return found | parts | {"unit": unit.removesuffix("_per_s")}
 
 
 def read_learned(run):
@@ -59,13 +61,13 @@ def read_learned(run):
     return found
 
 
-def curves(runs=(), out=""):
+def curves(runs, out=""):
     """Figure of runs: losses, gradients of each term, learning rate, speed; of one distillation also what
     each model of its closing table has learned. Prints a row a run.
 
     With several runs a colour is a run and a style a term.
     """
-    runs = list(dict.fromkeys(map(Path, runs or [newest_run()])))
+    runs = list(dict.fromkeys(map(Path, runs)))
     if len(runs) > len(COLOURS):
         raise SystemExit(f"{len(runs)} runs: at most {len(COLOURS)} can be told apart in a picture; give "
                          "fewer")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common import atomic, write_json
+from common import atomic, print0, write_json
 
 # Okabe and Ito 2008: told apart by colour-blind eyes, and by their greys; lines have styles, too
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
@@ -27,17 +27,17 @@ def grid(rows, columns, width, height, frame=True):
 
 
 def save(figure, out, found, text=""):
-    """Prints `text`, writes the figure as the PNG `out` and what it shows, `found`, as the json beside it."""
+    """Writes the figure as the PNG `out` and what it shows, `found`, as the json beside it; prints `text`."""
     import matplotlib.pyplot as plt
     out = check_out(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if text:
-        print(f"\n{text}\n")
     with atomic(out) as part:
         figure.savefig(part, format="png", dpi=110)
     plt.close(figure)
     write_json(out.with_suffix(".json"), found)
-    print(f"wrote {out} and {out.with_suffix('.json')}")
+    if text:
+        print0(f"\n{text}\n")
+    print0(f"wrote {out} and {out.with_suffix('.json')}")
 
 
 def check_out(out, suffix=".png"):

@@ -9,7 +9,7 @@ import torch
 
 import common
 import data
-from analyses.closing import newest_run, open_judge, read_heads, short_names, students_of
+from analyses.closing import open_judge, read_heads, short_names, students_of
 from analyses.figures import STYLES, grid, save
 from analyses.sentences import encode, sample_sentences
 from parts.vocab import OPENAI_CLIP
@@ -100,7 +100,8 @@ def open_cross(run):
     """A run of adapt_xdbert.py: its model, both vocabularies, its flags."""
     config, _ = read_run(run)
     folder = Path(run) / "model"
-    if "cross_layers" not in config["config"] or not (folder / "cross.json").exists():
+    needed = {"cross_layers", "objective", "train", "val", "block_size"}
+    if not needed <= config["config"].keys() or not (folder / "cross.json").exists():
         raise SystemExit(f"{run}: has no cross-modal encoder; give a run of adapt_xdbert.py that has one, so "
                          "without --no_clip and --cross_layers 0")
     vocab, tower = (config_and_vocab(path, weights=False)[1] for path in (folder, folder / "clip"))
@@ -155,46 +156,57 @@ def measure_attention(name, opened, texts):
     return rows, first
 
 
-def attention(runs, sentence="", out=""):
+def attention(runs, sentence=None, out=""):
     """Table and PNG of the attention between both streams of XDBERTs (section 5 and Table 9 of the paper).
 
     The paper's claim: without CLIPTC it settles on common trivial words. The table's numbers are means over
     the sentence, or over 100 sentences of the first run's held-out text, whose first is drawn.
     """
-    texts, rows, drawn = [sentence] if sentence else [], [], {}
+    texts, rows, drawn = [sentence][:sentence is not None], [], {}
     for name, run in dict(zip(short_names(runs), runs)).items():
         opened = open_cross(run)
         cfg = opened.cfg
         texts = texts or sample_sentences(data.TextBlocks(cfg.train, cfg.block_size, "val", cfg.val), 100)
         found, drawn[name] = measure_attention(name, opened, texts)
         rows += found
-    lines = [["run", "layer", "direction", "head", "entropy, nats", "of uniform's", "by query, nats",
-              "on one key", "most often", "on the same word", "if uniform"]]
-    for row in rows:
-        lines.append([row["run"], str(row["layer"]), row["direction"] + " (untrained)" * (not row["trained"]),
-                      str(row["head"]), f"{row['entropy']:.2f}", f"{row['share']:.0%}",
-                      f"{row['mutual']:.2f}", f"{row['top']:.0%}", f"{row['key']} {row['key_share']:.0%}",
-                      f"{row['same']:.0%}", f"{row['uniform']:.0%}"])
     figure, maps = draw_maps(drawn, rows)
     text = "\n".join([
-        common.table(lines) + means_over(texts),
+        "\n\n".join(attention_table(name, [row for row in rows if row["run"] == name]) for name in drawn)
+        + means_over(texts),
         "entropy: of a query's attention; by query: what it tells of the key, 0 = all queries attend alike",
         "on one key: the share of the key that gets most, and which that is most often",
         "on the same word: as the query's; untrained: no term of the run reads this half"])
     save(figure, out, {"sentences": texts, "rows": rows, "maps": maps}, text)
 
 
+def attention_table(run, rows):
+    """Text of a run's rows of measure_attention."""
+    lines = [[run, "layer", "head", "entropy, nats", "of uniform's", "by query, nats", "on one key",
+              "most often", "on the same word", "if uniform"]]
+    for row in rows:
+        lines.append([row["direction"] + ", untrained" * (not row["trained"]), str(row["layer"]),
+                      str(row["head"]), f"{row['entropy']:.2f}", f"{row['share']:.0%}",
+                      f"{row['mutual']:.2f}", f"{row['top']:.0%}", f"{row['key']} {row['key_share']:.0%}",
+                      f"{row['same']:.0%}", f"{row['uniform']:.0%}"])
+    return common.table(lines)
+
+
 def draw_maps(drawn, rows):
-    """(figure, [what its panels show]) of {run: (tokens, maps)}: at most 2 layers and 2 heads of each."""
-    shown = {name: [row for row in rows if row["run"] == name and row["layer"] <= 2 and row["head"] in (1, 2)]
-             for name in drawn}
-    panels = [[row | {"queries": drawn[name][0][side], "keys": drawn[name][0][other],
-                      "weights": drawn[name][1][side][row["layer"] - 1][0, row["head"] - 1].tolist()}
-               for row in shown[name] if row["direction"] == DIRECTIONS[side]]
-              for name in drawn for side, other in (("text", "clip"), ("clip", "text"))]
+    """(figure, [what its panels show]) of {run: (tokens, maps)}: a row a run, direction and layer, a column a
+    head."""
+    other, panels = {"text": "clip", "clip": "text"}, {}
+    for row in rows:
+        if row["head"] != "all":
+            tokens, maps = drawn[row["run"]]
+            side = next(side for side in DIRECTIONS if DIRECTIONS[side] == row["direction"])
+            panels.setdefault((row["run"], side, row["layer"]), []).append(
+                row | {"queries": tokens[side], "keys": tokens[other[side]],
+                       "weights": maps[side][row["layer"] - 1][0, row["head"] - 1].tolist()})
+    runs = list(drawn)
+    panels = [panels[key] for key in sorted(panels, key=lambda x: (runs.index(x[0]), x[1] == "clip", x[2]))]
     flat = [panel for row in panels for panel in row]
     most = max(14, *(len(panel["keys"]) for panel in flat))
-    figure, axes = grid(len(panels), max(map(len, panels)), 1 + 0.12 * most, 1.2 + 0.12 * most)
+    figure, axes = grid(len(panels), max(map(len, panels)), 0.9 + 0.11 * most, 0.9 + 0.11 * most)
     peak = max(np.max(panel["weights"]) for panel in flat)
     for line, row in zip(axes, panels):
         for axis in line[len(row):]:
@@ -206,8 +218,7 @@ def draw_maps(drawn, rows):
                            + ", untrained" * (not panel["trained"]), fontsize=8)
         line[0].set_ylabel(f"{row[0]['run']}\n{row[0]['direction']}", fontsize=8)
     figure.colorbar(image, ax=axes, label="attention weight (a row sums to 1)", shrink=0.4)
-    figure.suptitle("Cross-modal attention: rows are queries, columns keys; at most 2 layers and 2 heads are "
-                    "drawn")
+    figure.suptitle("Cross-modal attention: rows are queries, columns keys")
     return figure, [{key: panel[key] for key in ("run", "direction", "layer", "head", "queries", "keys",
                                                  "weights")} for panel in flat]
 
@@ -316,7 +327,7 @@ def match(s, t):
 
 
 @torch.no_grad()
-def neurons(run="", sentence="", out="", rows=6):
+def neurons(run, sentence=None, out=""):
     """Table and PNG of what NST matches (VidLanKD section 3.4, Eq. 7): activation patterns over a sentence.
 
     Of the teacher the neurons that vary most between the tokens; below each the neuron of the distilled
@@ -325,12 +336,11 @@ def neurons(run="", sentence="", out="", rows=6):
     sentence, or over 100 sentences of the held-out text, whose first is drawn; chance: the student's tokens
     are rotated by half of the sentence.
     """
-    run = run or newest_run()
     judge = open_judge(run, torch.device("cpu"))
     if not judge.bert:
         raise SystemExit(f"{run}: no teacher beside it that reads the same words; give a run of distill.py "
                          "whose --teacher does")
-    texts = [sentence] if sentence else sample_sentences(judge.val, 100)
+    texts = sample_sentences(judge.val, 100) if sentence is None else [sentence]
     models = {name: (load_bert(folder / "model"), read_heads(folder)[1]("nst"))
               for name, folder in students_of(run, judge).items()}
     vocab, measured, drawn = judge.val.vocab, {name: [] for name in models}, None
@@ -343,7 +353,7 @@ def neurons(run="", sentence="", out="", rows=6):
         found = {name: match(s, t) for name, s in students.items()}
         drawn = drawn or ([vocab.decode([i]) for i in ids[0]], h, t, students, found)
         for name, (mmd, value, _) in found.items():
-            chance = match(students[name].roll(len(t) // 2, 0), t)[1]
+            chance = kernel(students[name].roll(len(t) // 2, 0), t).max(0).values
             measured[name].append([mmd, value.mean().item(), chance.mean().item()])
     means = {name: dict(zip(("mmd", "nearest", "chance"), np.mean(x, 0).tolist()))
              for name, x in measured.items()}
@@ -353,7 +363,7 @@ def neurons(run="", sentence="", out="", rows=6):
 
     tokens, h, t, students, found = drawn
     panels = []
-    for j in h.var(0).topk(min(rows, h.shape[1])).indices.tolist():
+    for j in h.var(0).topk(min(6, h.shape[1])).indices.tolist():
         panels.append([{"model": "teacher", "neuron": j, "pattern": t[:, j].tolist()}])
         for name, (_, value, nearest) in found.items():
             i = nearest[j].item()

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 from analyses.clips import retrieval
-from analyses.closing import closing_table, newest_run, read_table
+from analyses.closing import saved_table
 from analyses.curves import curves
 from analyses.figures import check_out
-from common import atomic
+from common import atomic, print0
 from run import read_run
 
 STYLE = """
@@ -31,11 +31,11 @@ WHAT = {  # what a run is, by a flag that only its stage's Config has
 # what its parts show
 CURVES = """Each term of the loss over the steps, relative to where it began; the gradient that each sends
 into the last hidden states, by which terms can be compared; the learning rate, and the speed."""
-TABLE = """What the teacher, the student that read text alone and this student know. Retrieval: is a caption's
+TABLE = """What the teacher, a student that read text alone and this student know. Retrieval: is a caption's
 own clip among the 1, 5, 10 nearest? Probes: does a noun's vector tell its property, of nouns that the probe
-was not fitted on? The texts say nothing of these properties."""
-CLIPS = """A clip is six frames. On the demo the form is the material, size and colour are the thing's; it
-turns or rises, and pales where the action has an effect. Neither student has seen a clip."""
+was not fitted on? The demo's texts say nothing of these properties."""
+CLIPS = """On the demo a clip is six frames: the form is the material, size and colour are the thing's; it
+turns or rises, and pales where the action has an effect. No student has seen a clip."""
 
 
 def element(tag, text):
@@ -43,23 +43,23 @@ def element(tag, text):
     return f"<{tag}>{html.escape(str(text))}</{tag}>"
 
 
-def drawn(words, command, *args):
+def drawn(words, command, *args, **flags):
     """What a command of analyze.py shows: its picture as a data: source, and the text that it prints; `words`
     tell what it is."""
     text = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "figure.png"
         with contextlib.redirect_stdout(text):
-            command(*args, out=out)
+            command(*args, out=out, **flags)
         picture = base64.b64encode(out.read_bytes()).decode()
     text = re.sub(r"\nwrote .*", "", text.getvalue()).strip("\n")
     image = f'<img alt="{html.escape(words)}" src="data:image/png;base64,{picture}"/>'
     return "\n".join([element("p", words), image, element("pre", text)])
 
 
-def page(run="", out=""):
+def page(run, thumbnails="", out=""):
     """A self-contained HTML page on a run: curves, closing table, retrieved clips, flags, command line."""
-    run, out = Path(run or newest_run()), check_out(out, ".html")
+    run, out = Path(run), check_out(out, ".html")
     config, results = read_run(run)
     flags = config["config"]
     what = next((text for flag, text in WHAT.items() if flag in flags), "a run").format_map(
@@ -69,12 +69,11 @@ def page(run="", out=""):
     parts = [element("h1", f"{run.name}: {what}"), element("h2", "Learning curves"),
              drawn(CURVES, curves, [run])]
     if (run / "table.json").exists() and flags.get("objective") != "none" and "crd_tau" in flags:
-        table = read_table(run)
-        parts += [element("h2", "What was learned"), element("p", TABLE),
-                  element("pre", closing_table(table["columns"], table["clips"]))]
-        if table["clips"]:
+        table, clips = saved_table(run)
+        parts += [element("h2", "What was learned"), element("p", TABLE), element("pre", table)]
+        if clips:
             parts += [element("h2", "Sentences and the clips that they retrieve"),
-                      drawn(CLIPS, retrieval, run)]
+                      drawn(CLIPS, retrieval, run, thumbnails=thumbnails)]
     parts.append(element("h2", "Results"))
     parts.append(rows({name: x for name, x in flat(results).items()
                        if name not in ("folder", "format", "finished", "vocabulary")}))
@@ -91,7 +90,7 @@ def page(run="", out=""):
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic(out) as part:
         part.write_text(text, encoding="utf-8")
-    print(f"wrote {out}: {len(text) / 1e6:.1f} MB, with all that it shows in it")
+    print0(f"wrote {out}: {len(text) / 1e6:.1f} MB, with all that it shows in it")
 
 
 def flat(values, prefix=""):

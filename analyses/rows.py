@@ -18,13 +18,14 @@ def compare(values, others):
     """p of a paired t test, two-sided: do two rows differ, over the seeds that both have?
 
     values, others: {seed: value}. t = mean(d) / (s(d) / sqrt(n)) with n - 1 degrees of freedom, d the
-    differences on the same seed, whose world both rows saw. None below two seeds.
+    differences on the same seed, whose world both rows saw. None below two seeds, and where all differ by as
+    much: a spread of 0 is one of rounding.
     """
     difference = np.array([values[seed] - others[seed] for seed in values.keys() & others.keys()])
     if len(difference) < 2:
         return None
-    if np.ptp(difference) == 0:  # no spread: equal, or always apart by as much
-        return float(difference[0] == 0)
+    if np.ptp(difference) < 1e-9:
+        return None if abs(difference[0]) > 1e-9 else 1.0
     from scipy import stats  # takes a second
     return float(stats.ttest_1samp(difference, 0).pvalue)
 

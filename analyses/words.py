@@ -369,7 +369,7 @@ def shown_text(title, group, one, runs, bold):
 
 def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
     """Visually-grounded ratio of the examples that B improves on A and of those that it worsens (XDBERT
-    Figure 4, Appendix D): a box plot and a row a task, and three examples in words.
+    Figure 4, Appendix D): a box plot, a row and three marked-up examples a task.
 
     a, b: folders of finetune.py's runs, of a task or a model; compared are the seeds that both have. task:
     one; default all that both have. An example is improved where B is right in more runs than A, worsened
@@ -389,7 +389,7 @@ def grounded(a, b, task="", captions="", min_count=None, data_dir="", out=""):
                          "a line")
     captions = captions or first.path.parents[2] / "caption.json"
     run, flags, _ = next(iter(first.runs.values()))
-    folder = run / "model" if (run / "model").exists() else flags["model"] or flags["cross"]
+    folder = run / "model" if (run / "model").exists() else str(flags.get("model") or flags.get("cross"))
     vocab = config_and_vocab(model_folder(folder, str(run)), weights=False)[1]
     if not isinstance(vocab, Vocab):
         raise SystemExit(f"{a}: reads CLIP's pieces, the ratio counts BERT's; give the runs of a BERT as A")

@@ -128,15 +128,21 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def visible_gpus():
+    """Names of the GPUs that this process may use, as CUDA_VISIBLE_DEVICES has them."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    return names if names[0] else [str(i) for i in range(torch.cuda.device_count())]
+
+
 def side_by_side(jobs, needs={}, workers=0, logs=None, seconds=None):
     """Runs commands, {name: argv}, in `workers` processes, as many as cores where 0; these share the cores.
 
     needs: {name: names of the jobs that must have ended well before}. logs: folder that keeps what each job
     says, in <name>.txt; then one that fails stops only those that need it, else it ends all of them.
-    seconds: a dict that gets how long each took that ended well. -> {name: why it failed}. Where this process
-    is stopped the jobs are ended, too.
+    seconds: a dict that gets how long each ran. -> {name: why it failed}. Where this process is stopped the
+    jobs are ended, too. Of several GPUs each worker has one.
     """
-    waiting, running, failed, shown, gpus = dict(jobs), {}, {}, 0.0, torch.cuda.device_count()
+    waiting, running, failed, shown, gpus = dict(jobs), {}, {}, 0.0, visible_gpus()
     workers = workers or cores()
     threads = str(max(1, cores() // workers))
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads)
@@ -155,8 +161,8 @@ def side_by_side(jobs, needs={}, workers=0, logs=None, seconds=None):
                 elif places:
                     output = open(logs / f"{name}.txt", "w+") if logs else tempfile.TemporaryFile("w+")
                     place = places.pop(0)
-                    if gpus > 1 and "CUDA_VISIBLE_DEVICES" not in os.environ:
-                        environment["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
+                    if len(gpus) > 1:
+                        environment["CUDA_VISIBLE_DEVICES"] = gpus[place % len(gpus)]
                     # a group of its own: Ctrl-C reaches this process alone, which then ends the jobs once
                     process = subprocess.Popen(waiting.pop(name), stdin=subprocess.DEVNULL, stdout=output,
                                                stderr=subprocess.STDOUT, env=environment,
@@ -177,16 +183,18 @@ def side_by_side(jobs, needs={}, workers=0, logs=None, seconds=None):
                     failed[name] = lines[-1] if lines else f"exit status {process.returncode}"
                     if not logs:
                         raise SystemExit(f"{shlex.join(map(str, process.args))}: {failed[name]}")
-                elif seconds is not None:
+                if seconds is not None:
                     seconds[name] = time.monotonic() - process.began
                 bar.update()
     finally:
         bar.close()
         for process in running:
             process.terminate()
-        for process in running:
+        for process, name in running.items():
             process.wait()
             process.output.close()
+            if seconds is not None:
+                seconds[name] = time.monotonic() - process.began
     return failed
 
 

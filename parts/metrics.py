@@ -42,20 +42,29 @@ def recall(query, target, ks=(1, 5, 10), chunk=1024):
     return {str(k): (found <= k).float().mean().item() for k in ks}
 
 
-def top(query, target, k, chunk=4096):
-    """The k targets of highest cosine for each query, (n, C), (m, C) -> cosines, indices (n, k), best first.
+class Top:
+    """The k targets of highest cosine for each query (n, C), best first, of equal ones the earlier: cosine,
+    index (n, k). Targets are added in parts, so that memory does not grow with their number."""
 
-    Of equal ones the earlier comes first. chunk: targets that are compared at a time, so that memory does not
-    grow with n x m.
-    """
-    query = F.normalize(query.float(), dim=-1)
-    best, index = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
-    for start in range(0, len(target), chunk):
-        scores = query @ F.normalize(target[start:start + chunk].float(), dim=-1).T
-        place = torch.arange(start, start + scores.shape[1]).expand_as(scores)
-        best, order = torch.cat([best, scores], 1).sort(dim=1, descending=True, stable=True)
-        best, index = best[:, :k], torch.cat([index, place], 1).gather(1, order[:, :k])
-    return best, index
+    def __init__(self, query, k):
+        self.query, self.k, self.seen = F.normalize(query.float(), dim=-1), k, 0
+        self.cosine, self.index = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
+
+    def add(self, target):
+        """More targets (m, C), the ones that follow in number."""
+        scores = self.query @ F.normalize(target.float(), dim=-1).T
+        place = torch.arange(self.seen, self.seen + len(target)).expand_as(scores)
+        best, order = torch.cat([self.cosine, scores], 1).sort(dim=1, descending=True, stable=True)
+        self.index = torch.cat([self.index, place], 1).gather(1, order[:, :self.k])
+        self.cosine, self.seen = best[:, :self.k], self.seen + len(target)
+
+
+def top(query, target, k):
+    """Cosines and indices (n, k) of the Top of queries (n, C) among targets (m, C)."""
+    found = Top(query, k)
+    for part in target.split(4096):
+        found.add(part)
+    return found.cosine, found.index
 
 
 def nearest(query, target):

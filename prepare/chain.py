@@ -117,10 +117,10 @@ def any_distillation():
     return newest_run()
 
 
-def demo_adaptations():
-    """Folders of the demo's adaptations by the paper's objectives, with and without CLIPTC."""
+def demo_adaptations(n=2):
+    """Folders of the first n of the demo's adaptations: by the paper's objectives, and without CLIPTC."""
     return [adapt_xdbert(adapt_script.Config(objective=objective, table=False, resume="auto"))["folder"]
-            for objective in (adapt_script.Config.objective, "mlm+match")]
+            for objective in (adapt_script.Config.objective, "mlm+match")[:n]]
 
 
 def demo_fine_tuned():
@@ -181,19 +181,20 @@ def text_only_run(cfg, out):
     return replace(cfg, out_dir=str(out / distill_script.run_folder(cfg).name))
 
 
-def text_alone_run(cfg, folder):
-    """Config of the same encoder adapted on as much text alone; one run serves all flags of CLIP's side."""
+def text_alone_run(cfg, out):
+    """Config of the same encoder adapted on as much text alone, in the folder `out`; one run serves all flags
+    of CLIP's side."""
     unused = ("clip", "segments", "cross_layers", "freeze", "cliptc_rate", "w_match", "w_cliptc", "w_itc")
     cfg = replace(cfg, **{name: getattr(adapt_script.Config, name) for name in unused}, objective="mlm",
                   no_clip=True, resume="auto", max_minutes=0.0, out_dir="")
-    return replace(cfg, out_dir=str(folder.parent / adapt_script.run_folder(cfg).name))
+    return replace(cfg, out_dir=str(out / adapt_script.run_folder(cfg).name))
 
 
 def adaptation_rows(cfg, ranks, seeds=3):
     """What the demo compares with an adaptation: as much text alone, and ITC where the objective is the
     paper's. Each is adapted with several seeds, on the same world, start and tower, and fine-tuned once."""
-    alone, out = text_alone_run(cfg, Path(cfg.out_dir)), Path(cfg.out_dir).parent
-    rows = {"as much text alone": alone, cfg.objective: cfg}
+    out = Path(cfg.out_dir).parent
+    rows = {"as much text alone": text_alone_run(cfg, out), cfg.objective: cfg}
     if cfg.objective == adapt_script.Config.objective:
         with_itc = replace(cfg, objective=f"{cfg.objective}+itc", out_dir="")
         name = adapt_script.run_folder(with_itc).name

@@ -4,15 +4,9 @@ import sys
 from functools import partial
 
 import data
-from common import Parser, convert, one_line_end
+from common import Parser, convert, one_line_end, spelled
 from prepare.packing import pack_text, pack_videos, pack_xtext, train_vocab
 from prepare.world import make_demo
-
-
-def dashed(arg):
-    """--clip_vocab=a_b -> --clip-vocab=a_b"""
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value if arg.startswith("--") else arg
 
 
 @one_line_end()
@@ -51,7 +45,7 @@ def main(argv=None):
     add("--vocab", required=True, help="as for text; the teacher and its students share one vocabulary")
     add("--skip-bad", action="store_true", help="leave out what is missing or broken instead of stopping")
     add("--out", required=True, help=".h5 file to write")
-    args = parser.parse_args([dashed(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+    args = parser.parse_args([spelled(arg, "-") for arg in (sys.argv[1:] if argv is None else argv)])
     try:
         if args.command == "demo":
             make_demo(args.out or f"data/demo-s{args.seed}", args.seed)

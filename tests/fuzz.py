@@ -277,7 +277,7 @@ def read_checkpoint(path):
 def read_run_folder(path):
     os.chdir(path.parents[2])
     read_run(path.parent)
-    closing.read_table(path.parent)
+    closing.saved_table(path.parent)
     closing.newest_run()
     finetune.median_run_of(path.parent)
     chain.newest_student(finetune.Config(), VOCAB)

@@ -98,6 +98,33 @@ def test_difference_counts_above_twice_the_pooled_deviation_of_the_seeds():
     assert not closing.differs([1], [50]) and not closing.differs([1, 2], [50])
 
 
+def test_newest_run_is_a_distillation_where_there_is_one(tmp_path, capsys):
+    for name, finished, objective in (("a", 1.0, "none"), ("b", 2.0, "nst"), ("c", 3.0, "crd"), ("d", 9.0, "none")):
+        run = write_run(tmp_path / f"distill-{name}", finished=finished, objective=objective)
+        (run / "table.json").write_text("{}")
+    (write_run(tmp_path / "distill-damaged", finished=99.0) / "results.json").write_text("{")
+    assert closing.newest_run(tmp_path) == tmp_path / "distill-c" and "distill-c" in capsys.readouterr().out
+    for name in "bc":
+        (tmp_path / f"distill-{name}" / "table.json").unlink()
+    assert closing.newest_run(tmp_path) == tmp_path / "distill-d"
+
+
+def test_table_has_the_columns_of_every_run(tmp_path, monkeypatch, capsys):
+    probe = {"material": {"linear": 0.5, "neighbours": 0.25}}
+    found = {"a": {"mlm_loss": 1.0, "mlm_accuracy": 0.5, "retrieval": {"ridge": {"10": 0.75}}, "probes": None},
+             "b": {"mlm_loss": 2.0, "mlm_accuracy": 0.25, "probes": probe}}
+    monkeypatch.setattr(closing, "open_judge", lambda run, device: None)
+    monkeypatch.setattr(closing, "measure", lambda run, judge, device: found[run[-1]])
+    analyze.main(["table", "x/a", "x/b"])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["a", "1.000", "50.0", "75.0", "-"], ["b", "2.000", "25.0", "-", "50.0", "/", "25.0"]]
+
+
+def test_dashes_and_underscores_in_flags_are_equal():
+    assert analyze.parse(["grounded", "a", "b", "--min-count", "5", "--data-dir=x_y"]) == analyze.parse(
+        ["grounded", "a", "b", "--min_count", "5", "--data_dir=x_y"])
+
+
 def test_table_of_seeds_has_means_deviations_and_stars():
     rows = {"before": {"material": [10.0], "order": [50.0]},
             "text": {"material": [9.0, 10.0, 11.0], "order": [50.0, 60.0, 40.0]},
@@ -127,7 +154,7 @@ def test_tasks_table_has_medians_of_both_sets_and_chance():
 def test_commands_without_folders_look_at_the_demos_models(monkeypatch):
     """What each gets where it was given nothing; the models themselves are made by the stages."""
     monkeypatch.setattr(analyze, "any_distillation", lambda: "newest")
-    monkeypatch.setattr(analyze, "demo_adaptations", lambda: ["with", "without"])
+    monkeypatch.setattr(analyze, "demo_adaptations", lambda n=2: ["with", "without"][:n])
     monkeypatch.setattr(analyze, "demo_fine_tuned", lambda: ["distilled", "text-only"])
 
     def filled(*argv):

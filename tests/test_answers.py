@@ -6,6 +6,7 @@ Run: python -m pytest -q tests/test_answers.py
 import dataclasses
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -57,6 +58,8 @@ def test_seeds_and_tasks_of_both_are_compared(tiny_tasks, tmp_path):
         values = [""] * 21 if name == "squad1" else right
         fine_tuned(tmp_path / model / name, name, tiny_tasks, dict.fromkeys(seeds, values))
     a, b = tmp_path / "a", tmp_path / "b"
+    for model in (a, b):  # a run of other flags that s0 has replaced is no seed
+        shutil.copytree(model / "rte" / "s0", model / "rte" / "s0.1")
     found = answers.shared_answers(a, b, ALL)
     assert list(found) == ["squad1", "rte"] and list(answers.shared_answers(a, b, ALL[:2])) == ["rte"]
     assert [list(one.runs) for one in found["rte"]] == [["s0", "s1"]] * 2

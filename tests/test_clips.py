@@ -21,7 +21,7 @@ import analyze
 import distill
 import losses
 from analyses import clips, figures
-from parts.metrics import ranks, recall, top
+from parts.metrics import Top, ranks, recall, top
 from parts.tasks import TASKS, find_file
 from parts.weights import read_tensors
 
@@ -77,29 +77,32 @@ def test_ranks_equal_a_plain_loop_and_ties_count_against_the_query():
     assert ranks(torch.full_like(query, float("nan")), target).tolist() == [50] * 50
 
 
-def test_top_is_a_plain_sort_whatever_the_chunk_and_the_first_of_equals_wins():
+def test_top_is_a_plain_sort_whatever_the_parts_and_the_first_of_equals_wins():
     query, target = randn(5, 6), randn(97, 6, seed=1)
     target[90] = target[11]
     wanted = [sorted(range(97), key=lambda j: -cosine(q, target[j]))[:3] for q in query]
-    for chunk in (1, 7, 50, 4096):
-        scores, index = top(query, target, 3, chunk)
-        assert [[11 if j == 90 else j for j in row] for row in index.tolist()] == [
+    for size in (1, 7, 50, 97):
+        found = Top(query, 3)
+        for part in target.split(size):
+            found.add(part)
+        assert [[11 if j == 90 else j for j in row] for row in found.index.tolist()] == [
             [11 if j == 90 else j for j in row] for row in wanted]
-        np.testing.assert_allclose(scores, [[cosine(q, target[j]) for j in row]
+        np.testing.assert_allclose(found.cosine, [[cosine(q, target[j]) for j in row]
                                             for q, row in zip(query, wanted)], atol=1e-6)
     equal = torch.ones(9, 2)
-    assert top(equal[:1], equal, 3, chunk=2)[1].tolist() == [[0, 1, 2]]
+    assert top(equal[:1], equal, 3)[1].tolist() == [[0, 1, 2]]
     assert top(equal[:1], equal[:2], 3)[1].shape == (1, 2)  # no more than there are
 
 
-def test_top_never_holds_more_than_a_chunk_of_the_scores(monkeypatch):
-    seen = []
-    sort = torch.Tensor.sort
+def test_top_never_holds_the_scores_of_all(monkeypatch):
+    seen, sort, query, target = [], torch.Tensor.sort, randn(2, 4), randn(60000, 4, seed=1)
     monkeypatch.setattr(torch.Tensor, "sort", lambda x, **kw: seen.append(x.shape[1]) or sort(x, **kw))
-    index = top(randn(2, 4), randn(60000, 4, seed=1), 3, chunk=500)[1]
-    assert len(seen) == 120 and max(seen) == 503
+    index = top(query, target, 3)[1]
+    assert len(seen) == 15 and max(seen) == 4096 + 3
     monkeypatch.undo()
-    assert index.tolist() == top(randn(2, 4), randn(60000, 4, seed=1), 3, chunk=60000)[1].tolist()
+    whole = Top(query, 3)
+    whole.add(target)
+    assert index.tolist() == whole.index.tolist()
 
 
 # ---------------------------------------------------------------------------- retrieval
@@ -360,7 +363,7 @@ def test_examples_are_the_questions_that_only_one_model_gets_right(two_models, r
     assert counts == {"items": n, "both": n - 6, "only a": 5, "only b": 1, "neither": 0,
                       "p": pytest.approx(2 * (1 + 6) / 64)}
     assert found["counts"]["mishap"]["both"] == found["counts"]["mishap"]["items"]
-    assert len({one["row"] for one in found["examples"]} & set(range(5))) == len(found["examples"]) == 2
+    assert len({one["row"] for one in found["examples"]} & set(range(5))) == len(found["examples"]) == 3  # another task has none
     assert found["examples"][0]["row"] == 2  # the clearest first
     task = TASKS["two_choices"]
     rows = task.read(task, demo / "demo-s0" / "raw" / "tasks" / "two_choices" / "valid.jsonl", True)
@@ -402,6 +405,9 @@ def test_bad_inputs_end_in_one_line(run, two_models, tmp_path, teacher_run):
             (["retrieval", str(run), "--thumbnails", str(tmp_path / "none")], "no such folder"),
             (["tokens", str(run), "--word", "日本"], "--word '日本': the run's vocabulary does not know"),
             (["tokens", str(run), "--word", ""], "holds no word"),
+            (["tokens", str(run), "--word", "the glass vase " * 9], "word pieces, more than a block of the corpus"),
+            (["tokens", str(run), "--sentence", ""], "holds no word"),
+            (["retrieval", str(run), "--seed", "1" * 25], "--seed 1111111111111111111111111: must lie between"),
             ([*examples, "--task", "mine"], "choose one of sst2"),
             ([*examples, "--task", "rte"], "no task with runs of both (mishap, two_choices; mishap, two_choices)"),
             ([*examples, "--rows", "0"], "--rows 0"),

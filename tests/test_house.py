@@ -19,7 +19,7 @@ ROW = ("model", "losses", "common", "parts.machine", "run", "parts.vocab", "part
        "data", "parts.tasks", "parts.examples", *STAGES, "prepare.packing", "prepare.world", "analyses.figures",
        "analyses.closing", "analyses.curves", "analyses.answers", "analyses.sentences", "analyses.clips",
        "analyses.words", "analyses.inside", "analyses.page", "prepare.chain", "analyze", "prepare.commands",
-       "analyses.papers", "analyses.rows", "analyses.plan", "ablate", "bench")
+       "analyses.papers", "analyses.rows", "analyses.plan", "analyses.times", "ablate", "bench")
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
 SOURCES = [path for path in SOURCES if path.parent.name != "tests"]
 

@@ -84,6 +84,13 @@ def test_page_of_what_is_none_is_one_line(student, tmp_path):
         analyze.main(["page", str(student), "--out", str(tmp_path / "x.png")])
     with pytest.raises(SystemExit, match="give the folder of a finished run"):
         analyze.main(["page", str(tmp_path / "nowhere"), "--out", str(tmp_path / "x.html")])
+    (student / "table.json").write_text(json.dumps({"columns": {}, "clips": 0}))
+    with pytest.raises(SystemExit, match="table.json: not in the form of distill.py"):
+        analyze.main(["page", str(student), "--out", str(tmp_path / "x.html")])
+    log = student / "log.jsonl"
+    log.write_text(log.read_text().replace("grad_norm", "norm"))
+    with pytest.raises(SystemExit, match="log.jsonl: is no log of a run"):
+        analyze.main(["page", str(student), "--out", str(tmp_path / "x.html")])
     assert not list(tmp_path.glob("x.*"))
 
 

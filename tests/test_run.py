@@ -540,7 +540,9 @@ def test_freed_memory_returns_to_the_system_when_asked():
 def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path, monkeypatch):
     """Second commands read what the first wrote; the first job waits for the last command of the second."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-7")  # as a cluster's scheduler gives them: each job gets one
     code = ("import os, sys, time; a, b = sys.argv[1:]\n"
+            f"open({str(tmp_path / 'gpus')!r}, 'a').write(os.environ['CUDA_VISIBLE_DEVICES'] + ' ')\n"
             f"while os.path.basename(a) == 'a' and not os.path.exists({str(tmp_path / 'b11')!r}): time.sleep(0.01)\n"
             "open(b, 'w').write(open(a).read() + os.environ['OMP_NUM_THREADS'])")
     jobs, needs = {}, {"a2": ["a1"], "b2": ["b1"], "c2": ["c1"]}
@@ -551,6 +553,7 @@ def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path, monke
     seconds = {}
     assert side_by_side(jobs, needs, seconds=seconds) == {}
     assert seconds.keys() == jobs.keys() and min(seconds.values()) > 0
+    assert set((tmp_path / "gpus").read_text().split()) == {"5", "GPU-7"}
     assert [(tmp_path / f"{name}11").read_text() for name in "abc"] == ["a11", "b11", "c11"]
 
 
@@ -574,7 +577,7 @@ def test_command_that_fails_stops_only_what_needs_it_where_logs_are_kept(tmp_pat
     failed = side_by_side(jobs, {"after": ["fails"], "last": ["after", "other"]}, workers=1, logs=tmp_path, seconds=seconds)
     assert failed == {"fails": "no such thing", "silent": "exit status 1", "after": "not run, as fails failed",
                       "last": "not run, as after failed"}
-    assert list(seconds) == ["other"]
+    assert list(seconds) == ["fails", "silent", "other"]  # what a killed one took counts when it has gone on
     assert (tmp_path / "fails.txt").read_text() == "so far\nno such thing\n"
     assert int((tmp_path / "other.txt").read_text()) == cores()
 

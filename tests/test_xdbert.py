@@ -398,7 +398,7 @@ def test_what_is_cut_stands_in_the_results(config):
 
 
 def test_the_baseline_does_not_depend_on_clips_flags(config, tmp_path):
-    one, two = (chain.text_alone_run(config(**flags), tmp_path / "run") for flags in (
+    one, two = (chain.text_alone_run(config(**flags), tmp_path) for flags in (
         {}, dict(cross_layers=3, segments=4, freeze="clip", cliptc_rate=0.5, objective="mlm")))
     assert one == two and one.no_clip and one.out_dir == str(tmp_path / "xdbert-mlm-noclip-s0")
 
