@@ -42,6 +42,7 @@ from parts.machine import cores, init_ranks, side_by_side
 from parts.tasks import DEMO_TASKS, TASKS
 from prepare.chain import command
 from prepare.world import ACTIONS
+from run import git_state
 
 # ---------------------------------------------------------------------------- what came out
 
@@ -275,6 +276,9 @@ def main(argv=None):
     print0(f"{table.title}: {len(table.rows)} rows, {args.seeds} seeds, {len(plan.jobs)} runs; to be made: "
            f"{len(left)}, in about {duration(sum(took.values()) / min(workers, max(1, len(left))))}, "
            f"{workers} at once")
+    if old := of_other_code(plan, left):
+        print0(f"{old} of the finished runs are of another commit, or of code with changes that git does not "
+               "know; they are kept: give another --out to make all anew")
     if not args.show:
         show_plan(plan, table, runs, took)
     if args.dry_run:
@@ -302,6 +306,14 @@ def main(argv=None):
                                               if job in plan.jobs else ""))
         raise SystemExit(f"{len(failed)} runs failed; the table has the others. The same command tries them "
                          "again")
+
+
+def of_other_code(plan, left):
+    """How many of the finished runs were not made by the commit that is checked out."""
+    made = [next(Path(cfg.out_dir).rglob("config.json"), "") for name, (_, cfg) in plan.jobs.items()
+            if name not in left]
+    now = git_state() | {"dirty": False}
+    return sum(peek_json(path).get("git") != now for path in made) if "commit" in now else 0
 
 
 def show_plan(plan, table, runs, took):

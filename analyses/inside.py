@@ -173,16 +173,17 @@ def attention(runs, sentence=None, out=""):
     text = "\n".join([
         "\n\n".join(attention_table(name, [row for row in rows if row["run"] == name]) for name in drawn)
         + means_over(texts),
-        "entropy: of a query's attention; by query: what it tells of the key, 0 = all queries attend alike",
+        "entropy: of a query's attention, in nats and as a share of the uniform one's",
+        "by query: what it tells of the key, in nats, 0 = all queries attend alike",
         "on one key: the share of the key that gets most, and which that is most often",
-        "on the same word: as the query's; untrained: no term of the run reads this half"])
+        "same word: the share of the query's own word; untrained: no term of the run reads this half"])
     save(figure, out, {"sentences": texts, "rows": rows, "maps": maps}, text)
 
 
 def attention_table(run, rows):
     """Text of a run's rows of measure_attention."""
-    lines = [[run, "layer", "head", "entropy, nats", "of uniform's", "by query, nats", "on one key",
-              "most often", "on the same word", "if uniform"]]
+    lines = [[run, "layer", "head", "entropy", "of uniform", "by query", "on one key", "most often",
+              "same word", "if uniform"]]
     for row in rows:
         lines.append([row["direction"] + ", untrained" * (not row["trained"]), str(row["layer"]),
                       str(row["head"]), f"{row['entropy']:.2f}", f"{row['share']:.0%}",
@@ -207,17 +208,19 @@ def draw_maps(drawn, rows):
     flat = [panel for row in panels for panel in row]
     most = max(14, *(len(panel["keys"]) for panel in flat))
     figure, axes = grid(len(panels), max(map(len, panels)), 0.9 + 0.11 * most, 0.9 + 0.11 * most)
-    peak = max(np.max(panel["weights"]) for panel in flat)
-    for line, row in zip(axes, panels):
+    # a single weight near 1 would pale all others
+    peak = np.quantile(np.concatenate([np.ravel(panel["weights"]) for panel in flat]), 0.995)
+    for i, (line, row) in enumerate(zip(axes, panels)):
         for axis in line[len(row):]:
             axis.set_visible(False)
+        last = panels[i + 1:i + 2] == [] or panels[i + 1][0]["keys"] != row[0]["keys"]
         for axis, panel in zip(line, row):
             image = axis.imshow(panel["weights"], cmap="Blues", vmin=0, vmax=peak, aspect="auto")
-            tick_tokens(axis, panel["keys"], panel["queries"] if axis is line[0] else ())
+            tick_tokens(axis, panel["keys"] if last else (), panel["queries"] if axis is line[0] else ())
             axis.set_title(f"layer {panel['layer']}, head {panel['head']}"
                            + ", untrained" * (not panel["trained"]), fontsize=8)
         line[0].set_ylabel(f"{row[0]['run']}\n{row[0]['direction']}", fontsize=8)
-    figure.colorbar(image, ax=axes, label="attention weight (a row sums to 1)", shrink=0.4)
+    figure.colorbar(image, ax=axes, label="attention weight (a row sums to 1)", shrink=0.4, extend="max")
     figure.suptitle("Cross-modal attention: rows are queries, columns keys")
     return figure, [{key: panel[key] for key in ("run", "direction", "layer", "head", "queries", "keys",
                                                  "weights")} for panel in flat]

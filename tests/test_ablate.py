@@ -323,6 +323,19 @@ def test_job_that_ends_early_is_not_taken_for_done(plan, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "ablate" / "times.json").read_text()) == {name: 10.0}
 
 
+def test_runs_of_other_code_are_counted(plan, tmp_path, monkeypatch):
+    one = plan()
+    monkeypatch.setattr(ablate, "git_state", lambda: {"commit": "b", "dirty": True})
+    for row, git in zip(TABLES["5"].rows, ({"commit": "a", "dirty": False}, {"commit": "b", "dirty": True}, {"commit": "b", "dirty": False})):
+        folder = Path(one.student(row, 0))
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"git": git}))
+    left = [name for name in one.jobs if "teacher" in name]
+    assert ablate.of_other_code(one, left) == 2
+    monkeypatch.setattr(ablate, "git_state", dict)  # no git: nothing can be told
+    assert ablate.of_other_code(one, left) == 0
+
+
 def test_entailment_is_told_by_action(demo, tmp_path, monkeypatch):
     """By hand from the predictions: a model that always answers the same is right in half of each action."""
     monkeypatch.chdir(tmp_path)
