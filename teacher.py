@@ -65,7 +65,7 @@ class Config:
     warmup_steps: float = 30  # linear warm-up; below 1 = a share of the steps
     max_steps: int = 300  # steps; the learning rate falls to 0 at the last; 0 = as many as --epochs takes
     epochs: float = 0.0  # passes over the data, where max_steps is 0
-    stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall where clips are seen
+    stop_on: str = "auto"  # early stopping on loss (paper) or recall@10; auto = recall of more than 10 clips
     patience: int = 5  # evaluations without a better one before it stops
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
     # system
@@ -239,7 +239,7 @@ def recall_table(scores, n):
     rows = [[f"held-out clips: {n}", "R@1", "R@5", "R@10"]]
     for name, key in (("text to video", "t2v"), ("video to text", "v2t")):
         rows.append([name, *(f"{100 * scores[f'{key}_r{k}']:.1f}" for k in (1, 5, 10))])
-    return table([*rows, ["chance", *(f"{100 * k / n:.1f}" for k in (1, 5, 10))]])
+    return table([*rows, ["chance", *(f"{100 * min(1, k / n):.1f}" for k in (1, 5, 10))]])
 
 
 def run_folder(cfg):
@@ -304,7 +304,7 @@ def main(cfg):
         last = step >= max_steps or best["bad"] >= cfg.patience
         if run.eval_due(step, last):
             scores = evaluate(model, val, cfg, ranks)
-            by_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and sees
+            by_recall = cfg.stop_on == "recall" or cfg.stop_on == "auto" and sees and len(val) > 10
             score = scores["t2v_r10"] if by_recall else -scores["loss"]
             better = best["score"] is None or score > best["score"]
             best = {"score": score, "step": step, "bad": 0} if better else best | {"bad": best["bad"] + 1}

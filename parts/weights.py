@@ -296,7 +296,7 @@ def load_task(folder):
 
 
 def read_tensors(path):
-    """{name: tensor} of a .safetensors or .bin file."""
+    """{name: tensor} of a .safetensors or .bin file, of a checkpoint what is its "state_dict"."""
     try:
         with path.open("rb") as f:
             if f.read(23) == b"version https://git-lfs":
@@ -305,6 +305,8 @@ def read_tensors(path):
             return load_file(path)
         check_archive(path)
         tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(tensors.get("state_dict"), dict):
+            tensors = tensors["state_dict"]
         for name, value in tensors.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor):
                 raise ValueError("it holds other things than tensors under their names")
@@ -427,7 +429,7 @@ def fill(module, names, tensors, path):
             if tensors[name].shape != shape:
                 raise SystemExit(f"{path}: the shape of {name} is {tuple(tensors[name].shape)}, by the "
                                  f"settings {tuple(shape)}; {AGAIN}")
-        whole = torch.cat([tensors[name].float().flatten() for name in names[ours]])
+        whole = torch.cat([tensors[name].detach().float().flatten() for name in names[ours]])
         state[ours] = whole.view(value.shape)
     module.load_state_dict(state, assign=True)
     return module.eval()

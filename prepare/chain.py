@@ -29,6 +29,9 @@ def teacher(cfg):
     if not cfg.videos:
         world = demo_world(cfg.data_dir, cfg.seed, init_ranks(cfg.device))
         cfg = replace(cfg, videos=str(world / "videos.h5"))
+    elif cfg.preset == "demo":
+        print0(f"--preset demo is meant for the demo world: {cfg.block_size} tokens and {cfg.max_frames} "
+               "frames a clip; for real videos give --preset base, or small, which has 6 layers")
     return teacher_script.main(cfg)
 
 

@@ -591,7 +591,7 @@ def caption_rows(row):
     return start[order], end[order], [row["text"][i] for i in order], ""
 
 
-def report(problems, path, skip_bad, videos):
+def report(problems, path, skip_bad, videos, outcome="nothing was packed"):
     """Lists problems, 20 of each kind on the screen, all in `path`; SystemExit unless skip_bad."""
     if not problems:
         Path(path).unlink(missing_ok=True)
@@ -607,6 +607,6 @@ def report(problems, path, skip_bad, videos):
     by_kind = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items())
     summary = f"{len(problems):,} problems in {videos:,} videos ({by_kind})"
     if not skip_bad:
-        raise SystemExit(f"videos: {summary}; nothing was packed. All are listed in {path}; mend them, or "
-                         "leave them out with --skip-bad")
+        raise SystemExit(f"videos: {summary}; {outcome}. All are listed in {path}; mend them, or leave them "
+                         "out with --skip-bad")
     print0(f"videos: left out {summary}; all are listed in {path}")

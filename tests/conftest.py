@@ -78,6 +78,8 @@ def pytest_runtestloop(session):
         at = received.tell()
         while (line := received.readline()).endswith("\n"):
             report = hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            if report.skipped and isinstance(report.longrepr, list):  # JSON knows no tuples, -rs wants one
+                report.longrepr = tuple(report.longrepr)
             hook.pytest_runtest_logreport(report=report)
             at = received.tell()
         received.seek(at)

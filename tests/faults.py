@@ -4,6 +4,7 @@
     python tests/faults.py --rounds 20 --script distill --ranks 2 --kind save
     python tests/faults.py --rounds 1 --seed 0 --first 37                # round 37 of seed 0 again
     python tests/faults.py --rounds 20 --device cuda --ranks 1
+    python tests/faults.py --rounds 50 --script features                 # features.py, which has no steps
 
 A round starts one of the four scripts, with 24 steps and 4 saves, and disturbs it once to three times:
     moment     a signal to one process, or to all, at any time
@@ -11,12 +12,13 @@ A round starts one of the four scripts, with 24 steps and 4 saves, and disturbs 
     save       SIGKILL before an operation on a checkpoint or a model, or with half of the file written
     torn       SIGKILL with half a line in a text file that was just opened, or with half of a tensor file
     full       no space left at an operation that needs some
-    damage     a signal as above; then the newest checkpoint is damaged in one of nine ways
+    damage     a signal as above; then the newest checkpoint is damaged in one of nine ways, or some features
 Then the same command is started again (--resume auto, at times --resume), with or without the dead processes
 still in the table of processes. In the end weights, checkpoint, log, results and the list of files must equal
 those of a run that nobody disturbed, bit for bit but for times; nothing may be trained again that was saved;
 and each process that was not killed must end by itself, in one line. Processes are forks of this one, which
-has PyTorch loaded; of moment and damage a share (--real) starts `python` or `torchrun` instead. Linux only.
+has PyTorch loaded; of moment and damage a share (--real) starts `python` or `torchrun` instead. features.py is
+played only where --script names it, by one process. Linux only.
 """
 import argparse
 import collections
@@ -74,7 +76,7 @@ def pick(rng, weights):
 
 def belongs_to_save(path):
     """Whether an operation is one on a checkpoint or a model, or on what will become one."""
-    return any(part in path for part in ("checkpoint.pt", "best.pt", "/model/"))
+    return any(part in path for part in ("checkpoint.pt", "best.pt", "/model/", ".npy"))
 
 
 def commands(data):
@@ -110,6 +112,19 @@ def commands(data):
     return found
 
 
+def features_command(data):
+    """{"features": its flags}, on short videos and small towers in the folder `data`."""
+    from make_videos import make_towers
+    from test_video import film, noise  # needs av
+    (data / "videos").mkdir(parents=True)
+    make_towers(data, False)
+    for i in range(5):
+        film(data / "videos" / f"v{i}.mp4", 40 + 10 * i, picture=lambda frame, i=i: noise(100 * i + frame))
+    return {"features": ["videos", str(data / "videos"), "--device=cpu", "--batch_size=3",
+                         f"--weights2d={data / 'small2d.pt'}", "--feat2d=run/2d",
+                         f"--weights3d={data / 'small3d.pth'}", "--feat3d=run/3d"]}
+
+
 # ---------------------------------------------------------------------------- a process and its faults
 
 
@@ -137,7 +152,7 @@ class Faults:
         path = os.path.join(self.root, os.fsdecode(args[0]))
         if path.startswith(self.root) and self.due(event, path):
             if self.how == "full":
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
             if self.how == "torn":
                 with open(path, "a") as f:
                     f.write('{"step": 4')
@@ -361,6 +376,7 @@ class Round:
         drawn = pick(rng, SCRIPTS), pick(rng, {1: 3, 2: 2}), pick(rng, KINDS), rng.random() < args.real
         self.script, self.ranks, self.kind = (
             asked or found for asked, found in zip((args.script, args.ranks, args.kind), drawn))
+        self.ranks = 1 if self.script == "features" else self.ranks
         self.real = drawn[3] and self.kind in ("moment", "damage")
         self.folder, self.whole = args.work / f"round{args.seed}-{number}", whole
         self.own = self.script, self.ranks
@@ -376,7 +392,9 @@ class Round:
     def start(self, faults=None):
         """The same command; bare --resume at times, where there is a checkpoint to go on from."""
         bare = self.script != "finetune" and self.rng.random() < 0.25 and self.saved() is not None
-        flags = [*self.whole["commands"][self.script], "--out_dir=run", "--resume" + "=auto" * (not bare)]
+        flags = list(self.whole["commands"][self.script])
+        if self.script != "features":
+            flags += ["--out_dir=run", "--resume" + "=auto" * (not bare)]
         self.launches.append(Launch(self.script, flags, self.ranks, self.cwd, faults, self.real))
         return self.launches[-1]
 
@@ -435,6 +453,8 @@ class Round:
 
     def damage(self):
         """Damages the newest checkpoint, if there is one; the words that the next start must say."""
+        if self.script == "features":
+            return self.damage_features()
         path, way = self.run() / "checkpoint.pt", self.rng.choice(WAYS)
         if not path.exists() or self.saved() is None:
             return ""
@@ -448,6 +468,17 @@ class Round:
         self.check(launch, statuses := launch.wait())
         assert 0 not in statuses and path.read_bytes() == kept, f"another's checkpoint: {launch.output()}"
         path.unlink()
+        return ""
+
+    def damage_features(self):
+        """Damages an array, if there is one, so that it can be seen; the words that the next start must say."""
+        if arrays := sorted(self.run().glob("*/*.npy")):
+            path, way = self.rng.choice(arrays), self.rng.choice(("empty", "half", "last byte", "zeros", "text"))
+            content = path.read_bytes()
+            path.write_bytes({"empty": b"", "half": content[:len(content) // 2], "last byte": content[:-1],
+                              "zeros": bytes(len(content)), "text": b"no array\n"}[way])
+            self.told.append(f"damaged: {way}")
+            self.counts[f"damaged: {way}"] += 1
         return ""
 
     def play(self):
@@ -473,13 +504,18 @@ class Round:
                         f"other {[name for name in a.keys() & b.keys() if a[name] != b[name]]}")
 
 
-def undisturbed(work, sizes):
-    """{what: of the runs of 1 or 2 processes that all others are compared with}; makes them."""
-    whole = {"commands": commands(work), "seconds": {}, "checkpoint": {}, "operations": {}, "leaves": {}}
-    for own in itertools.product(SCRIPTS, sizes):
+def undisturbed(work, sizes, features):
+    """{what: of the runs of 1 or 2 processes that all others are compared with}; makes them.
+
+    features: whether of features.py, else of the four scripts.
+    """
+    whole = {"commands": features_command(work / "features") if features else commands(work),
+             "seconds": {}, "checkpoint": {}, "operations": {}, "leaves": {}}
+    for own in [("features", 1)] if features else itertools.product(SCRIPTS, sizes):
         script, ranks, began = *own, time.monotonic()
         cwd = Path(tempfile.mkdtemp(prefix=f"whole-{script}-{ranks}-", dir=work)) / "cwd"
-        launch = Launch(script, [*whole["commands"][script], "--out_dir=run", "--resume=auto"], ranks, cwd)
+        flags = [] if features else ["--out_dir=run", "--resume=auto"]
+        launch = Launch(script, [*whole["commands"][script], *flags], ranks, cwd)
         assert launch.wait() == [0] * ranks, launch.output()
         launch.bury()
         whole["seconds"][own], whole["operations"][own] = time.monotonic() - began, launch.journal()
@@ -511,7 +547,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
     parser.add_argument("--jobs", type=int, default=2, help="rounds at once")
-    parser.add_argument("--script", default="", choices=("", *SCRIPTS))
+    parser.add_argument("--script", default="", choices=("", *SCRIPTS, "features"))
     parser.add_argument("--ranks", type=int, default=0, choices=(0, 1, 2), help="processes; 0 = either")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--kind", default="", choices=("", *KINDS))
@@ -522,7 +558,7 @@ def main():
     keep, args.work = args.work, Path(args.work or tempfile.mkdtemp(prefix="faults-")).resolve()
     peak_flops(torch.device("cpu"), torch.float32)  # the forks inherit it, as the next
     code_hash()
-    SHARED = args, undisturbed(args.work, [args.ranks] if args.ranks else [1, 2])
+    SHARED = args, undisturbed(args.work, [args.ranks] if args.ranks else [1, 2], args.script == "features")
     counts, failed = collections.Counter(), []
     with multiprocessing.get_context("fork").Pool(args.jobs) as pool:
         numbers = range(args.first, args.first + args.rounds)

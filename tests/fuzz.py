@@ -12,7 +12,9 @@ line is a summary.
 import argparse
 import concurrent.futures
 import contextlib
+import importlib.util
 import io
+import itertools
 import json
 import math
 import mmap
@@ -28,6 +30,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 import h5py  # noqa: F401
@@ -38,10 +41,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 import conftest  # noqa: F401  the way to the sources, and no fsync
 import mutators
 from conftest import TINY_WORDS, tiny_clip_vocab, tiny_squad, tiny_tower, write_table
+from make_videos import captions as write_subtitles
+from make_videos import scenes, sentences
 from test_run import Config as RunConfig
+from test_towers import OpenAIClip, clip_folder, hugging_face, visual_state
+from test_towers import small as small_tower
 from test_weights import IMAGE, OpenAIText
 
 import data
+import features
 import finetune
 from analyses import closing
 from common import one_line_end
@@ -49,7 +57,8 @@ from model import BERT, XDBERT, BERTConfig, CLIPConfig, MLMHead, TaskModel, Vide
 from parts import tasks, vocab, weights
 from parts.examples import load_examples, tokenized
 from parts.machine import Ranks
-from prepare import chain, packing
+from parts.towers import load_tower
+from prepare import captions, chain, packing, video
 from run import Run, model_folder, read_run, save_checkpoint
 
 SECONDS, MEMORY, BATCH = 20, 2 << 30, 200
@@ -219,6 +228,41 @@ def make_tasks(folder):
     write(folder, stdin__txt="the cat ran\tthe dog\nhe sat\tnight\tfell\n")
 
 
+def make_subtitles(folder):
+    folder.mkdir()
+    for name in ("a.srt", "b.vtt", "c.en-US.vtt", "d.json3", "e.json", "f.csv"):
+        (folder / f"{name[0]}.mp4").touch()
+        write_subtitles(folder / name, sentences(scenes(name, 12)))
+
+
+def make_films(folder):
+    from test_video import film  # needs av
+    folder.mkdir()
+    for name, codec in (("a.mp4", "libx264"), ("b.mkv", "mpeg4"), ("c.webm", "libvpx"), ("d.avi", "mpeg4"),
+                        ("e.ts", "libx264"), ("f.mov", "mpeg4")):
+        film(folder / name, 40, codec=codec, sound=1 if name in ("a.mp4", "b.mkv") else 0)
+
+
+def make_image_towers(folder):
+    folder.mkdir()
+    torch.save(small_tower("2d"), folder / "resnet.pth")
+    torch.save({"state_dict": {f"module.{name}": x for name, x in small_tower("next").items()}}, folder / "next3d.pth",
+               _use_new_zipfile_serialization=False)
+    state = visual_state(OpenAIClip())
+    torch.save(state | {"input_resolution": torch.tensor(12)}, folder / "clip.pt")
+    clip_folder(folder / "hf", hugging_face(state))
+
+
+def extractor(folder):
+    return features.Extractor(folder / "clip.pt", folder / "f2", 2, True, ALONE.device, 4, False)
+
+
+def make_settings(folder):
+    make_image_towers(folder)
+    extractor(folder).claim_folder()
+    np.save(folder / "f2" / "a.npy", np.zeros((3, 20), np.float16))
+
+
 # ---------------------------------------------------------------------------- readers
 
 
@@ -313,6 +357,43 @@ def read_words(load):
     return read
 
 
+def read_subtitles(path):
+    """The captions of a folder; what is written of them must be what is packed."""
+    out = path.with_name("out.json")
+    videos, _ = captions.find_videos(path.parent)
+    found, rows, problems = captions.collect(path.parent, videos, {"a": 9.5, "b": 11})
+    captions.write_captions(found, out)
+    captions.write_tasks(rows, path.with_name("out.csv"))
+    for name, row, _ in packing.read_captions(out) if found else ():
+        assert name in found and not packing.caption_rows(row)[3], row
+    packing.report(problems, path.with_name("out.txt"), False, 6)
+
+
+FILM_TOWERS = [SimpleNamespace(rank=2, size=16, crop="none", resize="pillow"),
+               SimpleNamespace(rank=3, size=16, crop="center", resize="ffmpeg")]
+
+
+def read_film(path):
+    """A video as features.py does, but for what is said and made; times that lie may make it long."""
+    video.seconds_of(path)
+    try:
+        for _ in itertools.islice(video.read_video(path, FILM_TOWERS), 500):
+            pass
+    except video.BadVideo as bad:
+        raise SystemExit(": ".join(bad.args)) from None
+
+
+def read_tower(path):
+    tower = load_tower(path.parent if path.parent.name == "hf" else path, 3 if "3d" in path.name else 2)
+    tower(torch.zeros(1, 3, *[16] * (tower.rank == 3), tower.size, tower.size, dtype=torch.uint8))
+
+
+def read_settings_of(path):
+    one = extractor(path.parents[1])
+    one.claim_folder()
+    one.done("a")
+
+
 # {name: (function that writes valid files, which of them are damaged, function that reads the damaged one)}
 READERS = {
     "text": (make_texts, "*", lambda path: packing.pack_text([path], VOCAB, path.with_name("out.h5"))),
@@ -356,7 +437,12 @@ READERS = {
     "SQuAD": (make_tasks, "squad*", read_task),
     "SQuAD's predictions": (make_tasks, "[gpo][ord][dle]*.json", read_predictions),
     "standard input": (make_tasks, "stdin.txt", read_stdin),
+    "subtitles": (make_subtitles, "*.[svjc]*", read_subtitles),
+    "towers": (make_image_towers, "**/*", read_tower),
+    "settings of features": (make_settings, "f2/*", read_settings_of),
 }
+if importlib.util.find_spec("av"):
+    READERS["videos"] = make_films, "*.*", read_film
 
 
 # ---------------------------------------------------------------------------- one case

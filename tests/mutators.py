@@ -434,7 +434,8 @@ def gzip_of(rng, data):
 MUTATORS = {".json": json_of, ".jsonl": json_lines_of, ".tsv": rows_of, ".csv": rows_of, ".txt": lines_of,
             ".lst": lines_of,
             ".gz": gzip_of, ".npy": npy_of, ".npz": zip_of, ".h5": h5_of, ".safetensors": safetensors_of,
-            ".bin": zip_of, ".pt": zip_of}
+            ".bin": zip_of, ".pt": zip_of, ".pth": zip_of, ".srt": lines_of, ".vtt": lines_of, ".json3": json_of,
+            **dict.fromkeys((".mp4", ".mov", ".mkv", ".webm", ".avi", ".ts"), bytes_of)}
 
 
 def valid_outside(suffix, data):
@@ -443,7 +444,7 @@ def valid_outside(suffix, data):
         if suffix == ".h5":
             with h5py.File(io.BytesIO(data), "r") as f:
                 return len(list(f)) >= 0
-        if suffix in (".bin", ".pt", ".npz"):
+        if suffix in (".bin", ".pt", ".pth", ".npz"):
             if zipfile.is_zipfile(io.BytesIO(data)):
                 return bool(zipfile.ZipFile(io.BytesIO(data)).namelist())
             return any(True for _ in pickletools.genops(data))
@@ -455,7 +456,7 @@ def valid_outside(suffix, data):
             return data[:6] == b"\x93NUMPY" and isinstance(eval(header), dict)
         if suffix == ".gz":
             return gzip.decompress(data) is not None
-        if suffix in (".json", ".jsonl"):
+        if suffix in (".json", ".json3", ".jsonl"):
             for part in data.split(b"\n") if suffix == ".jsonl" else [data]:
                 json.loads(part or b"0")
         return data.decode() is not None

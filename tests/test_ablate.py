@@ -116,7 +116,8 @@ def test_csv_and_latex_hold_the_same_numbers():
     assert [row["row"] for row in found] == ["plain", "+ KD", "ours & own"]
     assert float(found[1]["average, mean"]) == 71.5 and found[1]["paper: SST-2"] == "90.0" and found[2]["x, p"] == ""
     lines = rows.as_latex(ASKED, example_rows()).splitlines()
-    assert lines[0].startswith("% *: differs from plain") and lines[1] == r"\begin{tabular}{lrrrr}" and lines[-1] == r"\end{tabular}"
+    assert lines[0].startswith("% *: differs from plain") and lines[1] == r"\begin{tabular}{lrrrr}" and (
+        lines[-1] == r"\end{tabular}")
     assert r"+ KD & 71.0 $\pm$ 1.0$^*$ & 71.5 $\pm$ 1.5$^*$ & 90.0 & - \\" in lines
     assert r"ours \& own & - & - & - & - \\" in lines
 
@@ -155,7 +156,8 @@ def test_every_row_of_every_table_is_a_plan(plan, name):
     if name in ("2", "4"):  # at equal tokens and steps
         like = one.base["student"]
         video = [cfg for stage, cfg in one.jobs.values() if stage == "teacher"][0]
-        same = ("max_steps", "batch_size", "block_size", "model", "lr", "warmup_steps", "dropout", "grad_clip", "beta2", "mask_split")
+        same = ("max_steps", "batch_size", "block_size", "model", "lr", "warmup_steps", "dropout", "grad_clip", "beta2",
+                "mask_split")
         assert [getattr(video, flag) for flag in same] == [getattr(like, flag) for flag in same]
         assert video.eval_every >= video.max_steps  # so the last weights are kept, as a student's are
 
@@ -229,7 +231,8 @@ def test_what_lies_outside_is_part_of_the_key(plan, tmp_path, teacher_run):
 
 def test_shared_flags_reach_the_commands_whatever_the_preset(tmp_path):
     """A flag that beats its preset stays, also where it gives back the default of the script."""
-    for script, text in ((ablate.SCRIPTS["student"], "--preset small --batch_size 96 --max_steps 540 --warmup_steps 60 --epochs 0"),
+    for script, text in ((ablate.SCRIPTS["student"],
+                          "--preset small --batch_size 96 --max_steps 540 --warmup_steps 60 --epochs 0"),
                          (ablate.SCRIPTS["teacher"], "--preset paper --max_steps 300 --warmup_steps 30 --negatives infonce"),
                          (ablate.SCRIPTS["finetune"], "--preset xdbert-base --layer_decay 1 --epochs 0"),
                          (ablate.SCRIPTS["adapt"], "--preset base --train x.h5 --max_steps 400 --epochs 0 --lr 1e-3"),
@@ -315,7 +318,8 @@ def test_job_that_ends_early_is_not_taken_for_done(plan, tmp_path, monkeypatch):
     checkpoint = tmp_path / "ablate" / name / "checkpoint.pt"
     checkpoint.write_text("half of it")
     for total in (10.0, 20.0):
-        monkeypatch.setattr(ablate, "side_by_side", lambda jobs, needs, workers, logs, seconds: seconds.update({name: 10.0}) or {})
+        monkeypatch.setattr(ablate, "side_by_side",
+                            lambda jobs, needs, workers, logs, seconds: seconds.update({name: 10.0}) or {})
         assert ablate.run_jobs(one, [name], 1) == {name: "did not come to its end"}
         assert checkpoint.exists() and json.loads((tmp_path / "ablate" / "times.json").read_text()) == {name: total}
     shutil.rmtree(checkpoint.parent)  # then it starts anew
@@ -326,7 +330,8 @@ def test_job_that_ends_early_is_not_taken_for_done(plan, tmp_path, monkeypatch):
 def test_runs_of_other_code_are_counted(plan, tmp_path, monkeypatch):
     one = plan()
     monkeypatch.setattr(ablate, "git_state", lambda: {"commit": "b", "dirty": True})
-    for row, git in zip(TABLES["5"].rows, ({"commit": "a", "dirty": False}, {"commit": "b", "dirty": True}, {"commit": "b", "dirty": False})):
+    for row, git in zip(TABLES["5"].rows, ({"commit": "a", "dirty": False}, {"commit": "b", "dirty": True},
+                                           {"commit": "b", "dirty": False})):
         folder = Path(one.student(row, 0))
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps({"git": git}))
@@ -340,7 +345,8 @@ def test_entailment_is_told_by_action(demo, tmp_path, monkeypatch):
     """By hand from the predictions: a model that always answers the same is right in half of each action."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").symlink_to(demo)
-    cfg = ablate.finetune.Config(tasks="entailment,mishap", model="none", max_steps=1, warmup_steps=0, seeds=1, save_models=False,
+    cfg = ablate.finetune.Config(tasks="entailment,mishap", model="none", max_steps=1, warmup_steps=0, seeds=1,
+                                 save_models=False,
                                  device="cpu", out_dir=str(tmp_path / "run"))
     ablate.finetune.main(cfg)
     found = ablate.categories_of(cfg)
@@ -399,7 +405,8 @@ def test_table_runs_and_is_not_run_again(demo, tmp_path, monkeypatch, capsys):
     plain, nst = found["rows"]
     assert nst["columns"]["before/after"]["seeds"].keys() == {"0", "1"} and nst["steps"]["student"] == 4
     assert nst["steps"]["tuned"] == {"mishap": 2, "before_after": 2} and found["seconds_of_its_runs"] == 10
-    score = json.loads((next(Path(tmp_path, "ablate").glob("finetune-distill-nst-s1-*")) / "before_after" / "results.json").read_text())
+    score = json.loads((next(Path(tmp_path, "ablate").glob("finetune-distill-nst-s1-*")) / "before_after" / "results.json"
+                        ).read_text())
     assert nst["columns"]["before/after"]["seeds"]["1"] == score["runs"][0]["score"]
     assert plain["columns"]["before/after"]["difference"] == 0 and nst["failed seeds"] == []
     # two steps teach nothing: every run of both rows, of two tasks and two seeds
@@ -440,7 +447,8 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
     monkeypatch.chdir(tmp_path)
     ablate.main(["--vary", "w_nst=0,10", "--vary", "head=mlp,none", "--seeds", "1", "--dry_run", "--jobs", "3"])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("grid of w_nst, head: 4 rows, 1 seeds, 9 runs; to be made: 9, in about ") and lines[0].endswith("3 at once")
+    assert lines[0].startswith("grid of w_nst, head: 4 rows, 1 seeds, 9 runs; to be made: 9, in about ") and (
+        lines[0].endswith("3 at once"))
     assert lines[1] == "made first: data/demo-s0" and len(lines) == 19
     rows = [i for i, line in enumerate(lines) if line.endswith(":")]  # each row with what no row above has: 3, 2, 2, 2
     assert [lines[i] for i in rows] == [f"w_nst={w} head={head}:" for w in (0, 10) for head in ("mlp", "none")]
@@ -460,12 +468,16 @@ def test_dry_run_prints_commands_and_makes_nothing(tmp_path, monkeypatch, capsys
     (["--vary", "head=mlp,nine"], "head"), (["--table", "5", "--student", "--lrr 1"], "unknown flag --lrr"),
     (["--table", "3", "--student", "--teacher somewhere"], "leave --teacher somewhere out"),
     (["--vary", "w_nst=1,1"], "gives a value or a flag twice"), (["--vary", "lr=1,2", "--vary", "lr=3,4"], "a flag twice"),
-    (["--vary", "seed=0,1"], "--seed is not a flag that rows may differ in"), (["--vary", "preset=small,demo"], "--preset is not"),
+    (["--vary", "seed=0,1"], "--seed is not a flag that rows may differ in"),
+    (["--vary", "preset=small,demo"], "--preset is not"),
     (["--vary", "soft_tau=1,2"], "soft_tau=1 and soft_tau=2 are the same run"),
-    (["--table", "13", "--against", "4"], "--against 4: the table has 3 rows"), (["--table", "5", "--jobs", "-1"], "--jobs -1: at least 0"), (["--table", "5", "--student=--seed=3"], "--seed 3 is what ablate.py"),
+    (["--table", "13", "--against", "4"], "--against 4: the table has 3 rows"),
+    (["--table", "5", "--jobs", "-1"], "--jobs -1: at least 0"),
+    (["--table", "5", "--student=--seed=3"], "--seed 3 is what ablate.py"),
     (["--table", "5", "--student", "--objective=nst"], "--objective nst is what ablate.py or the rows of the table"),
     (["--table", "5", "--finetune", "--seeds 5"], "--seeds 5 is what ablate.py"),
-    (["--table", "1", "--second-videos", "v.h5"], "is for own data, --teacher"), (["--table", "xdbert-3", "--larger_text=x.h5"], "is for own data, --adapt"),
+    (["--table", "1", "--second-videos", "v.h5"], "is for own data, --teacher"),
+    (["--table", "xdbert-3", "--larger_text=x.h5"], "is for own data, --adapt"),
     (["--table", "4", "--student", "--init_from somewhere"], "--init_from somewhere is what ablate.py or the rows"),
     (["--table", "xdbert-1", "--adapt", "--w_itc 2 --w_match 2 --mask_rate 0.2 --train own.h5"], "--language FOLDER"),
     (["--table", "5", "--student", "--w_itc 1"], "unknown flag --w_itc"),

@@ -363,7 +363,8 @@ def test_examples_are_the_questions_that_only_one_model_gets_right(two_models, r
     assert counts == {"items": n, "both": n - 6, "only a": 5, "only b": 1, "neither": 0,
                       "p": pytest.approx(2 * (1 + 6) / 64)}
     assert found["counts"]["mishap"]["both"] == found["counts"]["mishap"]["items"]
-    assert len({one["row"] for one in found["examples"]} & set(range(5))) == len(found["examples"]) == 3  # another task has none
+    # another task has none
+    assert len({one["row"] for one in found["examples"]} & set(range(5))) == len(found["examples"]) == 3
     assert found["examples"][0]["row"] == 2  # the clearest first
     task = TASKS["two_choices"]
     rows = task.read(task, demo / "demo-s0" / "raw" / "tasks" / "two_choices" / "valid.jsonl", True)

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("teacher", "distill", "adapt_xdbert", "finetune")
 SCRIPTS = [f"{stage}.py" for stage in STAGES]
 ROW = ("model", "losses", "common", "parts.machine", "run", "parts.vocab", "parts.metrics", "parts.weights",
-       "data", "parts.tasks", "parts.examples", *STAGES, "prepare.packing", "prepare.world", "analyses.figures",
+       "parts.towers", "data", "parts.tasks", "parts.examples", *STAGES, "prepare.captions",
+       "prepare.packing", "prepare.video", "features", "prepare.world", "analyses.figures",
        "analyses.closing", "analyses.curves", "analyses.answers", "analyses.sentences", "analyses.clips",
        "analyses.words", "analyses.inside", "analyses.page", "prepare.chain", "analyze", "prepare.commands",
        "analyses.papers", "analyses.rows", "analyses.plan", "analyses.times", "ablate", "bench")
@@ -102,3 +103,4 @@ def test_requirements_are_the_allowed_packages():
     lines = (ROOT / "requirements.txt").read_text().split()
     assert {re.match(r"[\w-]+", line).group() for line in lines} <= {
         "torch", "numpy", "tokenizers", "h5py", "scipy", "pytest", "safetensors", "matplotlib", "tqdm"}
+    assert re.fullmatch(r"av>=\d+\n", (ROOT / "requirements-video.txt").read_text())

@@ -122,7 +122,8 @@ def test_a_block_without_a_common_word_still_has_an_anchor(config, clip_pairs):
 
 @PAIRS
 @pytest.mark.parametrize("flags", [
-    dict(objective="crd", crd_level="sentence"), dict(objective="l2+nst+crd"), dict(objective="crd", dtype="bfloat16")], ids=str)
+    dict(objective="crd", crd_level="sentence"), dict(objective="l2+nst+crd"),
+    dict(objective="crd", dtype="bfloat16")], ids=str)
 def test_student_learns_from_a_teacher_of_other_tokens(config, pairs, flags):
     cfg = config(pairs, max_steps=30, eval_every=30, save_every=30, grad_every=30, **flags)
     distill.main(cfg)
@@ -229,7 +230,8 @@ def test_text_alone_and_a_teacher_of_the_same_words_read_pairs_as_text(config, t
 
 
 def test_demo_distils_a_tower_and_shows_its_row(demo, clip_pairs, config, tmp_path, capsys):
-    cfg = config("clip_pairs", objective="crd", crd_level="sentence", train="", data_dir=str(demo), out_dir=str(tmp_path / "out" / "clip"))
+    cfg = config("clip_pairs", objective="crd", crd_level="sentence", train="", data_dir=str(demo),
+                 out_dir=str(tmp_path / "out" / "clip"))
     chain.distill(cfg)
     out = capsys.readouterr().out
     assert "text-only" in out and "material of held-out nouns" in out
@@ -240,7 +242,8 @@ def test_demo_distils_a_tower_and_shows_its_row(demo, clip_pairs, config, tmp_pa
 
 @pytest.mark.parametrize("flags, words", [
     (dict(objective="soft"), "--objective soft: compares the same words, but --teacher .* reads other tokens"),
-    (dict(objective="voken+crd"), "--objective voken: .* no video encoder"), (dict(objective="crd", crd_views="different"), "--crd_views different"),
+    (dict(objective="voken+crd"), "--objective voken: .* no video encoder"),
+    (dict(objective="crd", crd_views="different"), "--crd_views different"),
     (dict(objective="crd", segments=0), "--segments 0")])
 def test_what_a_teacher_of_other_tokens_cannot_give_is_one_line(config, flags, words):
     with pytest.raises((SystemExit, ValueError), match=words):

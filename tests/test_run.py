@@ -548,7 +548,8 @@ def test_jobs_run_side_by_side_each_in_its_order_with_one_thread(tmp_path, monke
     jobs, needs = {}, {"a2": ["a1"], "b2": ["b1"], "c2": ["c1"]}
     for name in "abc":
         (tmp_path / name).write_text(name)
-        jobs |= {f"{name}{i + 1}": [sys.executable, "-c", code, tmp_path / f"{name}{'1' * i}", tmp_path / f"{name}{'1' * (i + 1)}"]
+        jobs |= {f"{name}{i + 1}": [sys.executable, "-c", code, tmp_path / f"{name}{'1' * i}",
+                                    tmp_path / f"{name}{'1' * (i + 1)}"]
                  for i in range(2)}
     seconds = {}
     assert side_by_side(jobs, needs, seconds=seconds) == {}
@@ -572,7 +573,8 @@ def test_command_that_fails_ends_the_others_with_its_last_line(tmp_path, monkeyp
 def test_command_that_fails_stops_only_what_needs_it_where_logs_are_kept(tmp_path):
     """One worker: the jobs run in their order, and the log keeps all that one said."""
     jobs = {"fails": [sys.executable, "-c", "import sys; print('so far'); sys.exit('no such thing')"], "silent": ["false"],
-            "after": ["never"], "last": ["never"], "other": [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]}
+            "after": ["never"], "last": ["never"],
+            "other": [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]}
     seconds = {}
     failed = side_by_side(jobs, {"after": ["fails"], "last": ["after", "other"]}, workers=1, logs=tmp_path, seconds=seconds)
     assert failed == {"fails": "no such thing", "silent": "exit status 1", "after": "not run, as fails failed",

@@ -31,6 +31,7 @@ import bench
 import common
 import data
 import distill
+import features
 import finetune
 import teacher
 
@@ -142,6 +143,13 @@ def test_teacher_stops_when_validation_no_longer_improves(teacher_config, capsys
     results = teacher.main(cfg)
     assert results["steps"] == results["best_step"] + 2 < 50
     assert "no better for 2 of 2" in capsys.readouterr().out
+
+
+def test_teacher_of_few_held_out_clips_stops_on_loss(teacher_config, capsys):
+    """Of up to 10 clips recall@10 is always 100 %: the untrained model would be the best."""
+    results = teacher.main(teacher_config(stop_on="auto", val_clips=6, eval_every=2, lr=1e-2))
+    assert results["clips"] == 6 and results["best_step"] == 4 and results["t2v_r10"] == 1
+    assert re.search(r"\nchance +16.7 +83.3 +100.0\n", capsys.readouterr().out)
 
 
 def test_early_stop_continues_over_a_resume(teacher_config, tmp_path, monkeypatch):
@@ -293,6 +301,9 @@ def test_every_program_ends_in_one_short_line_whatever_it_is_given(monkeypatch, 
         ["vocab", __file__, "--size=-5", "--out", str(tmp_path / "v")])]
     ends += [functools.partial(analyze.main, argv) for argv in (
         [odd], ["table", odd], ["curves", odd, "--out", str(tmp_path / "x.png")], ["curves", "--out", f"{odd}/x"])]
+    ends += [functools.partial(features.main, argv) for argv in (
+        [odd], ["captions", odd, "--out", odd, "--csv_out", odd], ["videos", odd, "--weights2d", odd, "--feat2d", odd],
+        ["videos", str(tmp_path), "--weights2d", odd, "--feat2d", odd, "--shard", odd])]
 
     def script(main, module, argv):
         monkeypatch.setattr(sys, "argv", ["script.py", *argv])
@@ -351,6 +362,16 @@ def test_main_job_makes_what_it_lacks_and_reuses_what_it_has(tmp_path, monkeypat
     rows = capsys.readouterr().out.splitlines()
     assert [row.split()[0] for row in rows[-3:]] == ["distill-none-s0.1", "first", "third"]
     assert f"{100 * own['retrieval']['ridge']['10']:.1f}" in rows[-2]
+
+
+def test_teacher_of_ones_own_videos_names_the_preset_meant_for_them(monkeypatch, capsys):
+    monkeypatch.setattr(chain, "demo_world", lambda *args: Path("demo"))
+    monkeypatch.setattr(teacher, "main", lambda cfg: cfg.videos)
+    for preset, videos, said in (("demo", "mine.h5", True), ("base", "mine.h5", False), ("demo", "", False)):
+        cfg = teacher.Config(**teacher.PRESETS[preset] | dict(preset=preset, videos=videos))
+        assert chain.teacher(cfg) == (videos or "demo/videos.h5")
+        out = capsys.readouterr().out
+        assert ("24 tokens and 18 frames a clip; for real videos give --preset base" in out) == said == bool(out)
 
 
 def test_demo_with_a_teacher_that_saw_no_video_prints_its_table(demo, teacher_config, tmp_path, capsys):
@@ -481,8 +502,14 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
         args = ablate.parse(flags)
         assert ablate.configs(args, TABLES[args.table] if args.table else ablate.grid_of(args.vary))
         return
-    assert script == "data.py"
     called = []
+    if script == "features.py":
+        for command in (features.captions, features.videos):
+            monkeypatch.setattr(features, command.__name__, functools.wraps(command)(lambda **flags: called.append(flags)))
+        features.main(flags)
+        assert called
+        return
+    assert script == "data.py"
     for name in ("make_demo", "train_vocab", "pack_text", "pack_xtext", "pack_videos"):
         monkeypatch.setattr(commands, name, lambda *args, name=name: called.append(name))
     commands.main(flags)
@@ -491,7 +518,8 @@ def test_readme_command_is_understood(monkeypatch, script, flags):
 
 def test_readme_names_every_script():
     scripts = {script for script, _ in readme_commands()}
-    assert scripts >= {"data.py", "ablate.py", "teacher.py", "distill.py", "adapt_xdbert.py", "finetune.py", "analyze.py"}
+    assert scripts >= {"data.py", "features.py", "ablate.py", "teacher.py", "distill.py", "adapt_xdbert.py", "finetune.py",
+                       "analyze.py"}
 
 
 # ---------------------------------------------------------------------------- mistakes

@@ -210,6 +210,14 @@ def test_sizes_of_vocabulary_table_and_settings_are_one_or_named(tmp_path):
     refused(f"{vocab.size + 1} tokens in its vocabulary, {vocab.size} in its", config_and_vocab, tmp_path / "even")
 
 
+def test_weights_inside_of_a_checkpoint_are_read(tmp_path):
+    save_bert(trained(0)[0], tmp_path, vocabulary())
+    expected, path = load_bert(tmp_path), tmp_path / "model.safetensors"
+    torch.save({"epoch": 3, "state_dict": load_file(path)}, tmp_path / "pytorch_model.bin")
+    path.unlink()
+    assert same(load_bert(tmp_path).state_dict(), expected.state_dict())
+
+
 def test_mlm_head_is_none_where_the_folder_has_none(tmp_path):
     bert = load_bert(hf_folder(tmp_path, hf_tensors(TINY, head=False), prefix=""))
     assert load_mlm_head(tmp_path, bert) is None

@@ -44,7 +44,8 @@ def parts(demo, tmp_path_factory):
     pairs = demo_xtext(world, init_ranks("cpu"))
     vocab = open_vocab(world / "corpus.h5")
     torch.manual_seed(0)
-    save_bert(BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=32)), out / "language", vocab)
+    save_bert(BERT(BERTConfig(vocab.size, layers=1, hidden=32, heads=2, intermediate=64, max_positions=32)),
+              out / "language", vocab)
     teacher.main(teacher.Config(**QUICK_TEACHER | dict(objective="clip", stop_on="recall"),
                                 videos=str(world / "videos.h5"), out_dir=str(out / "clip")))
     return {"train": str(pairs), "language": str(out / "language"), "clip": str(out / "clip")}
@@ -357,7 +358,8 @@ def test_clip_file_that_does_not_tell_its_activation_needs_a_flag(parts, config,
 
 
 def test_losses_fall(config, tmp_path):
-    adapt_xdbert.main(config(objective="mlm+match+cliptc+itc", freeze="none", max_steps=120, log_every=10, eval_every=120, save_every=120, batch_size=16, lr=3e-3))
+    adapt_xdbert.main(config(objective="mlm+match+cliptc+itc", freeze="none", max_steps=120, log_every=10, eval_every=120,
+                             save_every=120, batch_size=16, lr=3e-3))
     lines = [line for line in log_of(tmp_path / "run") if "lr" in line]
     for name in ("mlm", "cliptc", "itc"):
         assert lines[-1][name] < 0.9 * lines[0][name]
@@ -484,7 +486,8 @@ def test_own_objective_is_compared_with_text_alone(config, tmp_path, monkeypatch
     (dict(cross_layers=0), "--cross_layers 0: .* --objective mlm.itc"), (dict(freeze="auto,clip"), "--freeze auto,clip"),
     (dict(cross_layers=0, objective="mlm"), "--cross_layers 0"), (dict(cross_layers=-1), "--cross_layers"),
     (dict(cross_layers=0, objective="mlm+itc", freeze="none"), "--freeze none: without"),
-    (dict(preset="paper", train=""), "--preset paper needs --train"), (dict(warmup_steps=1.5), "--warmup_steps"), (dict(max_steps=0), "--epochs"),
+    (dict(preset="paper", train=""), "--preset paper needs --train"), (dict(warmup_steps=1.5), "--warmup_steps"),
+    (dict(max_steps=0), "--epochs"),
     (dict(eval_every=3, log_every=2, save_every=2), "--eval_every"), (dict(mask_split="1/2/3"), "--mask_split")])
 def test_wrong_flags_get_one_line(config, flags, words):
     with pytest.raises((ValueError, SystemExit), match=words):
