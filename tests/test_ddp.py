@@ -4,6 +4,7 @@ One spawned gloo group runs all jobs; the same jobs are then run in this process
 Run: python -m pytest -q tests/test_ddp.py
 """
 import functools
+import gc
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from parts import examples as examples_room
 from data import open_vocab
 from model import CLIPConfig, CLIPText
 from parts.examples import load_examples
-from parts.machine import Ranks, init_ranks
+from parts.machine import Ranks, end_ranks, init_ranks
 from parts.tasks import TASKS, find_file
 from parts.vocab import load_vocab
 from parts.weights import load_task_model, save_clip
@@ -194,8 +195,9 @@ def worker(rank, port, todo, resumed, out, tasks):
             part_of(script, flags | changed, "two/refused")
         lines.append(str(stop.value))
     Path(f"lines{rank}.json").write_text(json.dumps(lines))
-    ranks.barrier()
-    os._exit(0)  # the errors above hold models, and with them gloo's threads, which abort some ends of a process
+    del stop  # the error holds a model and with it gloo's threads, which abort some ends of a process
+    gc.collect()
+    end_ranks()
 
 
 @pytest.fixture(scope="module")
