@@ -24,7 +24,7 @@ import data
 import features
 from common import write_json
 from features import main
-from parts.towers import load_tower
+from parts.towers import ResNet, ResNetConfig, load_tower
 from parts.vocab import SPECIALS, Vocab
 from prepare.captions import find_videos
 from prepare.packing import pack_videos
@@ -503,12 +503,11 @@ def test_captions_are_cut_to_the_videos_and_tasks_are_folders(folder, tmp_path, 
 
 
 def test_from_videos_with_subtitles_to_steps_of_a_teacher(folder, tmp_path, monkeypatch):
-    parts = pytest.importorskip("parts.towers", reason="the towers are not there yet")
     import teacher
     torch.manual_seed(0)
     for rank, kernel in ((2, (7, 7)), (3, (7, 7, 7))):
-        config = parts.ResNetConfig(kernel, blocks=(1, 1, 1, 1), stem=4, inner=2, outer=8)
-        net = parts.ResNet(config)
+        config = ResNetConfig(kernel, blocks=(1, 1, 1, 1), stem=4, inner=2, outer=8)
+        net = ResNet(config)
         for p in net.parameters():
             torch.nn.init.normal_(p, std=0.3) if p.ndim > 1 else None
         torch.save(net.state_dict(), tmp_path / f"w{rank}.pt")
