@@ -360,7 +360,7 @@ def distilling(student, teachers, device):
     """The losses of distill.py's step, nst+crd, and its bank's update, as (loss, alone).
 
     loss(batch, kind, h=None): from the states h (B, T, C) on where they are given. alone(batch, kind): a run
-    of distillation alone, forward and backward: no masked words, and given states, which do for the student's.
+    of distillation alone, forward and backward: no masked words, given states do for the student's.
     """
     def loss(batch, kind, h=None):
         batch = batch | {"negatives": student.bank.draw(keyed_integers, 0, 0)}
@@ -413,8 +413,8 @@ def bench_step(cfg, device, out):
     plain, steps = "released structure, fp32", {f"ours, {kind}": partial(step, batch, kind) for kind in kinds}
     if cfg.kept:
         steps["the released, freed memory kept"] = partial(released_step, batch)
-    rows = measure({plain: partial(released_step, batch)}
-                   | {f"distillation alone, {kind}": alone(batch, kind) for kind in kinds}, device, cfg.rounds)
+    kd = {f"distillation alone, {kind}": alone(batch, kind) for kind in kinds}
+    rows = measure({plain: partial(released_step, batch)} | kd, device, cfg.rounds)
     keep_memory(device, (340 if cfg.kept else 120) * B * T * config.layers * C)
     rows |= measure(steps, device, cfg.rounds)
     for name in steps:
@@ -445,8 +445,8 @@ def made_examples(lengths, cfg):
 def bench_gpu(cfg, device, out):
     """distill.py's step in bf16 at the papers' two shapes (on a CPU at --model), nst+crd with 2 anchors a
     sequence, as it is and compiled, and its parts, each by itself."""
-    kind, n = kinds_of(device)[-1], cfg.batch * cfg.tokens
-    for shape, compiled in itertools.product(PAPERS if device.type == "cuda" else (cfg.model,), (False, True)):
+    kind, shapes = kinds_of(device)[-1], PAPERS if device.type == "cuda" else (cfg.model,)
+    for shape, compiled in itertools.product(shapes, (False, True)):
         config, bank = model_config(shape, cfg.vocab), full_bank(cfg.rows, cfg, device)
         teacher = BERT(config).to(device, DTYPES[kind]).eval().requires_grad_(False)
         student = distill.Distiller(distill.Config(objective="nst+crd", crd_dim=cfg.dim), config,
@@ -470,7 +470,7 @@ def bench_gpu(cfg, device, out):
             row["ratio"] = row["ms"] / rows["step"]["ms"]
         name = f"{shape}{', compiled' * compiled}"
         show(f"gpu: {name}, B {cfg.batch}, T {cfg.tokens}, V {cfg.vocab}, {kind}; ratio = part of the step",
-             rows, [], out, n)
+             rows, [], out, cfg.batch * cfg.tokens)
         T, peak = cfg.tokens, peak_flops(device, DTYPES[kind]) or math.nan
         flops = 3 * flops_per_token(config, T, MASKED) + flops_per_token(config, T)  # as distill.py counts
         found = {"tokens_per_s": rows["step"]["tokens_per_s"], "launch_ms": launch,
@@ -529,11 +529,11 @@ def step_parts(student, teacher, batch, kind, device):
         nn.utils.clip_grad_norm_(twins, 1.0)
         optimizer.step()
     heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
+    masked = h.flatten(0, 1)[batch["mlm_index"]].detach().requires_grad_()
     return {"teacher": lambda: teacher(batch["inputs"]), "forward": forward,
             "forward and backward": gradients(forward, words),
-            "masked-word head": gradients(lambda: (losses.mlm(student.mlm(h.flatten(0, 1)[batch["mlm_index"]]),
-                                                              batch["mlm_targets"]),),
-                                          [h, *student.mlm.parameters()]),
+            "masked-word head": gradients(lambda: (losses.mlm(student.mlm(masked), batch["mlm_targets"]),),
+                                          [masked, *student.mlm.parameters()]),
             "heads": gradients(lambda: (student.heads["nst"](h), *student.project(h, batch)), [h, *heads]),
             "nst": gradients(lambda: (losses.nst(s, batch["h_t"], batch["mask"]),), [s]),
             "crd": gradients(crd, z), "bank's update": update, "optimizer": optimize}

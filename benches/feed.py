@@ -119,8 +119,7 @@ def bench_feed(cfg, device, out, count=100_000_000, clips=CLIPS, channels=CHANNE
         unit = "mtokens" if name == "text" else "mb"
         out |= {f"feed.{name}_{unit}_per_s": float(reached), f"feed.{name}_{unit}_per_s_needed": needed}
     out |= {"feed.wait_share": waits[0], "feed.wait_share_held": waits[1], "feed.frames_wait_share": waits[2]}
-    print0(table(lines))
-    print0(f"share of the time that the loop waits: {100 * waits[0]:.1f} % at steps of {1e3 * STEP:.0f} ms, "
-           f"{100 * waits[1]:.1f} % where Python is busy for {1e3 * HELD:.0f} ms of them; with frames, at steps "
-           f"of {1e3 * TEACHER_STEP:.0f} ms, {100 * waits[2]:.1f} %\nMB are of float16, which is read from memory "
-           "here: a disk has to deliver as much")
+    print0(f"{table(lines)}\nMB are of float16, read from memory here: a disk has to deliver as many\n"
+           f"share of the time that the loop waits: {100 * waits[0]:.1f} % at steps of {1e3 * STEP:.0f} ms, "
+           f"{100 * waits[1]:.1f} % where Python is busy for {1e3 * HELD:.0f} ms of them;\n"
+           f"with frames, at steps of {1e3 * TEACHER_STEP:.0f} ms, {100 * waits[2]:.1f} %")

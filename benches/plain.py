@@ -1,6 +1,6 @@
 """What bench.py compares ours with: plain forms of the losses, and the structures of the released codes.
 
-Not for training: the same rules hold for them and for ours, and bench.py checks that values and gradients agree.
+Not for training. bench.py checks that their values and gradients are ours.
 """
 import copy
 import math

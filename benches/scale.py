@@ -199,7 +199,7 @@ def exponents(rows):
     """(of time, of memory): the slopes of their logarithms over that of the size, by least squares.
 
     rows: {size: {"seconds", "mb"}}. Time: over the sizes that take NOISE or more, but at least the three
-    largest. Memory: over the three largest, since buffers fill up before; what is below LEAST counts as LEAST.
+    largest. Memory: over the three largest, since buffers fill up before; below LEAST it counts as LEAST.
     """
     sizes = np.log(list(rows))
     time, memory = (np.array([row[key] for row in rows.values()]) for key in ("seconds", "mb"))
@@ -212,7 +212,7 @@ def exponents(rows):
 
 
 def counted_steps(folder, steps):
-    """distill.py's run of so many steps -> Counter of its collectives and of the bytes that this rank gives."""
+    """distill.py's run of so many steps -> Counter of its collectives, and of the bytes that a rank gives."""
     found = Counter()
 
     def note(name, tensor):
@@ -241,9 +241,9 @@ def counted_steps(folder, steps):
             setattr(dist, name, counting(name, function, name == "all_gather"))
         distill.DistributedDataParallel = Counted
         distill.main(distill.Config(
-            objective="nst+crd", train=str(folder / "text.h5"), teacher=str(folder / "teacher"), model="1L-64H",
-            block_size=16, batch_size=32, crd_tokens=64, crd_negatives=16, eval_blocks=8, max_steps=steps,
-            warmup_steps=1, log_every=1000, grad_every=1000, eval_every=1000, save_every=1000, device="cpu",
+            objective="nst+crd", train=str(folder / "text.h5"), teacher=str(folder / "teacher"),
+            model="1L-64H", block_size=16, batch_size=32, crd_tokens=64, crd_negatives=16, eval_blocks=8,
+            max_steps=steps, warmup_steps=1, log_every=1000, grad_every=1000, eval_every=1000, save_every=1000, device="cpu",
             out_dir=str(folder / f"run-{dist.get_world_size() if dist.is_initialized() else 1}-{steps}")))
     finally:
         for place, name, function in kept:

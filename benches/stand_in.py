@@ -1,4 +1,4 @@
-"""For a day: what data.step_batches and parts.feed.Feed will be. benches/feed.py and benches/scale.py import them."""
+"""For a day: what data.step_batches and parts.feed.Feed will be, for benches/feed.py and benches/scale.py."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,7 +20,7 @@ def step_batches(samples, cfg, ranks, make_batch, step):
 class Feed:
     def __init__(self, make, ranks, first, last, items={}, wishes=list):
         self.make, self.last, self.thread = make, last, ThreadPoolExecutor(1)
-        self.waiting = deque(self.thread.submit(make, step) for step in range(first, min(first + AHEAD, last)))
+        self.waiting = deque(self.thread.submit(make, i) for i in range(first, min(first + AHEAD, last)))
 
     def take(self, step):
         index, batches = self.waiting.popleft().result()
