@@ -59,17 +59,17 @@ def teacher_flops(shape):
 
 
 def adapter():
-    """XDBERT's model of the paper preset, whose parameters take no memory."""
-    return adapt_xdbert.empty_model(adapt_xdbert.Config(**adapt_xdbert.PRESETS["paper"], language="bert-base",
-                                                        clip="random"))
+    """(Config, model whose parameters take no memory) of XDBERT's paper preset."""
+    cfg = adapt_xdbert.Config(**adapt_xdbert.PRESETS["paper"], language="bert-base", clip="random")
+    return cfg, adapt_xdbert.empty_model(cfg)
 
 
 def jobs():
     """[(name, samples, tokens of one, bytes of data, FLOPs of a sample)]."""
     paper, _ = student("12L-768H")
-    pupil, adapted = teacher.Config(**teacher.PRESETS["paper"]), adapter()
-    length, clip = adapted.cfg.block_size, VIDEOS * SECONDS * CHANNELS * 2
-    texts = 800 * adapted.cfg.batch_size  # XDBERT C.1: steps of an epoch
+    pupil, (cfg, model) = teacher.Config(**teacher.PRESETS["paper"]), adapter()
+    clip = VIDEOS * SECONDS * CHANNELS * 2  # bytes
+    texts, length = 800 * cfg.batch_size, cfg.block_size  # XDBERT C.1: steps of an epoch
     tuned = [(n * 3, length, n * 3 * length * 3 * flops_per_token(model_config("12L-768H", V), length))
              for n, length in TASKS.values()]
     examples, words = sum(n for n, *_ in tuned), sum(n * length for n, length, _ in tuned)
@@ -80,8 +80,8 @@ def jobs():
              student_flops("12L-768H")),
             ("student 6L-512H, Wiki103 x 40", 40 * WIKI103 / (T - 2), T, 2 * WIKI103,
              student_flops("6L-512H")),
-            ("XDBERT, base and ViT-B/32", texts, length, 2 * texts * (length + USED * 9 * 77),
-             adapt_xdbert.flops_of(adapted, adapted.cfg, 77, USED)),
+            ("XDBERT, base and ViT-B/32", texts, length, 2 * texts * (length + USED * 9 * 75),
+             adapt_xdbert.flops_of(model, cfg, 77, USED)),
             ("fine-tuning, 7 tasks x 3 epochs", examples, words / examples, 2 * words / 3,
              sum(f for *_, f in tuned) / examples)]
 
@@ -129,7 +129,7 @@ def parts():
                 CRDBank.nbytes(cfg.crd_bank_size, cfg.crd_dim, getattr(torch, cfg.crd_bank_dtype)))
             found[f"teacher {shape}"] = teacher.Teacher(
                 teacher.Config(**teacher.PRESETS["paper"], objective="mlm+ct"), config, CHANNELS), 0
-        found["XDBERT, base and ViT-B/32"] = adapter(), 0
+        found["XDBERT, base and ViT-B/32"] = adapter()[1], 0
         bert = BERT(model_config("12L-768H", V), pooler=True)
         found["fine-tuning 12L-768H"] = TaskModel(bert, "classify", 2), 0
     return {name: (sum(p.numel() for p in model.parameters() if p.requires_grad),
