@@ -73,8 +73,8 @@ def jobs():
     tuned = [(n * 3, length, n * 3 * length * 3 * flops_per_token(model_config("12L-768H", V), length))
              for n, length in TASKS.values()]
     examples, words = sum(n for n, *_ in tuned), sum(n * length for n, length, _ in tuned)
-    shown = [(f"teacher {shape}, HowTo100M", pupil.max_steps * pupil.batch_size, T, clip, teacher_flops(shape))
-             for shape in SHAPES]
+    seen = pupil.max_steps * pupil.batch_size
+    shown = [(f"teacher {shape}, HowTo100M", seen, T, clip, teacher_flops(shape)) for shape in SHAPES]
     return [*shown,
             ("student 12L-768H, Wikipedia", paper.max_steps * paper.batch_size, T, 2 * WIKIPEDIA,
              student_flops("12L-768H")),

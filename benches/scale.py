@@ -2,8 +2,9 @@
 
     python bench.py --only scale --json scale.json
 
-Memory is what the process's own (anonymous) resident memory grows by at most: pages of memory maps, which the
-system drops when memory is short, do not count. Exponents are slopes of least squares in log-log.
+Time is that of the CPU, on one core: other work does not count, nor does waiting for a disk. Memory is what
+the process's own (anonymous) resident memory grows by at most: pages of memory maps, which the system drops
+when memory is short, do not count. Exponents are slopes of least squares in log-log.
 """
 import json
 import os
@@ -70,8 +71,10 @@ def own_mb():
 
 # ---------------------------------------------------------------------------- what grows
 #
-# make_<what>(folder, n) writes what the job reads; <what>(folder, n) -> {what grows: {"units": into which its
-# time is divided, "seconds", "mb", further numbers}}
+# make_<what>(folder, n) writes what a job reads; <what>(folder, n) -> {what grows: {"units": into which its
+# time is divided, "seconds" of the CPU, "mb"}}
+
+cpu_times = partial(times, clock=time.process_time)
 
 
 def make_tokens(folder, n):
@@ -88,15 +91,15 @@ def tokens(folder, n, steps=40):
     path = folder / "text.h5"
     cfg = distill.Config(**distill.PRESETS["paper"], objective="nst+crd", train=str(path))
     with Growth() as memory:
-        start = time.perf_counter()
+        start = time.process_time()
         blocks = TextBlocks(cfg.train, cfg.block_size)
-        opened = time.perf_counter() - start
+        opened = time.process_time() - start
         with open(path, "rb", 0) as f:
             part = bytearray(1 << 20)
             while f.readinto(part):
                 pass
-        read = time.perf_counter() - start
-        step = times(partial(step_batches, blocks, cfg, ONE, distill.make_batch), 0.5, steps).min()
+        read = time.process_time() - start
+        step = cpu_times(partial(step_batches, blocks, cfg, ONE, distill.make_batch), 0.5, steps).min()
     return {"start": {"units": 1, "seconds": opened, "mb": memory.mb},
             "tokens": {"units": n, "seconds": read + n * step / (cfg.batch_size * cfg.block_size),
                        "mb": memory.mb}}
@@ -118,22 +121,32 @@ def bank(folder, n, batch=256, anchors=512, dim=128, steps=20):
                 rows.set_z(*(x.detach() for x in z), slots, drawn)
             torch.autograd.grad(losses.crd(*z, slots, rows, drawn), z)
             rows.update(slots[:batch], *(x.detach()[:batch] for x in z))
-        took = times(step, 0.5, steps).min()
+        took = cpu_times(step, 0.5, steps).min()
     return {"bank": {"units": 1, "seconds": took, "mb": memory.mb}}  # a step's
 
 
-def clips(folder, n, queries=1000, dim=64):
+def clips(folder, n, queries=256, dim=64):
     """Exact search for the nearest of n clips; its memory is on top of queries and clips."""
     query, target = torch.randn(min(n, queries), dim), torch.randn(n, dim)
     nearest(query[:2], target[:2])
     with Growth() as memory:
-        took = times(lambda i: nearest(query, target), 0.5, 2, 1).min()
+        took = cpu_times(lambda i: nearest(query, target), 0.5, 2, 1).min()
     return {"clips": {"units": len(query) * n, "seconds": took, "mb": memory.mb}}
 
 
-def make_frames(folder, n, channels=CHANNELS, videos=8):
-    vocab = made_vocab(1000)
-    write_clips(folder / "videos.h5", 2 * videos, n, vocab, channels)
+def make_frames(folder, n, channels=CHANNELS, videos=32):
+    write_clips(folder / "videos.h5", videos, n, made_vocab(1000), channels)
+
+
+def frames(folder, n, clips=24):
+    """A batch of 24 clips of n frames."""
+    packed = VideoClips(str(folder / "videos.h5"), 16)
+    with Growth() as memory:
+        took = cpu_times(lambda i: packed.batch(np.arange(clips) * 3), 0.5, 10).min()
+    return {"frames": {"units": clips * n, "seconds": took, "mb": memory.mb}}
+
+
+def make_packing(folder, n, channels=CHANNELS, videos=8):
     for name, count in (("feat2d", n), ("feat3d", -(-3 * n // 2))):
         (folder / name).mkdir()
         for video in range(videos):
@@ -143,22 +156,22 @@ def make_frames(folder, n, channels=CHANNELS, videos=8):
     (folder / "videos.csv").write_text("video_id,task_id\n" + "".join(f"{name},1\n" for name in rows))
 
 
-def frames(folder, n, videos=8, shape="6L-512H"):
-    """Videos of n frames: reading a batch of 8 clips, packing 8 videos, the video encoder on one."""
-    clips = VideoClips(str(folder / "videos.h5"), 16)
+def packing(folder, n, videos=8):
+    """8 videos of n frames into one file."""
+    vocab = made_vocab(1000)
+    sources = folder / "caption.json", folder / "feat2d", folder / "videos.csv"
     with Growth() as memory:
-        read = times(lambda i: clips.batch(np.arange(videos) * 3), 0.5, 10).min()
-    clip = torch.from_numpy(np.ones((1, n, clips.features), np.float32)), torch.ones(1, n, dtype=torch.bool)
-    with Growth() as memory_packing:
-        packed = times(lambda i: pack_videos(folder / "caption.json", folder / "feat2d",
-                                             folder / "videos.csv", clips.vocab, folder / f"{i}.h5",
-                                             folder / "feat3d"), 0, 2, 1).min()
-    encoder = VideoEncoder(model_config(shape, 30522), clips.features, n).eval()
-    with Growth() as memory_encoding, torch.no_grad():
-        encoded = times(lambda i: encoder(*clip), 0.5, 3).min()
-    return {"frames": {"units": videos * n, "seconds": read, "mb": memory.mb},
-            "packing": {"units": videos * n, "seconds": packed, "mb": memory_packing.mb},
-            "encoder": {"units": n, "seconds": encoded, "mb": memory_encoding.mb}}
+        took = cpu_times(lambda i: pack_videos(*sources, vocab, folder / f"{i}.h5", folder / "feat3d"), 0, 2,
+                         1).min()
+    return {"packing": {"units": videos * n, "seconds": took, "mb": memory.mb}}
+
+
+def encoder(folder, n, shape="6L-512H"):
+    """The video encoder forward on one clip of n frames."""
+    model, clip = VideoEncoder(model_config(shape, 30522), CHANNELS, n).eval(), torch.randn(1, n, CHANNELS)
+    with Growth() as memory, torch.no_grad():
+        took = cpu_times(lambda i: model(clip), 0.5, 3).min()
+    return {"encoder": {"units": n, "seconds": took, "mb": memory.mb}}
 
 
 def make_videos(folder, n):
@@ -173,20 +186,20 @@ def make_videos(folder, n):
 def videos(folder, n):
     """One caption.json of n videos, read to its end."""
     with Growth() as memory:
-        start = time.perf_counter()
+        start = time.process_time()
         found = sum(1 for _ in read_captions(folder / "caption.json"))
-        took = time.perf_counter() - start
+        took = time.process_time() - start
     assert found == n, f"{found} videos of {n}"
-    return {"videos": {"units": n, "seconds": took, "mb": memory.mb,
-                       "mb_per_s": (folder / "caption.json").stat().st_size / 1e6 / took}}
+    return {"videos": {"units": n, "seconds": took, "mb": memory.mb}}
 
 
-# what: (its sizes, unit, what one unit is called, whether memory is to be flat)
 GROWING = {"tokens": (10 ** 6, 10 ** 7, 10 ** 8, 10 ** 9, 3 * 10 ** 9), "bank": (10 ** 4, 10 ** 5, 10 ** 6),
            "clips": (10 ** 3, 10 ** 4, 10 ** 5, 10 ** 6), "frames": (1, 8, 64, 256, 512),
-           "videos": (10 ** 3, 10 ** 4, 10 ** 5, 1_200_000)}
-MAKE = {"tokens": make_tokens, "frames": make_frames, "videos": make_videos}
-JOBS = {"tokens": tokens, "bank": bank, "clips": clips, "frames": frames, "videos": videos}
+           "packing": (1, 8, 64, 256, 512), "encoder": (64, 256, 512),
+           "videos": (10 ** 3, 10 ** 4, 10 ** 5, 1_200_000)}  # what: its sizes
+MAKE = {"tokens": make_tokens, "frames": make_frames, "packing": make_packing, "videos": make_videos}
+JOBS = {"tokens": tokens, "bank": bank, "clips": clips, "frames": frames, "packing": packing,
+        "encoder": encoder, "videos": videos}
 # of what grows: what its size counts, and of what the time is told
 NAMES = {"start": ("opening packed text, tokens", "start"), "tokens": ("reading all of it, tokens", "token"),
          "bank": ("CRD's bank, rows", "step"),
@@ -243,7 +256,8 @@ def counted_steps(folder, steps):
         distill.main(distill.Config(
             objective="nst+crd", train=str(folder / "text.h5"), teacher=str(folder / "teacher"),
             model="1L-64H", block_size=16, batch_size=32, crd_tokens=64, crd_negatives=16, eval_blocks=8,
-            max_steps=steps, warmup_steps=1, log_every=1000, grad_every=1000, eval_every=1000, save_every=1000, device="cpu",
+            max_steps=steps, warmup_steps=1, log_every=1000, grad_every=1000, eval_every=1000,
+            save_every=1000, device="cpu",
             out_dir=str(folder / f"run-{dist.get_world_size() if dist.is_initialized() else 1}-{steps}")))
     finally:
         for place, name, function in kept:
@@ -270,7 +284,7 @@ def ranks(folder, n):
 
 def children(what, n, folder, processes=1):
     """What `python -m benches.scale` of these arguments found, in a group of so many processes."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -304,7 +318,7 @@ def bench_scale(cfg, device, out, growing=GROWING, run=children):
                 MAKE[what](folder, n)
             for part, row in run(what, n, folder).items():
                 found.setdefault(part, {})[n] = row
-    lines = [["", "size", "time", "for one", "", "memory MB"]]
+    lines = [["", "size", "CPU time", "for one", "", "memory MB"]]
     for part, rows in found.items():
         name, unit = NAMES[part]
         for n, row in rows.items():
@@ -322,7 +336,7 @@ def bench_scale(cfg, device, out, growing=GROWING, run=children):
             sent = run("ranks", n, Path(name), n)["ranks"]
             out[f"scale.ranks.{n}"] = sent
             print0(f"{n} rank{'s' * (n > 1)}: a step sends " + (", ".join(
-                f"{value:,.4g} {key}" for key, value in sent.items()) or "nothing"))
+                f"{value:,.0f} {key}" for key, value in sent.items()) or "nothing"))
 
 
 if __name__ == "__main__":
