@@ -15,6 +15,7 @@ folder. clip/ and cross.* beside its weights are the rest of the model, for fine
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ class Config:
     log_every: int = 25  # steps a log line
     grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
     eval_every: int = 100  # steps between evaluations
-    save_every: int = 200  # steps between checkpoints
+    save_every: int = 200  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
 
     def __post_init__(self):
         chosen = self.objective.split("+")
@@ -137,7 +139,7 @@ FREE = ("preset", "train", "val", "language", "clip", "quick_gelu", "table")
 # XDBERT C.1: 1e-4, warm-up 5 %, one epoch, at 512 words and 9 x 77 tokens (Appendix B). The paper planned its
 # learning rate for 40 epochs of about 800 steps of 256 and stopped early: `paper`; `base` plans the one epoch
 BASE = dict(block_size=512, segments=9, batch_size=256, lr=1e-4, beta2=0.999, max_steps=0, epochs=1.0,
-            grad_every=200, eval_every=200, save_every=200, log_every=10)
+            grad_every=200, eval_every=200, save_every=0, save_minutes=15.0, log_every=10)
 PRESETS = {"auto": lambda given: BASE if "train" in given else {}, "demo": {}, "base": BASE,
            "paper": BASE | dict(schedule_steps=32_000)}
 
@@ -287,7 +289,7 @@ def make_batch(blocks, cfg, index, *keys, text=None):
     keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
     text: the blocks whose text CLIP's side holds; None: with MATCH half of them are others, drawn.
     """
-    batch = blocks.batch(index)
+    batch = blocks.batch(index)  # HACK HERE: the batch
     found = data.masked_words(batch, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys)
     if cfg.no_clip:
         return found
@@ -567,6 +569,7 @@ def main(cfg):
             part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+    run.feed(partial(data.step_batches, train, cfg, ranks, make_batch), {name: ITEMS[name] for name in names})
 
     # ==== training loop ====
     while True:
@@ -581,15 +584,8 @@ def main(cfg):
             break
 
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
-        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, ranks.device))
-        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        _, batches, items = run.take(step)
+        divisor = {name: (n if cfg.reduction == "mean" else 1) / ranks.size for name, n in items.items()}
         lr = lr_at(step, cfg.lr, warmup_steps, planned)  # HACK HERE: the schedule
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             if "itc" in weights and cfg.grad_accum > 1:

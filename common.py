@@ -164,12 +164,15 @@ def check_fields(cfg, choices, positive):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    for name in ("save_every", *positive):
+    for name in positive:
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
-    for name in ("grad_clip", "weight_decay", "max_minutes", "max_steps", "warmup_steps", "epochs"):
+    for name in ("grad_clip", "weight_decay", "max_minutes", "save_every", "save_minutes", "max_steps",
+                 "warmup_steps", "epochs"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
+    if not (cfg.save_every or cfg.save_minutes):
+        raise ValueError("--save_every 0 needs --save_minutes")
     if type(cfg).max_steps and not cfg.max_steps and not cfg.epochs:  # finetune.py's tasks have their own
         raise ValueError("--max_steps 0 needs --epochs")
     for name, (least, most) in LIMITS.items():

@@ -196,6 +196,17 @@ def micro_rows(batch_size, rank, ranks, micro, grad_accum):
     return np.arange(size, dtype=np.int64) + (rank * grad_accum + micro) * size
 
 
+def step_batches(samples, cfg, ranks, make_batch, step):
+    """(samples (b,) of the step's global batch, this rank's micro-batches): a pure function of the step.
+
+    samples: TextBlocks, PairBlocks or VideoClips; make_batch(samples, cfg, index, seed, step, positions).
+    """
+    index = samples.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
+    parts = (micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+             for micro in range(cfg.grad_accum))
+    return index, [make_batch(samples, cfg, index[rows], cfg.seed, step, rows) for rows in parts]
+
+
 def parse_split(text):
     """"80/10/10" -> (0.8, 0.1, 0.1): shares of masked tokens that become [MASK], a random token, or stay."""
     try:

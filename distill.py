@@ -13,6 +13,7 @@ of the objectives.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -97,7 +98,8 @@ class Config:
     log_every: int = 25  # steps a log line
     grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
     eval_every: int = 100  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    save_every: int = 100  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
 
     def __post_init__(self):
         chosen, known = self.objective.split("+"), [name for name in ITEMS if name != "mlm"]
@@ -139,8 +141,8 @@ FREE = ("preset", "train", "val", "videos", "teacher", "quick_gelu")
 
 # VidLanKD 4.3: tokens, AdamW; released code: epochs of Wiki103, steps, batch, warm-up, beta2; the rest: ours
 SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
-             beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=2000,
-             grad_every=1000, log_every=100)
+             beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=0,
+             save_minutes=15.0, grad_every=1000, log_every=100)
 BASE = SMALL | dict(model="12L-768H", warmup_steps=5000, max_steps=500_000, epochs=0.0)
 PAPER = dict(w_nst=1.0, mask_split="100/0/0")  # L^S is a plain sum (3.3); 15 % become [MASK] (3.2)
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | PAPER, "paper-6l": SMALL | PAPER}
@@ -302,6 +304,7 @@ def make_batch(blocks, cfg, index, *keys, paired=False):
 
     paired: with the tokens of a FrozenTeacher of other tokens; mask is then True where both read a word.
     """
+    # HACK HERE: the batch
     batch, how = blocks.batch(index), (blocks.vocab, cfg.mask_rate, cfg.mask_split)
     batch |= data.masked_words(batch, *how, *keys)
     if paired:
@@ -461,6 +464,7 @@ def main(cfg):
             part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+    run.feed(partial(data.step_batches, train, cfg, ranks, partial(make_batch, paired=paired)), {name: ITEMS[name] for name in names})
 
     # ==== training loop ====
     while True:
@@ -472,17 +476,11 @@ def main(cfg):
             break
 
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
-        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):  # HACK HERE: the batch
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows, paired=paired)
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, ranks.device))
-            if teacher:
-                teacher(batches[-1])
-        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        index, batches, items = run.take(step)
+        divisor = {name: (n if cfg.reduction == "mean" else 1) / ranks.size for name, n in items.items()}
+        if teacher:
+            for batch in batches:
+                teacher(batch)
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
         if bank:
             if step == 0:

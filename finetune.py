@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -87,7 +88,8 @@ class Config:
     eval_only: bool = False  # evaluate the finished runs' models again
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     log_every: int = 50  # steps a log line
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 500  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
     # other jobs
     predict: bool = False  # label lines of standard input with the fine-tuned --model
     score: str = ""  # a SQuAD predictions.json to score
@@ -279,6 +281,14 @@ def median_run_of(path):
 # ---------------------------------------------------------------------------- one run
 
 
+def step_batches(examples, order, cfg, ranks, step):
+    """(samples of the step's global batch, this rank's micro-batches): a pure function of the step."""
+    index = order(step)
+    parts = (data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+             for micro in range(cfg.grad_accum))
+    return index, [examples.batch(index[rows]) for rows in parts]  # HACK HERE: the batch
+
+
 def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     """Fine-tunes `start` once and evaluates; returns what results.json of the run's folder holds.
 
@@ -330,6 +340,7 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     objective, order = Objective(model), Order(train.lengths, cfg.batch_size, max_steps, cfg.seed)
     ddp = DistributedDataParallel(objective) if ranks.size > 1 else objective
     model.train()
+    run.feed(partial(step_batches, train, order, cfg, ranks))
 
     # ==== training loop ====
     while True:
@@ -339,10 +350,7 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
             break
 
         # the step's micro-batches; the divisor: the global batch / ranks, as DDP averages gradients
-        index, batches, divisor = order(step), [], {"loss": cfg.batch_size / ranks.size}
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batches.append(move(train.batch(index[rows]), ranks.device))  # HACK HERE: the batch
+        batches, divisor = run.take(step)[1], {"loss": cfg.batch_size / ranks.size}
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
                     one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
                     read_settings, remove, write_json)
+from parts.feed import Feed
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
@@ -180,7 +181,8 @@ def same_run(before, cfg, hashes, free):
 
 
 # flags of no influence on the result in any script
-FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir")
+FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "save_minutes",
+        "data_dir")
 
 
 def changed_flags(before, cfg, free=()):
@@ -250,10 +252,12 @@ class Run:
         run = Run(cfg, folder, ranks, hashes, FIXED)    # finished, unfinished or new?
         step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
         run.begin(terms)
+        run.feed(make, items)
         while True:
             if run.eval_due(step, last): run.note(step, "val", scores)
             run.save_due(step, last)                       # may end the program: interrupted
             if last: break
+            index, batches, items = run.take(step)
             run.add(step, terms); step += 1; run.tick(step, lr, norm)
         seconds = run.leave_loop()
         run.finish(results)
@@ -364,6 +368,7 @@ class Run:
         self.skipped = self.in_a_row = torch.zeros((), device=device)
         self.clock = None  # when the window began, pauses left out; None while warming up
         self.began = time.monotonic() - (self.saved or {}).get("seconds", 0.0) * self.resumes
+        self.written = time.monotonic()  # when the last checkpoint was
         self.bar = None
         if bar:
             self.bar = progress(None, self.max_steps, " steps", bar, leave=False, initial=self.start)
@@ -411,7 +416,21 @@ class Run:
                 part.write_text("".join(old[:self.lines]))
         self.ranks.barrier()
 
+    def feed(self, make, items={}):
+        """Makes the loop's batches ahead from now on; make, items: see parts.feed.Feed."""
+        self.batches = Feed(make, self.ranks, self.start, self.max_steps, items, self.wishes)
+
+    def wishes(self):
+        """(is this rank to stop, is it time for a checkpoint by the main rank's clock)."""
+        minutes = (time.monotonic() - self.written) / 60
+        return self.interrupt.due(), self.ranks.main and 0 < self.cfg.save_minutes <= minutes
+
     # ------------------------------------------------------------------------ inside of the loop
+
+    def take(self, step):
+        """(samples of the global batch, micro-batches on the device, {term: items of the global batch, at
+        least 1}) of the coming step."""
+        return self.batches.take(step)
 
     def eval_due(self, step, last):
         """Is an evaluation due before this step? The clock stops until `save_due`."""
@@ -444,17 +463,21 @@ class Run:
         more: plain values beside the states of the parts.
         """
         began, self.paused = self.paused or time.monotonic(), None
-        stop = self.interrupt.due(self.ranks)
-        if (step % self.cfg.save_every == 0 and step > self.start) or last or stop:
+        stop, late = self.batches.wished()
+        every = self.cfg.save_every or math.inf
+        regular = step % every == 0 or late and step % self.cfg.log_every == 0
+        if regular and step > self.start or last or stop:
             self.check(step)
             save_checkpoint(self.folder, {name: part.state_dict() for name, part in self.parts.items()} | {
                 "format": FORMAT, "step": step, "log_lines": self.lines, "hashes": self.hashes,
                 "config": dataclasses.asdict(self.cfg), "seconds": time.monotonic() - self.began} | more,
                 self.ranks)
+            self.written = time.monotonic()
         if stop and not last:
+            self.batches.close()
             if self.ranks.main:
                 unlock(self.folder)
-            print0(f"{self.interrupt.reason}: saved step {step} in {self.folder}; go on with "
+            print0(f"{self.interrupt.reason or 'stopped'}: saved step {step} in {self.folder}; go on with "
                    + ("the same command" if self.cfg.resume == "auto" else "--resume"))
             raise SystemExit(0)
         if self.clock:
@@ -549,6 +572,7 @@ class Run:
     def leave_loop(self):
         """Signals end the program from now on; returns the seconds that the loop took, resumed parts too."""
         self.check_skipped(min(SKIPS, self.added + 1 - self.start))
+        self.batches.close()
         self.interrupt.release()
         if self.bar is not None:
             self.bar.close()
@@ -692,7 +716,7 @@ def restore_rng(saved, ranks):
 
 
 class Interrupt:
-    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves and leaves. A second kills."""
+    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves, leaves. A second kills."""
 
     def __init__(self, max_minutes=0.0):
         self.reason, self.deadline = "", time.monotonic() + 60 * max_minutes if max_minutes else math.inf
@@ -711,7 +735,7 @@ class Interrupt:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def due(self, ranks):
+    def due(self):
         if not self.reason and time.monotonic() > self.deadline:
             self.reason = "--max_minutes"
-        return ranks.any(bool(self.reason))
+        return bool(self.reason)

@@ -12,6 +12,7 @@ like CLIP's: its end-of-text state is matched with its clip among those of the b
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,8 @@ class Config:
     # logging
     log_every: int = 20  # steps a log line
     eval_every: int = 100  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    save_every: int = 100  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
 
     def __post_init__(self):
         check_fields(self, CHOICES, POSITIVE)
@@ -110,7 +112,8 @@ FREE = ("preset", "videos")
 # not in the paper: released code's batch, warm-up and beta2; steps (an upper bound) and the rest are ours
 BASE = dict(model="12L-768H", block_size=128, max_frames=512, val_clips=10_000, video_layers=0, lr=2e-4,
             weight_decay=0.01, margin=1.0, negatives="all", batch_size=256, beta2=0.999, warmup_steps=5000,
-            max_steps=200_000, eval_every=2000, save_every=2000, log_every=100)
+            max_steps=200_000, eval_every=2000, save_every=0, save_minutes=15.0,
+            log_every=100)
 # section 4.3: tokens, frames, held-out clips, optimizer, margin, "until it converges on validation data";
 # 3.2: 15 % become [MASK]; Eq. 3: one negative; footnote 3: the shapes, of the video encoder, too
 PAPER = BASE | dict(mask_split="100/0/0", negatives="one", stop_on="loss")
@@ -179,7 +182,7 @@ def make_batch(clips, cfg, index, *keys):
     keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
     The partners x' and v' come from this rank's own micro-batch.
     """
-    batch, vocab = clips.batch(index), clips.vocab
+    batch, vocab = clips.batch(index), clips.vocab  # HACK HERE: the batch
     if cfg.objective == "clip":
         return batch
     batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, *keys)
@@ -298,6 +301,7 @@ def main(cfg):
                 part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+    run.feed(partial(data.step_batches, train, cfg, ranks, make_batch), {name: ITEMS[name] for name in names})
 
     # ==== training loop ====
     while True:
@@ -320,15 +324,8 @@ def main(cfg):
             break
 
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
-        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, ranks.device))
-        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        _, batches, items = run.take(step)
+        divisor = {name: (n if cfg.reduction == "mean" else 1) / ranks.size for name, n in items.items()}
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
