@@ -464,7 +464,7 @@ def main(cfg):
             part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
-    run.feed(partial(data.step_batches, train, cfg, ranks, partial(make_batch, paired=paired)), {name: ITEMS[name] for name in names})
+    run.feed(partial(data.step_batches, train, cfg, ranks, partial(make_batch, paired=paired)), ITEMS)
 
     # ==== training loop ====
     while True:

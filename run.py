@@ -418,6 +418,7 @@ class Run:
 
     def feed(self, make, items={}):
         """Makes the loop's batches ahead from now on; make, items: see parts.feed.Feed."""
+        items = {name: count for name, count in items.items() if name in self.terms}
         self.batches = Feed(make, self.ranks, self.start, self.max_steps, items, self.wishes)
 
     def wishes(self):

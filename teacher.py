@@ -301,7 +301,7 @@ def main(cfg):
                 part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
-    run.feed(partial(data.step_batches, train, cfg, ranks, make_batch), {name: ITEMS[name] for name in names})
+    run.feed(partial(data.step_batches, train, cfg, ranks, make_batch), ITEMS)
 
     # ==== training loop ====
     while True:
