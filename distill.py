@@ -68,7 +68,7 @@ class Config:
     crd_dim: int = 128  # E: width of f_1 and f_2
     crd_tau: float = 0.07  # temperature
     crd_momentum: float = 0.5  # of a bank row, sentence level; token rows are replaced
-    crd_bank_size: int = 0  # M: rows of the bank; 0 = one for each block of the corpus
+    crd_bank_size: int = 0  # M: rows of the bank, at most one for each block of the corpus; 0 = so many
     crd_bank_dtype: str = "float32"  # float32, or bfloat16 = half the memory
     crd_loss: str = "nce"  # nce (Eq. 8) or infonce over the same negatives
     crd_views: str = "same"  # same, or different = the teacher gets its own masks (a second teacher pass)
@@ -140,7 +140,9 @@ FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", 
 FREE = ("preset", "train", "val", "videos", "teacher", "quick_gelu")
 
 # VidLanKD 4.3: tokens, AdamW; released code: epochs of Wiki103, steps, batch, warm-up, beta2; the rest: ours
-SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
+# a bank of English Wikipedia's 22.8 M blocks would take 23 GB: what bounds it costs, see docs/objectives.md
+SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, crd_bank_size=2 ** 20,
+             crd_bank_dtype="bfloat16", block_size=128, batch_size=256, lr=2e-4,
              beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=0,
              save_minutes=15.0, grad_every=1000, log_every=100)
 BASE = SMALL | dict(model="12L-768H", warmup_steps=5000, max_steps=500_000, epochs=0.0)
@@ -336,7 +338,7 @@ def evaluate(model, blocks, cfg, ranks):
 
 def update_bank(model, index, ranks):
     """Writes the step's z into the bank: gathered from all ranks, in the order of `index`."""
-    z_s, z_t = (ranks.gather(torch.cat(z)) for z in zip(*model.fresh))
+    z_s, z_t = ranks.gather(torch.cat([torch.stack(z, 1) for z in model.fresh])).unbind(1)
     model.fresh.clear()
     model.bank.update(index, z_s, z_t)
     return z_s, z_t
@@ -358,10 +360,11 @@ def make_bank(cfg, blocks, device):
     """CRD's memory bank, or None; says what it takes."""
     if "crd" not in cfg.objective.split("+"):
         return None
-    rows, dtype = cfg.crd_bank_size or blocks, getattr(torch, cfg.crd_bank_dtype)
+    rows, dtype = min(cfg.crd_bank_size or blocks, blocks), getattr(torch, cfg.crd_bank_dtype)
     print0(f"crd bank: {rows:,} rows x {cfg.crd_dim} x 2 models take "
-           f"{losses.CRDBank.nbytes(rows, cfg.crd_dim, dtype) / 1e6:,.0f} MB on each rank and in a "
-           "checkpoint; --crd_bank_size and --crd_bank_dtype bound it")
+           f"{losses.CRDBank.nbytes(rows, cfg.crd_dim, dtype) / 1e6:,.0f} MB on each rank's device and in a "
+           f"checkpoint, and {12 * rows / 1e6:,.0f} MB of its host; --crd_bank_size and --crd_bank_dtype "
+           "bound it")
     momentum = cfg.crd_momentum * (cfg.crd_level == "sentence")
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 

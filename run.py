@@ -3,6 +3,7 @@
 Nothing here calls a model: each script writes out its own loop.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -318,8 +319,11 @@ class Run:
         if self.saved:
             with of_this_run(self.folder):
                 check_resume(self.saved, self.cfg, self.hashes, self.fixed)
-                for name, part in self.parts.items():
-                    if state := self.saved[name]:  # the scaler's is empty but in float16
+                for name, part in self.parts.items():  # one by one, each given free at once
+                    state = self.saved.pop(name)
+                    if self.ranks.device.type == "cpu":  # an optimizer keeps the tensors that it is given
+                        state = copy.deepcopy(state)
+                    if state:  # the scaler's is empty but in float16
                         part.load_state_dict(state)
                 self.start, self.lines = int(self.saved["step"]), int(self.saved["log_lines"])
                 if self.resumes:
@@ -358,6 +362,8 @@ class Run:
         """
         cfg, device = self.cfg, self.ranks.device
         self.open_folder()
+        if self.ranks.main:
+            self.tell_checkpoint()
         self.interrupt = Interrupt(cfg.max_minutes)
         self.terms, self.unit, self.units, self.flops = list(terms), unit, units, flops
         self.peak = peak_flops(device, getattr(torch, cfg.dtype)) * self.ranks.size if flops else 0.0
@@ -425,6 +431,22 @@ class Run:
         """(is this rank to stop, is it time for a checkpoint by the main rank's clock)."""
         minutes = (time.monotonic() - self.written) / 60
         return self.interrupt.due(), self.ranks.main and 0 < self.cfg.save_minutes <= minutes
+
+    def tell_checkpoint(self):
+        """Prints what checkpoints take of disk and time, where that is much; SystemExit without the room.
+
+        Three exist for a moment: the newest, the one before, and the one in writing.
+        """
+        nbytes, held = checkpoint_nbytes(self.parts), sum(
+            path.stat().st_size for path in self.folder.glob("checkpoint.pt*"))
+        free = shutil.disk_usage(self.folder).free
+        if 3 * nbytes > free + held:
+            raise SystemExit(f"{self.folder}: checkpoints take {3 * nbytes / 1e9:.2g} GB of disk, "
+                             f"{free / 1e9:.2g} GB are free; free some or give another --out_dir")
+        if nbytes >= 1e8:
+            rate = disk_rate(self.folder)
+            print0(f"checkpoint: {nbytes / 1e9:.2g} GB in about {duration(math.ceil(nbytes / rate))}, at the "
+                   f"{rate / 1e6:,.0f} MB/s of this disk; {3 * nbytes / 1e9:.2g} GB while one is written")
 
     # ------------------------------------------------------------------------ inside of the loop
 
@@ -594,6 +616,26 @@ class Run:
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.prev")
 
 
+def checkpoint_nbytes(parts):
+    """Bytes of a checkpoint of {name: part}: each tensor once, and AdamW's moments, which a step makes."""
+    held = {x.data_ptr(): x.nbytes for name, part in parts.items() if name != "optimizer"
+            for x in part.state_dict().values() if torch.is_tensor(x)}
+    groups = parts["optimizer"].param_groups if "optimizer" in parts else []
+    return sum(held.values()) + sum(2 * p.nbytes for group in groups for p in group["params"])
+
+
+def disk_rate(folder, nbytes=1 << 26):
+    """Bytes a second that a folder's disk takes, by writing some."""
+    with atomic(folder / "disk_rate") as part:
+        began = time.perf_counter()
+        with part.open("wb") as f:
+            f.write(bytes(nbytes))
+            os.fsync(f.fileno())
+        rate = nbytes / (time.perf_counter() - began)
+    remove(folder / "disk_rate")
+    return rate
+
+
 def machine_of(ranks):
     """What a run must have in common with another to go on bit for bit."""
     return {"ranks": ranks.size, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
@@ -627,33 +669,46 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
 
 
 def load_checkpoint(folder, ranks, name="checkpoint.pt"):
-    """The newest checkpoint of the run that reads whole, on the CPU; says so where the newest was damaged.
+    """The newest checkpoint of the run that reads whole, its tensors mapped from the file, on the CPU.
 
-    A damaged one becomes *.damaged until the next save, which else would push out the good one with it.
+    The main rank alone reads it all and looks whether it is whole; it says so where the newest is damaged,
+    and the others take the same file. A damaged one becomes *.damaged until the next save, which else would
+    push out the good one with it.
     """
-    folder = Path(folder)
-    for path in (folder / name, folder / (name + ".prev")):
-        if not path.exists():
-            continue
-        if path.is_dir():
-            raise SystemExit(f"{path}: is a folder, where the run writes a file; remove it")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken:
-                raise ValueError(f"checksum of {broken} differs")
-            check_archive(path)
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(saved, dict):
-                raise ValueError(f"it holds a {type(saved).__name__}")
-            return saved
-        except Exception as error:  # whatever a damaged file makes torch raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print0(f"{path} is damaged ({reason}); trying the one before it")
-            if ranks.main and path.name == name:
-                os.replace(path, f"{path}.damaged")
-    raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
-                     "(finetune.py: with --resume false)")
+    paths, found = [Path(folder) / name, Path(folder) / (name + ".prev")], -1
+    if ranks.main:
+        found = next((i for i, path in enumerate(paths) if path.exists() and is_whole(path, i == 0)), -1)
+    found = int(ranks.of_main({"found": found})["found"])
+    if found < 0:
+        raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
+                         "(finetune.py: with --resume false)")
+    try:
+        return torch.load(paths[found], map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError) as error:  # of another rank, whose file is not the main one's
+        raise SystemExit(f"{paths[found]}: rank {ranks.rank} cannot read it ({str(error).splitlines()[0]})"
+                         ) from None
+
+
+def is_whole(path, newest):
+    """Whether a checkpoint's file has the bytes that were written, and nothing hostile; says why not."""
+    if path.is_dir():
+        raise SystemExit(f"{path}: is a folder, where the run writes a file; remove it")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f"checksum of {broken} differs")
+        check_archive(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}")
+        return True
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print0(f"{path} is damaged ({reason}); trying the one before it")
+        if newest:
+            os.replace(path, f"{path}.damaged")
+        return False
 
 
 def check_started(cfg, folder):

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,8 +25,8 @@ from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
 from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, init_ranks, keep_freed_memory,
                            memory_report, peak_flops, return_freed_memory, side_by_side)
-from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, run_script,
-                 save_checkpoint, steps_of)
+from run import (FORMAT, Interrupt, Run, checkpoint_nbytes, file_hash, load_checkpoint, lr_at, model_folder, read_run,
+                 run_script, save_checkpoint, steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -295,6 +298,63 @@ def test_log_is_cut_to_the_checkpoint(run, tmp_path):
     begun(again)
     again.log(step=25)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
+
+
+def test_nothing_of_a_resumed_run_lies_in_the_checkpoints_file(run, tmp_path):
+    """The file is mapped, not read: what is kept must be copied."""
+    def parts():
+        model = torch.nn.Linear(64, 64)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(2, 64)).sum().backward()
+        optimizer.step()
+        return dict(model=model, optimizer=optimizer)
+    first = run()
+    first.restore(40, **(made := parts()))
+    first.begin(("mlm",))
+    first.feed(lambda step: (None, []))
+    first.save_due(10, True)
+    again = run(resume="true")
+    assert again.restore(40, **(new := parts())) == 10 and not {"model", "optimizer"} & again.saved.keys()
+    path = tmp_path / "run" / "checkpoint.pt"
+    size = path.stat().st_size
+    with path.open("r+b") as f:  # in place: what is mapped would change
+        f.write(b"\xff" * size)
+    state, wanted = (flat_state(part["optimizer"]) for part in (new, made))
+    assert len(state) == 6 and all(map(torch.equal, state, wanted))
+    assert torch.equal(new["model"].weight, made["model"].weight)
+
+
+def flat_state(optimizer):
+    return [x for state in optimizer.state_dict()["state"].values() for x in state.values()]
+
+
+def test_checkpoints_by_time_stand_at_the_end_of_a_window(run, tmp_path):
+    path = tmp_path / "run" / "checkpoint.pt"
+    for minutes, saved in ((1000.0, False), (1e-9, True)):
+        one = run(save_every=0, save_minutes=minutes)
+        begun(one)
+        time.sleep(0.01)
+        for step in range(11):
+            one.save_due(step, False)
+            assert path.exists() == (saved and step == 10)
+    written = path.stat().st_mtime_ns
+    one.save_due(20, False)  # a moment later it is time again
+    assert path.stat().st_mtime_ns > written
+
+
+def test_large_checkpoints_are_told_and_refused_without_room_before_the_start(run, tmp_path, monkeypatch, capsys):
+    model = torch.nn.Linear(6000, 2000)  # 48 MB; AdamW's moments make 144 MB
+    parts = dict(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    assert checkpoint_nbytes(parts) == 3 * 4 * 2000 * 6001
+    one = run()
+    one.restore(40, **parts)
+    one.begin(("mlm",))
+    assert re.search(r"checkpoint: 0.14 GB in about \d+s, at the [\d,]+ MB/s of this disk; 0.43 GB while one is",
+                     capsys.readouterr().out)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl", "run.lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 ** 8))
+    with pytest.raises(SystemExit, match="checkpoints take 0.43 GB of disk, 0.1 GB are free; free some or give"):
+        one.begin(("mlm",))
 
 
 def test_damaged_checkpoint_is_never_rotated_over_the_good_one(run, tmp_path):
