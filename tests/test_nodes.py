@@ -1,0 +1,135 @@
+"""Proves what a run does on several machines, here two torchrun agents on one over loopback.
+
+Run: python -m pytest -q tests/test_nodes.py; with -m slow also the agents
+"""
+import os
+import socket
+import subprocess
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import QUICK_STUDENT, ROOT, stop_line
+from test_ddp import log_lines, tensors_of
+
+import run
+from run import check_shared
+
+LINE = "does not see what rank 0 writes there; give a --out_dir on a file system that all machines share"
+
+
+def rank_of_two(rank, folder, other_sees=True):
+    """Ranks of which the other one is played: it is called as a file in `folder` is, and sees, or does not."""
+    def gather(own):
+        if own.dtype == torch.bool:
+            other = torch.tensor([other_sees])
+        else:
+            names = [path.name for path in folder.glob("shared.*.tmp")] or ["shared.elsewhere.1.tmp"]
+            other = torch.tensor([[*names[0].encode().ljust(99)]])
+        return torch.cat([other, own] if rank else [own, other])
+    return SimpleNamespace(rank=rank, size=2, main=rank == 0, gather=gather)
+
+
+@pytest.mark.parametrize("path", ["run", "out/new/run"])
+def test_main_rank_shows_a_file_beside_the_folder_and_takes_it_away(tmp_path, path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    left = tmp_path / f"shared.{socket.gethostname()}.{dead.pid}.tmp"
+    left.touch()  # of a process that was killed
+    check_shared(tmp_path / path, "--out_dir", rank_of_two(0, tmp_path))
+    assert not list(tmp_path.iterdir())
+    line = stop_line(check_shared, tmp_path / path, "--out_dir", rank_of_two(0, tmp_path, other_sees=False))
+    assert line == f"{tmp_path}: rank 1 {LINE}" and not list(tmp_path.iterdir())
+
+
+def test_other_rank_waits_for_the_file_and_names_what_to_do_where_it_never_comes(tmp_path, monkeypatch):
+    shown = tmp_path / "shared.host.12.tmp"
+    shown.touch()
+    ranks = rank_of_two(1, tmp_path)
+    check_shared(tmp_path / "run", "--out_dir", ranks)
+    names = ranks.gather(torch.tensor([[*b"".ljust(99)]]))
+    shown.unlink()
+    late = threading.Timer(0.3, shown.touch)  # as NFS does
+    late.start()
+    ranks.gather = lambda own: torch.tensor([True, *own]) if own.dtype == torch.bool else names
+    check_shared(tmp_path / "run", "--out_dir", ranks)
+    shown.unlink()
+    monkeypatch.setattr(run, "LATE", 0.2)
+    assert stop_line(check_shared, tmp_path / "run", "--out_dir", ranks) == f"{tmp_path}: rank 1 {LINE}"
+
+
+# ---------------------------------------------------------------------------- two agents of torchrun
+
+# a machine without the other one's files says so after two seconds, not a minute
+DISTILL = """import distill, run
+from prepare import chain
+run.LATE = 2
+run.run_script(chain.distill, distill.Config, distill.PRESETS, distill.NEEDS)
+"""
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def agents(folders, flags, options, script=ROOT / "distill.py"):
+    """A script with `flags` under an agent of torchrun in each folder -> [(exit status, what it said)]."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    started = []
+    for rank, folder in enumerate(folders):
+        folder.mkdir(exist_ok=True)
+        started.append(subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *options, f"--node_rank={rank}", str(script),
+             *(f"--{name}={value}" for name, value in flags.items())], cwd=folder, env=environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    try:
+        said = [process.communicate(timeout=120)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, said)]
+
+
+def two_nodes():
+    return ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+
+
+@pytest.fixture()
+def flags(demo, teacher_run):
+    return QUICK_STUDENT | dict(objective="nst+crd", train=demo / "demo-s0" / "corpus.h5", teacher=teacher_run)
+
+
+@pytest.mark.slow
+def test_two_agents_train_what_two_processes_of_one_do(flags, tmp_path):
+    """Bit for bit: checkpoint and log."""
+    here = tmp_path / "here"
+    both = {"one": agents([here], flags | {"out_dir": tmp_path / "one"}, ["--standalone", "--nproc_per_node=2"]),
+            "two": agents([here, here], flags | {"out_dir": tmp_path / "two"}, two_nodes())}
+    for name, ended in both.items():
+        assert all(status == 0 for status, text in ended), ended
+    assert "step" in both["two"][0][1] and "step" not in both["two"][1][1]  # only rank 0 speaks
+    one, two = (tensors_of(tmp_path / name) for name in both)
+    assert len(one) > 20 and one.keys() == two.keys()
+    for key in one:
+        assert torch.equal(one[key], two[key]), key
+    one, two = (log_lines(tmp_path / name) for name in both)
+    speed = {"tokens_per_s", "mfu", "memory_mb"}
+    assert [{k: x for k, x in line.items() if k not in speed} for line in one] == [
+        {k: x for k, x in line.items() if k not in speed} for line in two]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag, dropped", [("--out_dir", ()), ("--data_dir", ("train", "teacher"))])
+def test_agent_without_the_files_of_the_first_ends_both_in_one_line(flags, tmp_path, flag, dropped):
+    """With data, before a run's folder is made; on the demo before its world is."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    (tmp_path / "script.py").write_text(DISTILL)
+    flags = {name: value for name, value in flags.items() if name not in dropped}
+    for folder, (status, text) in zip(folders, agents(folders, flags, two_nodes(), tmp_path / "script.py")):
+        lines = [line for line in text.splitlines() if "does not see" in line]
+        assert status and lines == [f"{folder}: rank 1 {LINE.replace('--out_dir', flag)}"], text
+        assert text.count("Traceback") <= 1 and not list(folder.iterdir())  # torchrun's own
