@@ -2,6 +2,7 @@
 
 Run: python -m pytest -q tests/test_nodes.py; with -m slow also the agents
 """
+import json
 import os
 import socket
 import subprocess
@@ -62,11 +63,25 @@ def test_other_rank_waits_for_the_file_and_names_what_to_do_where_it_never_comes
 
 # ---------------------------------------------------------------------------- two agents of torchrun
 
-# a machine without the other one's files says so after two seconds, not a minute
-DISTILL = """import distill, run
+# distill.py, after a line or two of a test
+DISTILL = """import os, signal
+from pathlib import Path
+import distill, run
 from prepare import chain
-run.LATE = 2
+{}
 run.run_script(chain.distill, distill.Config, distill.PRESETS, distill.NEEDS)
+"""
+QUICK = "run.LATE = 2"  # a machine without the other one's files says so after two seconds, not a minute
+# in folder b the worker, or its agent with it, ends by SIGKILL after step 3, once
+KILL = """
+tick = run.Run.tick
+def killed(self, step, *values):
+    tick(self, step, *values)
+    if step == 3 and Path.cwd().name == "b" and not Path("killed").exists():
+        Path("killed").touch()
+        for pid in ({}):
+            os.kill(pid, signal.SIGKILL)
+run.Run.tick = killed
 """
 
 
@@ -76,14 +91,17 @@ def free_port():
         return s.getsockname()[1]
 
 
-def agents(folders, flags, options, script=ROOT / "distill.py"):
-    """A script with `flags` under an agent of torchrun in each folder -> [(exit status, what it said)]."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def agents(folders, flags, options, first=""):
+    """distill.py, after the lines `first`, under an agent of torchrun in each folder -> [(exit status, what it said)]."""
+    script = folders[0].parent / "script.py"
+    script.write_text(DISTILL.format(first))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # see docs/data.md
     started = []
     for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
         started.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *options, f"--node_rank={rank}", str(script),
+            [sys.executable, "-m", "torch.distributed.run", *(option.format(rank=rank, host=1 - rank) for option in options), str(script),
              *(f"--{name}={value}" for name, value in flags.items())], cwd=folder, env=environment,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     try:
@@ -95,7 +113,8 @@ def agents(folders, flags, options, script=ROOT / "distill.py"):
 
 
 def two_nodes():
-    return ["--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
+    return ["--nnodes=2", "--node_rank={rank}", "--nproc_per_node=1", "--master_addr=127.0.0.1",
+            f"--master_port={free_port()}"]
 
 
 @pytest.fixture()
@@ -123,13 +142,30 @@ def test_two_agents_train_what_two_processes_of_one_do(flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("nodes, killed", [("2", "os.getpid(),"), ("1:2", "os.getppid(), os.getpid()")])
+def test_elastic_agents_go_on_from_the_checkpoint(flags, tmp_path, nodes, killed):
+    """After the death of a worker both start it again; after that of a machine the other one goes on alone."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    options = [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", "--max_restarts=1",
+               f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
+    options.append("--rdzv_conf=last_call_timeout=15,is_host={host}")
+    flags |= dict(out_dir=tmp_path / "run", resume="auto", max_steps=6, save_every=2, eval_every=2, grad_every=2)
+    ended, alone = agents(folders, flags, options, KILL.format(killed)), ":" in nodes
+    assert [status for status, text in ended] == [0, -9 if alone else 0], ended
+    text = "".join(text for status, text in ended)
+    assert "another process of the group has ended" in text and "failed to connect" not in text
+    assert ("resume: ranks 2 -> 1" in text) == alone
+    assert [line["step"] for line in log_lines(tmp_path / "run") if "mlm" in line] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flag, dropped", [("--out_dir", ()), ("--data_dir", ("train", "teacher"))])
 def test_agent_without_the_files_of_the_first_ends_both_in_one_line(flags, tmp_path, flag, dropped):
     """With data, before a run's folder is made; on the demo before its world is."""
     folders = [tmp_path / "a", tmp_path / "b"]
-    (tmp_path / "script.py").write_text(DISTILL)
     flags = {name: value for name, value in flags.items() if name not in dropped}
-    for folder, (status, text) in zip(folders, agents(folders, flags, two_nodes(), tmp_path / "script.py")):
+    for folder, (status, text) in zip(folders, agents(folders, flags, two_nodes(), QUICK)):
         lines = [line for line in text.splitlines() if "does not see" in line]
         assert status and lines == [f"{folder}: rank 1 {LINE.replace('--out_dir', flag)}"], text
         assert text.count("Traceback") <= 1 and not list(folder.iterdir())  # torchrun's own
