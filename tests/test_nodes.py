@@ -2,8 +2,9 @@
 
 Run: python -m pytest -q tests/test_nodes.py; with -m slow also the agents
 """
-import json
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -100,15 +101,17 @@ def agents(folders, flags, options, first=""):
     started = []
     for rank, folder in enumerate(folders):
         folder.mkdir(exist_ok=True)
+        own = [option.format(rank=rank, host=1 - rank) for option in options]
         started.append(subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *(option.format(rank=rank, host=1 - rank) for option in options), str(script),
+            [sys.executable, "-m", "torch.distributed.run", *own, str(script),
              *(f"--{name}={value}" for name, value in flags.items())], cwd=folder, env=environment,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True))
     try:
         said = [process.communicate(timeout=120)[0] for process in started]
     finally:
         for process in started:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):  # all have ended
+                os.killpg(process.pid, signal.SIGKILL)
     return [(process.returncode, text) for process, text in zip(started, said)]
 
 
@@ -117,25 +120,36 @@ def two_nodes():
             f"--master_port={free_port()}"]
 
 
-@pytest.fixture()
+@pytest.fixture(scope="module")
 def flags(demo, teacher_run):
-    return QUICK_STUDENT | dict(objective="nst+crd", train=demo / "demo-s0" / "corpus.h5", teacher=teacher_run)
+    return QUICK_STUDENT | dict(objective="nst+crd", train=demo / "demo-s0" / "corpus.h5", teacher=teacher_run,
+                                max_steps=6, save_every=2, eval_every=2, grad_every=2, resume="auto")
 
 
-@pytest.mark.slow
-def test_two_agents_train_what_two_processes_of_one_do(flags, tmp_path):
-    """Bit for bit: checkpoint and log."""
-    here = tmp_path / "here"
-    both = {"one": agents([here], flags | {"out_dir": tmp_path / "one"}, ["--standalone", "--nproc_per_node=2"]),
-            "two": agents([here, here], flags | {"out_dir": tmp_path / "two"}, two_nodes())}
-    for name, ended in both.items():
-        assert all(status == 0 for status, text in ended), ended
-    assert "step" in both["two"][0][1] and "step" not in both["two"][1][1]  # only rank 0 speaks
-    one, two = (tensors_of(tmp_path / name) for name in both)
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """Folder of a run by two processes of one agent."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = agents([folder / "a"], flags | {"out_dir": folder / "run"}, ["--standalone", "--nproc_per_node=2"])
+    assert ended[0][0] == 0, ended
+    return folder / "run"
+
+
+def assert_same(one, two):
+    one, two = tensors_of(one), tensors_of(two)
     assert len(one) > 20 and one.keys() == two.keys()
     for key in one:
         assert torch.equal(one[key], two[key]), key
-    one, two = (log_lines(tmp_path / name) for name in both)
+
+
+@pytest.mark.slow
+def test_two_agents_train_what_two_processes_of_one_do(flags, whole, tmp_path):
+    """Bit for bit: weights, optimizer and log."""
+    ended = agents([tmp_path / "a"] * 2, flags | {"out_dir": tmp_path / "run"}, two_nodes())
+    assert [status for status, text in ended] == [0, 0], ended
+    assert "step" in ended[0][1] and "step" not in ended[1][1]  # only rank 0 speaks
+    assert_same(whole, tmp_path / "run")
+    one, two = (log_lines(folder) for folder in (whole, tmp_path / "run"))
     speed = {"tokens_per_s", "mfu", "memory_mb"}
     assert [{k: x for k, x in line.items() if k not in speed} for line in one] == [
         {k: x for k, x in line.items() if k not in speed} for line in two]
@@ -143,20 +157,20 @@ def test_two_agents_train_what_two_processes_of_one_do(flags, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("nodes, killed", [("2", "os.getpid(),"), ("1:2", "os.getppid(), os.getpid()")])
-def test_elastic_agents_go_on_from_the_checkpoint(flags, tmp_path, nodes, killed):
+def test_elastic_agents_go_on_from_the_checkpoint(flags, whole, tmp_path, nodes, killed):
     """After the death of a worker both start it again; after that of a machine the other one goes on alone."""
-    folders = [tmp_path / "a", tmp_path / "b"]
     options = [f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv_backend=c10d", "--max_restarts=1",
-               f"--rdzv_endpoint=127.0.0.1:{free_port()}"]
-    options.append("--rdzv_conf=last_call_timeout=15,is_host={host}")
-    flags |= dict(out_dir=tmp_path / "run", resume="auto", max_steps=6, save_every=2, eval_every=2, grad_every=2)
-    ended, alone = agents(folders, flags, options, KILL.format(killed)), ":" in nodes
+               f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_conf=last_call_timeout=15,is_host={host}"]
+    alone = ":" in nodes
+    ended = agents([tmp_path / "a", tmp_path / "b"], flags | {"out_dir": tmp_path / "run"}, options,
+                   KILL.format(killed))
     assert [status for status, text in ended] == [0, -9 if alone else 0], ended
     text = "".join(text for status, text in ended)
     assert "another process of the group has ended" in text and "failed to connect" not in text
     assert ("resume: ranks 2 -> 1" in text) == alone
-    assert [line["step"] for line in log_lines(tmp_path / "run") if "mlm" in line] == [1, 2, 3, 4, 5, 6]
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 6
+    assert [line["step"] for line in log_lines(tmp_path / "run") if "lr" in line] == [1, 2, 3, 4, 5, 6]
+    if not alone:
+        assert_same(whole, tmp_path / "run")
 
 
 @pytest.mark.slow
