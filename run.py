@@ -26,11 +26,12 @@ import torch.distributed as dist
 
 from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
                     one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
-                    read_settings, remove, write_json)
+                    read_settings, remove, sweep, write_json)
 from parts.feed import Feed
 from parts.machine import end_ranks, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
+LATE = 60  # seconds until NFS shows a new file on another machine, at most
 SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
 
 
@@ -225,6 +226,30 @@ def unlock(folder):
     (folder / "run.lock").unlink(missing_ok=True)
 
 
+def check_shared(path, flag, ranks):
+    """SystemExit on all ranks where one of them does not see what rank 0 writes beside `path`, which `flag`
+    gives: they run on machines without a common file system."""
+    if ranks.size == 1:
+        return
+
+    def near():
+        return next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    own = f"shared.{socket.gethostname()}.{os.getpid()}.tmp"  # as common.sweep looks for it
+    if ranks.main:
+        sweep(near() / "shared")
+        (near() / own).touch()
+    names = ranks.gather(torch.tensor([[*own.encode().ljust(99)]]))
+    name, end = bytes(names[0].tolist()).decode().strip(), time.monotonic() + LATE
+    while not (seen := (near() / name).exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = ranks.gather(torch.tensor([seen])).tolist()
+    if ranks.main:
+        (near() / own).unlink()
+    if not all(seen):
+        raise SystemExit(f"{near()}: rank {seen.index(False)} does not see what rank 0 writes there; give a "
+                         f"{flag} on a file system that all machines share")
+
+
 @functools.cache
 def code_hash():
     """SHA-256 of all sources of the house but the tests."""
@@ -272,6 +297,8 @@ class Run:
         self.fixed, self.free = fixed, free
         self.saved, self.lines, self.parts = None, 0, {}
         self.check_ranks()
+        if not cfg.eval_only:
+            check_shared(folder, "--out_dir", ranks)
         self.resumes = cfg.resume == "true" or cfg.resume == "auto" and self.agreed(self.unfinished())
 
     def check_ranks(self):
