@@ -262,7 +262,7 @@ def soft(h_s: Tensor, W_s: Tensor, b_s: Tensor, h_t: Tensor, W_t: Tensor, b_t: T
         - sum_z P_t(z) log P_s(z),  P = softmax((h W' + b) / tau), without a factor tau^2
     h_s (n, C_s), h_t (n, C_t): n real tokens after the LM heads' dense, GELU and LayerNorm; W_s (V, C_s),
     W_t (V, C_t), b_s, b_t (V,): the heads' decoders. Gradients to h_s, W_s, b_s. items: tokens.
-    chunk: rows of logits at a time, None: 256 on a CPU, see chunk_rows; memory peaks at 4 chunk V floats.
+    chunk: rows of logits at a time, None: see chunk_rows; memory peaks at 4 chunk V floats.
     """
     h_t, W_t, b_t = h_t.detach() / tau, W_t.detach(), b_t.detach() / tau
 
@@ -300,7 +300,8 @@ def l2(s: Tensor, t: Tensor, mask: Tensor, divisor: float | None = None) -> Tens
 def mmd_gaussian(S, T, sigma):
     """k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). S (c, L, d_s), T (c, L, d_t): the columns are the two samples.
 
-    -> MMD^2 (c,), its cancelling sums in float64 (see wide), and d MMD^2 / dS. g = 1/sigma^2, Z = [S, T], r = d_s/d_t:
+    -> MMD^2 (c,), its cancelling sums in float64 (see wide), and d MMD^2 / dS. With g = 1/sigma^2, Z = [S, T]
+    and r = d_s/d_t:
         K  = exp(g (S'Z - |s|^2/2 - |z|^2/2))                                       one product, exp in place
         dS = 2g/d_s^2 [S K_ss - r T K_st' - S diag(rowsum K_ss - r rowsum K_st)]    one product
     Distances stay squared: the root's gradient at zero is NaN.

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
                     one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
                     read_settings, remove, write_json)
-from parts.machine import end_ranks, peak_flops, peak_memory_mb
+from parts.machine import end_ranks, generator_of, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
 SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
@@ -180,7 +180,8 @@ def same_run(before, cfg, hashes, free):
 
 
 # flags of no influence on the result in any script
-FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir")
+FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir",
+        "grad_checkpoint")
 
 
 def changed_flags(before, cfg, free=()):
@@ -403,7 +404,7 @@ class Run:
                 "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
                              "numpy": np.__version__},
                 "device": torch.cuda.get_device_name(self.ranks.device)
-                if self.ranks.device.type == "cuda" else "cpu",
+                if self.ranks.device.type == "cuda" else self.ranks.device.type,
                 "ranks": self.ranks.size, "threads": torch.get_num_threads()})
             path = folder / "log.jsonl"
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -581,9 +582,7 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
     state: tensors and plain containers only. Each rank's RNG state is added, so that dropout goes on as if
     nothing had happened.
     """
-    device = ranks.device
-    rng = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-    rng = ranks.gather(rng[None])
+    rng = ranks.gather(generator_of(ranks.device).get_rng_state()[None])
     if not ranks.main:
         return
     path = Path(folder) / name
@@ -685,10 +684,7 @@ def restore_rng(saved, ranks):
         print0(f"resume: {', '.join(changed)}: the run goes on, but not bit for bit")
     if saved["device"] != ranks.device.type or saved["ranks"] != ranks.size:
         return
-    if ranks.device.type == "cpu":
-        torch.set_rng_state(saved["rng"][ranks.rank].clone())
-    else:
-        torch.cuda.set_rng_state(saved["rng"][ranks.rank].clone(), ranks.device)
+    generator_of(ranks.device).set_rng_state(saved["rng"][ranks.rank].clone())
 
 
 class Interrupt:
