@@ -232,14 +232,16 @@ def memory_report(model, config, batch, T, logits=0.15, beside=(), anew=False, m
     Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
     11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
     tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step. anew:
-    --grad_checkpoint, a layer keeps C, but one of them all. more: bytes of all else: frames, a teacher, KD.
+    --grad_checkpoint, a layer keeps C, until one by one they are computed again. more: bytes of all else.
     """
     parameters = sum(p.numel() for p in model.parameters())
     on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters + more
+    passing = []  # the logits and, anew, one layer: not at the same time
     for shape, sequences, tokens in ((config, batch, T), *beside):
         kept = 11 * shape.hidden + 2 * shape.intermediate + on_cpu * 3 * shape.heads * tokens
-        layers = shape.layers * shape.hidden + kept if anew else shape.layers * kept
-        total += 4 * sequences * tokens * (layers + logits * 3 * shape.vocab_size)
+        total += 4 * sequences * tokens * shape.layers * (shape.hidden if anew else kept)
+        passing += [4 * sequences * tokens * n for n in (logits * 3 * shape.vocab_size, kept)[:1 + anew]]
+    total += max(passing) if anew else sum(passing)
     return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
             f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
 
