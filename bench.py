@@ -227,8 +227,8 @@ class EagerLayer(nn.Module):
             x = self.cross_norm(x + dropout(self.cross(x, other, other_mask)))
             masks = mask,
         if self.pre_norm:
-            y = self.attention_norm(x)
-            x = x + self.attention(y, y, *masks)
+            y, square = self.attention_norm(x), 2 * x.shape[1:2]
+            x = x + self.attention(y, y, torch.ones(square, dtype=torch.bool, device=x.device).tril())
             y = self.expand(self.output_norm(x))
             return x + self.contract(y * torch.sigmoid(1.702 * y))
         x = self.attention_norm(x + dropout(self.attention(x, x, *masks)))

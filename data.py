@@ -32,6 +32,7 @@ import functools
 import glob
 import hashlib
 import json
+import math
 import zlib
 from pathlib import Path
 
@@ -249,12 +250,23 @@ def mask_tokens(ids, mask, vocab, rate, split, *keys):
     return tuple(tensors(inputs=inputs, labels=labels).values())
 
 
-def masked_words(batch, vocab, rate, split, *keys):
+def masked_words(batch, vocab, rate, split, *keys, pad=False):
     """mask_tokens of a batch -> {"inputs": (B, T), "mlm_index": rows (M,) of the flattened (B, T) that are
-    to be predicted, "mlm_targets": their ids (M,)}."""
+    to be predicted, "mlm_targets": their ids (M,)}.
+
+    pad: for static shapes, M is the mean and 6 standard deviations of B T tokens at `rate`, or what is drawn
+    where that is more, rounded up to a multiple of 64; the rows added have the target -100.
+    """
     inputs, labels = mask_tokens(batch["ids"], batch["mask"], vocab, rate, split, *keys)
-    place = (labels.flatten() != -100).nonzero()[:, 0]
-    return {"inputs": inputs, "mlm_index": place, "mlm_targets": labels.flatten()[place]}
+    labels = labels.numpy().ravel()
+    place, n = np.flatnonzero(labels != -100), len(labels)
+    targets = labels[place]
+    if pad:
+        most = max(len(place), n * rate + 6 * math.sqrt(n * rate * (1 - rate)))
+        added = np.arange(64 * math.ceil(most / 64) - len(place)) % n
+        # not one row again and again: a GPU adds up the gradients of equal rows one by one
+        place, targets = np.append(place, added), np.append(targets, np.full_like(added, -100))
+    return {"inputs": inputs, **tensors(mlm_index=place, mlm_targets=targets)}
 
 
 def anchors_per_row(crd_tokens, batch_size, positions):

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
-from model import BERT, DistillHead, MLMHead, masked_mean, model_config, param_groups
+from model import BERT, DistillHead, MLMHead, masked_mean, model_config, param_groups, recompute
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import gradient_norms, masked_word_scores, probes
 from parts.weights import (check_tower, config_and_vocab, is_clip, load_bert, load_mlm_head, open_clip,
@@ -87,9 +87,10 @@ class Config:
     epochs: float = 0.0  # passes over the data, where max_steps is 0
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile student and teacher
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # run folder; empty = out/distill-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
@@ -121,8 +122,9 @@ def tokens(batch):
 
 
 # every term of the loss, and how many items of it a micro-batch has
-ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "soft": tokens, "l2": tokens, "voken": tokens,
-         "nst": lambda batch: len(batch["ids"]), "crd": lambda batch: len(batch["slots"])}
+ITEMS = {"mlm": lambda batch: (batch["mlm_targets"] >= 0).sum(),
+         "soft": tokens, "l2": tokens, "voken": tokens, "nst": lambda batch: len(batch["ids"]),
+         "crd": lambda batch: len(batch["slots"])}
 HEADLESS = ("soft", "voken")  # objectives that compare words or videos, not hidden states
 CHOICES = {"head": ("mlp", "none"), "nst_kernel": ("gaussian", "poly", "linear"),
            "crd_level": ("token", "sentence"), "crd_bank_dtype": ("float32", "bfloat16"),
@@ -251,6 +253,8 @@ class Distiller(nn.Module):
             self.f1 = nn.Linear(width_t if cfg.head == "mlp" else config.hidden, cfg.crd_dim)
             self.f2 = nn.Linear(width_t, cfg.crd_dim)
             self.bank = bank  # not a buffer: DDP would overwrite the other ranks' rows with rank 0's
+        if cfg.grad_checkpoint:
+            recompute(self)
         self.fresh = []  # (z_s, z_t) of the step's micro-batches, a row a sequence: what the bank stores next
 
     def forward(self, batch, divisor):
@@ -301,14 +305,15 @@ class Distiller(nn.Module):
         return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
 
 
-def make_batch(blocks, cfg, index, *keys, paired=False):
+def make_batch(blocks, cfg, index, *keys, paired=False, pad=False):
     """Blocks `index` as a micro-batch: masked inputs, targets, anchors. keys: (seed, step, positions).
 
     paired: with the tokens of a FrozenTeacher of other tokens; mask is then True where both read a word.
+    pad: see data.masked_words.
     """
     # HACK HERE: the batch
     batch, how = blocks.batch(index), (blocks.vocab, cfg.mask_rate, cfg.mask_split)
-    batch |= data.masked_words(batch, *how, *keys)
+    batch |= data.masked_words(batch, *how, *keys, pad=pad)
     if paired:
         batch |= blocks.clip_batch(index) | blocks.alignment(index)
         batch["mask"] = batch["word"] >= 0
@@ -333,7 +338,7 @@ def evaluate(model, blocks, cfg, ranks):
     parts = np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]
     batches = (data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val", part)
                for part in parts)
-    return masked_word_scores(model.bert, model.mlm, batches, ranks)
+    return masked_word_scores(model.bert, model.mlm, batches, ranks, getattr(torch, cfg.dtype))
 
 
 def update_bank(model, index, ranks):
@@ -396,6 +401,33 @@ def flops_of(cfg, config, teacher, blocks):
     return cfg.batch_size * flops
 
 
+def memory(model, cfg, config, teacher, micro_size):
+    """The line on parameters and memory. Of the teacher there are weights and last states; of KD what the
+    heads keep, the gradients that are made with their values, and the largest chunk."""
+    T, C, kd, more, chunks = cfg.block_size, config.hidden, model.kd, 0, [0]
+    tokens, device = micro_size * T, next(model.parameters()).device
+    outer = teacher.width if teacher and cfg.head == "mlp" else C
+
+    def chunk(rows, floats, on_cpu):
+        chunks.append(4 * floats * min(rows, losses.chunk_rows(device, floats, on_cpu)))
+    if teacher:
+        weights = {p for part in (teacher.bert, teacher.mlm) if part for p in part.parameters()}
+        more += sum(p.numel() * p.itemsize for p in weights) + 4 * tokens * teacher.width * cfg.grad_accum
+    for name in {"l2", "nst"} & {*kd}:
+        more += 4 * tokens * (C + 2 * outer)
+    if "nst" in kd:
+        entries = max(outer * (outer + teacher.width), T * T)
+        chunk(micro_size, entries + 4 * T * (outer + teacher.width), 2 ** 19 // entries)
+    for name in {"soft", "voken"} & {*kd}:
+        classes = config.vocab_size if name == "soft" else len(teacher.vokens)
+        more += 4 * (classes * C + 4 * tokens * C)
+        chunk(tokens, 4 * classes, 256)
+    if "crd" in kd:
+        chunks.append(4 * 4 * micro_size * max(1, cfg.crd_tokens // cfg.batch_size) * cfg.crd_negatives)
+    return memory_report(model, config, micro_size, T, cfg.mask_rate, (), cfg.grad_checkpoint,
+                         more + max(chunks))
+
+
 def open_parts(cfg, device, dtype):
     """(TextBlocks to train on and to evaluate on, FrozenTeacher or None, the student's Vocab, hashes)."""
     vocab, teacher = vocab_of_text(cfg.train), None
@@ -425,7 +457,7 @@ def run_folder(cfg):
 
 def main(cfg):
     """Trains and saves the model of `cfg`; returns what its results.json holds."""
-    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.device, cfg.dtype), getattr(torch, cfg.dtype)
 
     # ---- data
     train, val, teacher, vocab, hashes = open_parts(cfg, ranks.device, dtype)
@@ -443,7 +475,7 @@ def main(cfg):
     if cfg.init_from:
         start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
-    print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size, cfg.mask_rate))
+    print0(memory(model, cfg, config, teacher, micro_batch_size(cfg, ranks)))
     weights, names, paired = model.weights, list(model.weights), bool(teacher) and teacher.paired
 
     # ---- optimizer
@@ -467,7 +499,8 @@ def main(cfg):
             part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
-    run.feed(partial(data.step_batches, train, cfg, ranks, partial(make_batch, paired=paired)), ITEMS)
+    make = partial(make_batch, paired=paired, pad=cfg.compile_model or ranks.device.type != "cpu")
+    run.feed(partial(data.step_batches, train, cfg, ranks, make), ITEMS)
 
     # ==== training loop ====
     while True:

@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from common import Switch, check_fields, duration, peek_json, print0, progress, table, write_json
 from data import open_vocab
-from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups, recompute
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
 from parts.machine import init_ranks, memory_report, move, return_freed_memory
 from parts.metrics import median_run
@@ -80,8 +80,9 @@ class Config:
     seeds: int = 0  # runs of each task, from --seed on; 0 = the preset's, see PER_TASK
     seed: int = 0  # of head, order and dropout, and of the demo world
     # system
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # where <task>/s<seed> go; empty = out/finetune/<model>
     save_models: bool = True  # leave model/ in each run; false saves disk
     resume: Switch = "auto"  # keep finished runs and go on with killed ones; false = anew, true = go on
@@ -321,8 +322,10 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     set_seed(cfg.seed, 0)
     encoder = start.encoder(cfg, pooler=task.kind != "span" and cfg.pool == "cls")
     model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(ranks.device)
+    if cfg.grad_checkpoint:
+        recompute(model)
     if not task.demo:
-        print0(memory(model, micro_size * train.length[0].size, train))
+        print0(memory(model, micro_size * train.length[0].size, train, cfg.grad_checkpoint))
     if cfg.freeze:
         model.freeze_encoder()
     names, weights = ["loss"], {"loss": 1.0}
@@ -395,7 +398,7 @@ def drop_checkpoints(folder, ranks):
             path.unlink()
 
 
-def memory(model, sequences, train):
+def memory(model, sequences, train, anew=False):
     """The line on parameters and memory; X-BERT's cross-modal layers count as 1.5 in each of its streams."""
     config, beside = model.encoder.config, []
     if train.clip:
@@ -404,7 +407,7 @@ def memory(model, sequences, train):
         segments = round(sequences * (count >= 0).sum(-1).mean())
         config = replace(config, layers=config.layers + more)
         beside = [(replace(clip, layers=clip.layers + more), segments, int(count.max()) + 2)]
-    return memory_report(model, config, sequences, int(train.lengths.max()), logits=0.0, beside=beside)
+    return memory_report(model, config, sequences, int(train.lengths.max()), 0.0, beside, anew)
 
 
 def assess(model, task, evals, dtype, ranks, folder):
@@ -599,7 +602,7 @@ def main(cfg):
     the tasks: {"task", "model", "runs": results of each, "median": name of the median run's folder}."""
     if cfg.score:
         return score(cfg.score, cfg.gold, cfg.no_answer)
-    ranks, began = init_ranks(cfg.device), time.monotonic()
+    ranks, began = init_ranks(cfg.device, cfg.dtype), time.monotonic()
     if cfg.predict:
         return label_lines(cfg, ranks)
     tasks, summaries = chosen_tasks(cfg), []

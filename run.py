@@ -28,7 +28,7 @@ from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration,
                     one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
                     read_settings, remove, sweep, write_json)
 from parts.feed import Feed
-from parts.machine import end_ranks, peak_flops, peak_memory_mb
+from parts.machine import end_ranks, generator_of, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
 LATE = 60  # seconds until NFS shows a new file on another machine, at most
@@ -184,7 +184,7 @@ def same_run(before, cfg, hashes, free):
 
 # flags of no influence on the result in any script
 FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "save_minutes",
-        "data_dir")
+        "data_dir", "grad_checkpoint")
 
 
 def changed_flags(before, cfg, free=()):
@@ -441,7 +441,7 @@ class Run:
                 "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
                              "numpy": np.__version__},
                 "device": torch.cuda.get_device_name(self.ranks.device)
-                if self.ranks.device.type == "cuda" else "cpu",
+                if self.ranks.device.type == "cuda" else self.ranks.device.type,
                 "ranks": self.ranks.size, "threads": torch.get_num_threads()})
             path = folder / "log.jsonl"
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -675,9 +675,7 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
     state: tensors and plain containers only. Each rank's RNG state is added, so that dropout goes on as if
     nothing had happened.
     """
-    device = ranks.device
-    rng = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-    rng = ranks.gather(rng[None])
+    rng = ranks.gather(generator_of(ranks.device).get_rng_state()[None])
     if not ranks.main:
         return
     path = Path(folder) / name
@@ -792,10 +790,7 @@ def restore_rng(saved, ranks):
         print0(f"resume: {', '.join(changed)}: the run goes on, but not bit for bit")
     if saved["device"] != ranks.device.type or saved["ranks"] != ranks.size:
         return
-    if ranks.device.type == "cpu":
-        torch.set_rng_state(saved["rng"][ranks.rank].clone())
-    else:
-        torch.cuda.set_rng_state(saved["rng"][ranks.rank].clone(), ranks.device)
+    generator_of(ranks.device).set_rng_state(saved["rng"][ranks.rank].clone())
 
 
 class Interrupt:

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
-from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups
+from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups, recompute
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_tensors, save_video_encoder
@@ -71,9 +71,10 @@ class Config:
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile the encoders
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # run folder; empty = out/teacher-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's best weights and stop
@@ -139,6 +140,8 @@ class Teacher(nn.Module):
         if cfg.objective != "mlm":
             self.video = VideoEncoder(replace(config, layers=cfg.video_layers or config.layers), features,
                                       cfg.max_frames)
+        if cfg.grad_checkpoint:
+            recompute(self)
 
     def encode(self, batch):
         """Clips of data.VideoClips -> vectors (B, C) of texts and videos, as retrieval compares them."""
@@ -172,20 +175,21 @@ class Teacher(nn.Module):
 
 
 # every term of the loss, and how many items of it a micro-batch has
-ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "ct": lambda batch: batch["text_mask"].sum().item(),
-         "clip": lambda batch: len(batch["ids"])}
+ITEMS = {"mlm": lambda batch: (batch["mlm_targets"] >= 0).sum(),
+         "ct": lambda batch: batch["text_mask"].sum(), "clip": lambda batch: len(batch["ids"])}
 
 
-def make_batch(clips, cfg, index, *keys):
+def make_batch(clips, cfg, index, *keys, pad=False):
     """Clips `index` as a micro-batch: masked inputs, targets, and Eq. 3's drawn negatives.
 
     keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
+    pad: see data.masked_words.
     The partners x' and v' come from this rank's own micro-batch.
     """
     batch, vocab = clips.batch(index), clips.vocab  # HACK HERE: the batch
     if cfg.objective == "clip":
         return batch
-    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, *keys)
+    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, *keys, pad=pad)
     batch["text_mask"] = batch["mask"] & (batch["ids"] != vocab.cls) & (batch["ids"] != vocab.sep)
     if cfg.negatives == "one":
         batch["partner"], batch["partner_video"], batch["partner_token"] = losses.hinge_partners(
@@ -197,11 +201,13 @@ def make_batch(clips, cfg, index, *keys):
 def evaluate(model, clips, cfg, ranks):
     """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
+    dtype = getattr(torch, cfg.dtype)
     total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
     parts = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
     for index in parts[ranks.rank::ranks.size]:
         batch = move(make_batch(clips, cfg, index, "val", index), ranks.device)
-        terms = model(batch, dict.fromkeys(ITEMS, 1.0))
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            terms = model(batch, dict.fromkeys(ITEMS, 1.0))
         for i, (name, items) in enumerate(ITEMS.items()):
             if name in terms:
                 total[i] += torch.tensor([terms[name].item(), items(batch)], dtype=torch.float64)
@@ -209,7 +215,8 @@ def evaluate(model, clips, cfg, ranks):
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
     scores["loss"] = sum(scores[name] * weight for name, weight in model.weights.items())
     if cfg.objective != "mlm":
-        text, video = vectors(model.encode, clips.batch, np.arange(len(clips)), ranks.device)
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            text, video = vectors(model.encode, clips.batch, np.arange(len(clips)), ranks.device)
         found = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
         found |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
         scores |= ranks.of_main(found)  # when to save and stop hangs on them
@@ -245,6 +252,20 @@ def recall_table(scores, n):
     return table([*rows, ["chance", *(f"{100 * min(1, k / n):.1f}" for k in (1, 5, 10))]])
 
 
+def memory(model, cfg, config, micro_size):
+    """The line on parameters and memory, video encoder and frames included."""
+    text, beside, more = replace(config, vocab_size=1), [], 0
+    if cfg.objective != "mlm":
+        frames = micro_size * cfg.max_frames
+        beside = [(replace(model.video.config, vocab_size=1), micro_size, cfg.max_frames)]
+        more = 4 * frames * (model.video.features + 2 * config.hidden)  # and their map, before and after norm
+    if "ct" in cfg.objective:
+        beside += [(text, micro_size, cfg.block_size)] * (cfg.ct_input == "clean" and "mlm" in cfg.objective)
+        more += 4 * 8 * micro_size ** 2 * cfg.block_size  # cosines of each token with each clip, and the like
+    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective),
+                         beside, cfg.grad_checkpoint, more)
+
+
 def run_folder(cfg):
     """--out_dir, or out/teacher-<objective>-s<seed>."""
     return Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
@@ -252,7 +273,7 @@ def run_folder(cfg):
 
 def main(cfg):
     """Trains and saves the model of `cfg`; returns what its results.json holds."""
-    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.device, cfg.dtype), getattr(torch, cfg.dtype)
     micro_size, sees = micro_batch_size(cfg, ranks), cfg.objective != "mlm"
     if sees and micro_size < 2:
         raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no "
@@ -274,7 +295,7 @@ def main(cfg):
     set_seed(cfg.seed, 0)
     config = model_config(cfg.model, train.vocab.size, cfg.dropout)
     model = Teacher(cfg, config, train.features).to(ranks.device)
-    print0(memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective)))
+    print0(memory(model, cfg, config, micro_size))
     weights, names = model.weights, list(model.weights)
 
     # ---- optimizer
@@ -301,7 +322,8 @@ def main(cfg):
                 part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
-    run.feed(partial(data.step_batches, train, cfg, ranks, make_batch), ITEMS)
+    make = partial(make_batch, pad=cfg.compile_model or ranks.device.type != "cpu")
+    run.feed(partial(data.step_batches, train, cfg, ranks, make), ITEMS)
 
     # ==== training loop ====
     while True:

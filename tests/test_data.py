@@ -462,6 +462,24 @@ def test_masks_are_a_pure_function_of_their_keys(demo):
         assert f"--mask_split {text}" in stop_line(data.parse_split, text)
 
 
+@pytest.mark.parametrize("rows, rate, M", [(64, 0.15, 640), (8, 0.15, 128), (1, 0.5, 64), (3, 1.0, 192)])
+def test_padding_of_masked_words_makes_their_number_static_and_drops_none(demo, monkeypatch, rows, rate, M):
+    """M: by hand; 64 x 48 x 0.15 = 461 and 6 times the root of 461 x 0.85 = 119 more make 10 times 64."""
+    blocks = data.TextBlocks(demo / "demo-s0" / "corpus.h5", 48)
+    batch, how = blocks.batch(np.arange(rows)), (blocks.vocab, rate, "80/10/10")
+    for step in range(20):
+        plain, padded = (data.masked_words(batch, *how, 0, step, np.arange(rows), pad=pad) for pad in (False, True))
+        n = len(plain["mlm_targets"])
+        assert torch.equal(plain["inputs"], padded["inputs"]) and n > 0
+        for name, rest in (("mlm_index", torch.arange(M - n) % (48 * rows)), ("mlm_targets", torch.full((M - n,), -100))):
+            assert torch.equal(padded[name], torch.cat([plain[name], rest])), (step, name)
+    # more than 6 standard deviations
+    every = torch.full((rows, 48), 7)
+    monkeypatch.setattr(data, "mask_tokens", lambda *_: (every, every))
+    found = data.masked_words(batch, blocks.vocab, 0.01, "80/10/10", pad=True)["mlm_targets"]
+    assert len(found) == -(-48 * rows // 64) * 64 and (found == 7).sum() == 48 * rows
+
+
 def test_anchors_are_real_tokens_drawn_once():
     mask = torch.arange(20) < torch.tensor([[20], [3], [1], [20]])
     k = np.array([5, 5, 5, 0])

@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, init_ranks, keep_freed_memory,
-                           memory_report, peak_flops, return_freed_memory, side_by_side)
+from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, generator_of, init_ranks, keep_freed_memory,
+                           memory_report, move, peak_flops, peak_memory_mb, return_freed_memory, side_by_side)
 from run import (FORMAT, Interrupt, Run, checkpoint_nbytes, file_hash, load_checkpoint, lr_at, model_folder, read_run,
                  run_script, save_checkpoint, steps_of)
 
@@ -572,6 +572,39 @@ def test_model_folder_takes_either_level(tmp_path):
     assert model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
     with pytest.raises(SystemExit, match="--teacher"):
         model_folder(tmp_path, "--teacher")
+
+
+def test_mps_is_taken_where_it_is_and_else_refused_in_one_line(monkeypatch):
+    """Its logic alone: no Mac has run it."""
+    def refused(match, *args):
+        with pytest.raises(SystemExit, match=match) as error:
+            init_ranks(*args)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    refused("--device mps: needs an Apple GPU and PyTorch 2.5 .* --device cpu", "mps")
+    refused("--device tpu: choose auto, cpu, cuda or mps", "tpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp, "is_autocast_available", lambda device: device != "mps")
+        refused("--device mps: needs", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert init_ranks("mps") == Ranks(0, 1, torch.device("mps")) and init_ranks("auto").device.type == "cpu"
+    refused("--dtype bfloat16: --device mps computes in float32", "mps", "bfloat16")
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    refused("--device mps: torchrun started 2 processes, but a Mac has one GPU", "mps")
+
+
+def test_what_a_mac_has_of_its_own_is_asked_of_torch_mps(monkeypatch):
+    device, asked = torch.device("mps"), []
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3e6)
+    assert generator_of(device) is torch.mps and generator_of(torch.device("cuda")) is torch.cuda
+    assert generator_of(torch.device("cpu")) is torch
+    assert peak_memory_mb(device) == 3 and peak_flops(device, torch.float32) == 0
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: asked.append("pinned"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, to, non_blocking: asked.append((to, non_blocking)))
+    move({"ids": torch.zeros(2), "name": "x"}, device)
+    assert asked == [(device, False)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
