@@ -12,9 +12,8 @@ import signal
 import time
 import zlib
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -445,43 +444,57 @@ def cached_words(words, encode, cache, longest=32, most=1 << 18):
 def in_order(encoder, texts, jobs):
     """Yields (encoder(*text), size) of the (text, size), in their order, by `jobs` processes, 0 = one a core.
 
-    At most three texts a process are in memory. Processes are started anew, so that none inherits threads.
+    Each process has one text at a time, so that memory is bounded.
     """
     if jobs == 1:
         yield from ((encoder(*text), size) for text, size in texts)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    pool = ProcessPoolExecutor(jobs or cores, multiprocessing.get_context("spawn"), start_worker, (encoder,))
-    waiting = deque()
-    # a process that is started while Ctrl-C is blocked never sees it: the first process ends them all
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    pipes = deque()  # to each process, and the size of what it has; the first has had it for longest
     try:
         for text, size in texts:
-            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            waiting.append((pool.submit(encode_in_worker, text), size))
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-            if len(waiting) == 3 * (jobs or cores):
-                encoded, size = waiting.popleft()
-                yield encoded.result(), size
-        for encoded, size in waiting:
-            yield encoded.result(), size
-    except BrokenProcessPool:
+            if len(pipes) < jobs:
+                pipes.append((start_worker(encoder), 0))
+                done = None
+            else:
+                done = pipes[0][0].recv(), pipes[0][1]
+                pipes.rotate(-1)
+            pipe, _ = pipes[-1]
+            pipe.send(text)
+            pipes[-1] = pipe, size
+            if done:
+                yield done
+        for pipe, size in pipes:
+            yield pipe.recv(), size
+    except (EOFError, BrokenPipeError, ConnectionResetError):
         raise SystemExit("one of the processes was ended, perhaps as memory was short; give fewer --jobs"
                          ) from None
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        pool.shutdown(cancel_futures=True)
+        for pipe, _ in pipes:
+            pipe.close()
 
 
 def start_worker(encoder):
-    """A process of in_order: keeps its encoder."""
-    global worker_encoder
-    worker_encoder = encoder
+    """A pipe to a new process, which encodes what is sent to it until the pipe is closed, from any cause."""
+    context = multiprocessing.get_context("spawn")  # a fork would lack the threads of the tokenizer
+    ours, theirs = context.Pipe()
+    resource_tracker.ensure_running()  # now, as its start unblocks signals
+    # Ctrl-C and a scheduler's SIGTERM go to all; the first process ends the others
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        context.Process(target=work, args=(theirs, encoder)).start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return ours
+
+
+def work(pipe, encoder):
+    """What a process of start_worker does."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-
-
-def encode_in_worker(text):
-    return worker_encoder(*text)
+    with suppress(EOFError, OSError):  # of a closed pipe
+        while True:
+            pipe.send(encoder(*pipe.recv()))
 
 
 # ---------------------------------------------------------------------------- videos
