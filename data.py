@@ -622,6 +622,9 @@ class Joined:
         return out
 
 
+SMALL = 1 << 22  # bytes of frames for which threads cost more than they save
+
+
 @functools.cache
 def reading_threads():
     """Threads that read frames at the same time."""
@@ -806,8 +809,7 @@ class VideoClips:
         def read(i):
             self.frames[file[i]].read(int(first[i]), rows[i, :count[i]])
             rows[i, count[i]:] = 0
-        # threads cost more than they save where there is little to read
-        list((map if rows.nbytes < 1 << 22 else reading_threads().map)(read, range(len(count))))
+        list((map if rows.nbytes < SMALL else reading_threads().map)(read, range(len(count))))
         return out
 
     def duration(self, index):
