@@ -584,7 +584,7 @@ def held_out_windows(video_id, captions, val_clips):
     into files mean nothing. Each gives a sample from the first half of its captions and, where it has two or
     more, one from the second half.
     """
-    number = np.fromiter(map(zlib.crc32, video_id.tolist()), np.int64, len(video_id))
+    number = np.fromiter(map(zlib.crc32, video_id), np.int64, len(video_id))
     key = hash64("held out", number)
     order = np.argsort(key, kind="stable")
     ties = np.flatnonzero(key[order[1:]] == key[order[:-1]])  # different ids of one CRC follow by name
