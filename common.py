@@ -388,6 +388,25 @@ def write_json(path, value):
         part.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
 
 
+HASHED = 1 << 22, 256  # bytes of a block, and of how many at most a hash is made
+
+
+def update_hash(digest, size, read):
+    """Adds a content of `size` bytes to a hash of hashlib; read(first, last) gives its bytes.
+
+    Up to 256 blocks of 4 MiB, 1 GiB, these are all of it. Of more they are the size in decimal digits and 256
+    blocks, which begin at byte i (size - 4 MiB) // 255, i = 0 .. 255, so that the first and the last are
+    among them: a change between them that leaves the size is not seen.
+    """
+    block, most = HASHED
+    places = range(0, size, block)
+    if len(places) > most:
+        digest.update(b"%d" % size)
+        places = [i * (size - block) // (most - 1) for i in range(most)]
+    for first in places:
+        digest.update(read(first, min(first + block, size)))
+
+
 LARGEST = 1 << 32  # bytes of a file that is read at once; corpora are not
 DEEPEST = 100  # lists and objects of a JSON inside of each other: what walks through more may fail
 DECODER = json.JSONDecoder(parse_constant=lambda name: None)  # NaN is read as it is written

@@ -569,6 +569,7 @@ class VideoEncoder(nn.Module):
 
     def forward(self, frames, mask=None):
         """frames (B, F, features), mask (B, F), a real frame in each row, None = all real -> (B, C)."""
+        frames = frames.to(self.project.weight.dtype)  # they may come as stored, in float16
         x = self.norm(self.project(frames) + first_positions(self.position, frames.shape[1], "VideoEncoder"))
         x = dropout(x, self.config.dropout, self.training)
         for layer in self.layers:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
                     one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
-                    read_settings, remove, sweep, write_json)
+                    read_settings, remove, sweep, update_hash, write_json)
 from parts.feed import Feed
 from parts.machine import end_ranks, generator_of, peak_flops, peak_memory_mb
 
@@ -147,15 +147,16 @@ def weight_files(folder):
 
 
 def file_hash(path):
-    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them."""
+    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them; of
+    more than 1 GiB it reads blocks, see common.update_hash."""
     digest, files = hashlib.sha256(), [Path(path)]
     if not files[0].is_file():
         beside = (Path(path, name) for name in ("video_encoder.safetensors", "vokens.safetensors"))
         files = [*weight_files(path), *filter(Path.is_file, beside)]
     for file in files:
         with file.open("rb") as f:
-            while part := f.read(1 << 20):
-                digest.update(part)
+            update_hash(digest, os.fstat(f.fileno()).st_size,
+                        lambda first, last: os.pread(f.fileno(), last - first, first))
     return digest.hexdigest()
 
 

@@ -280,8 +280,8 @@ def main(cfg):
                          "negatives; raise it")
 
     # ---- data
-    train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
-                                  cfg.feat_norm) for part in ("train", "val"))
+    train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision if sees else "none",
+                                  part, cfg.val_clips, cfg.feat_norm) for part in ("train", "val"))
     hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
     run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
