@@ -218,8 +218,11 @@ class EagerLayer(nn.Module):
         self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
         self.expand, self.contract = layer.expand, layer.contract
 
-    def forward(self, x, *masks):
-        """masks: mask, or for a CrossLayer other, mask, other_mask; each may be left out."""
+    def forward(self, x, *masks, causal=False):
+        """masks: mask, or for a CrossLayer other, mask, other_mask; each may be left out. causal: CLIP's."""
+        if causal:
+            masks = torch.ones(2 * x.shape[1:2], dtype=torch.bool, device=x.device).tril(),
+
         def dropout(y):
             return F.dropout(y, self.attention.dropout, self.training)
         if self.cross:
@@ -227,8 +230,8 @@ class EagerLayer(nn.Module):
             x = self.cross_norm(x + dropout(self.cross(x, other, other_mask)))
             masks = mask,
         if self.pre_norm:
-            y, square = self.attention_norm(x), 2 * x.shape[1:2]
-            x = x + self.attention(y, y, torch.ones(square, dtype=torch.bool, device=x.device).tril())
+            y = self.attention_norm(x)
+            x = x + self.attention(y, y, *masks)
             y = self.expand(self.output_norm(x))
             return x + self.contract(y * torch.sigmoid(1.702 * y))
         x = self.attention_norm(x + dropout(self.attention(x, x, *masks)))

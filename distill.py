@@ -335,7 +335,8 @@ def make_batch(blocks, cfg, index, *keys, paired=False, pad=False):
 def evaluate(model, blocks, cfg, ranks):
     """Masked-word loss and accuracy of the first eval_blocks blocks, masks fixed by block; over all ranks."""
     index = np.arange(min(len(blocks), cfg.eval_blocks))
-    parts = np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]
+    count = max(1, math.ceil(len(index) * ranks.size * cfg.grad_accum / cfg.batch_size))  # as in training
+    parts = np.array_split(index, count)[ranks.rank::ranks.size]
     batches = (data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val", part)
                for part in parts)
     return masked_word_scores(model.bert, model.mlm, batches, ranks, getattr(torch, cfg.dtype))

@@ -293,8 +293,8 @@ class CLIPLayer(nn.Module):
         self.expand = nn.Linear(config.hidden, config.intermediate)
         self.contract = nn.Linear(config.intermediate, config.hidden)
 
-    def forward(self, x):
-        x = x + self.attention(self.attention_norm(x), causal=True)
+    def forward(self, x, causal=False):
+        x = x + self.attention(self.attention_norm(x), causal=causal)
         y = self.expand(self.output_norm(x))
         return x + self.contract(F.silu(1.702 * y) / 1.702)  # quick-GELU: y sigmoid(1.702 y)
 
@@ -343,7 +343,7 @@ class CLIPText(nn.Module):
         """
         x = self.embeddings(ids)
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, causal=True)
         return self.project(self.norm(x))
 
     def pool(self, h, mask=None):

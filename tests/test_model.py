@@ -213,7 +213,7 @@ def test_layer_gradients_with_mask(layer):
     x, other = (torch.randn(2, 3, width, dtype=torch.float64, requires_grad=True) for width in (4, 6))
     mask = torch.tensor([[True, True, False], [True, True, True]])[:, None, None, :]
     inputs = (x, other) if isinstance(layer, model.CrossLayer) else (x,)
-    masks = () if isinstance(layer, model.CLIPLayer) else (mask, mask.flip(0))[:len(inputs)]
+    masks = (True,) if isinstance(layer, model.CLIPLayer) else (mask, mask.flip(0))[:len(inputs)]
     assert torch.autograd.gradcheck(lambda *args: layer(*args[:len(inputs)], *masks),
                                     (*inputs, *layer.double().parameters()))
 
