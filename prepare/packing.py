@@ -351,7 +351,7 @@ def pack_words(kind, sources, encoder, out, jobs, dtypes, arrays, carry=lambda *
     return counts | {"seconds": seconds, "mb_per_s": rate}
 
 
-def texts_of(path, least=1 << 20):
+def texts_of(path, least=1 << 19):
     """Yields (text, whether a line begins with it, whether it begins inside of a document, bytes read) of a
     file: its pieces, joined to `least` characters.
 
