@@ -201,25 +201,28 @@ def make_batch(clips, cfg, index, *keys, pad=False):
 def evaluate(model, clips, cfg, ranks):
     """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
-    dtype = getattr(torch, cfg.dtype)
+    dtype, sees = getattr(torch, cfg.dtype), cfg.objective != "mlm"
     total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
+    if sees:  # texts and videos as retrieval compares them; 0 where another rank has them
+        found = torch.zeros(2, len(clips), model.video.config.hidden, device=ranks.device)
     parts = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
     for index in parts[ranks.rank::ranks.size]:
         batch = move(make_batch(clips, cfg, index, "val", index), ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             terms = model(batch, dict.fromkeys(ITEMS, 1.0))
+            if sees:
+                found[:, index] = torch.stack(model.encode(batch)).float()
         for i, (name, items) in enumerate(ITEMS.items()):
             if name in terms:
                 total[i] += torch.tensor([terms[name].item(), items(batch)], dtype=torch.float64)
     ranks.sum(total)
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
     scores["loss"] = sum(scores[name] * weight for name, weight in model.weights.items())
-    if cfg.objective != "mlm":
-        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
-            text, video = vectors(model.encode, clips.batch, np.arange(len(clips)), ranks.device)
-        found = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
-        found |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
-        scores |= ranks.of_main(found)  # when to save and stop hangs on them
+    if sees:
+        text, video = ranks.sum(found).cpu()
+        recalls = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
+        recalls |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
+        scores |= ranks.of_main(recalls)  # when to save and stop hangs on them
     model.train()
     return scores
 
@@ -281,7 +284,8 @@ def main(cfg):
 
     # ---- data
     train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision if sees else "none",
-                                  part, cfg.val_clips, cfg.feat_norm) for part in ("train", "val"))
+                                  part, cfg.val_clips, cfg.feat_norm, pinned=ranks.device.type == "cuda")
+                  for part in ("train", "val"))
     hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
     run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):

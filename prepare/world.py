@@ -16,7 +16,6 @@ from common import atomic, duration, print0, read_json, write_json
 from data import open_packed
 from parts.vocab import load_vocab
 from prepare.packing import pack_text, pack_videos, pack_xtext, train_vocab
-from run import check_shared
 
 WORLD = 2  # format of the demo world; raise it with any change of what it holds
 # what an action does to a material: seen in the videos, said of no noun in any text
@@ -128,6 +127,7 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
 
 def demo_world(data_dir, seed, ranks):
     """The folder of the demo world; rank 0 makes it where it is missing, while the others wait."""
+    from run import check_shared  # here: packing needs no PyTorch
     folder = Path(data_dir) / f"demo-s{seed}"
     if ranks.any(ranks.main and not folder.exists()):
         check_shared(folder, "--data_dir", ranks)
