@@ -15,6 +15,7 @@ folder. clip/ and cross.* beside its weights are the rest of the model, for fine
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json, table
 from model import (BERT, FIRST_LOGIT_SCALE, XDBERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, init_weights,
-                   param_groups)
+                   param_groups, recompute)
 from parts.machine import Ranks, flops_per_token, init_ranks, memory_report, move
 from parts.metrics import gradient_norms, probes
 from parts.weights import (check_tower, load_bert, load_mlm_head, open_clip, save_bert, save_xdbert,
@@ -76,9 +77,10 @@ class Config:
     schedule_steps: int = 0  # steps that the learning rate is planned for; 0 = those that are run
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile the encoders
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # run folder; empty = out/xdbert-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
@@ -89,7 +91,8 @@ class Config:
     log_every: int = 25  # steps a log line
     grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
     eval_every: int = 100  # steps between evaluations
-    save_every: int = 200  # steps between checkpoints
+    save_every: int = 200  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
 
     def __post_init__(self):
         chosen = self.objective.split("+")
@@ -118,7 +121,8 @@ LANGUAGE = {  # shapes of the papers' language encoders, for random weights
     "electra-large": BERTConfig(layers=24, hidden=1024, heads=16, intermediate=4096, model_type="electra"),
 }
 # every term of the loss, and how many items of it a micro-batch has
-ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "match": lambda batch: len(batch["match_targets"]),
+ITEMS = {"mlm": lambda batch: (batch["mlm_targets"] >= 0).sum(),
+         "match": lambda batch: len(batch["match_targets"]),
          "cliptc": lambda batch: len(batch["cliptc_targets"]), "itc": lambda batch: batch["itc_mask"].sum()}
 FREEZE = ("auto", "none", "clip", "language", "clip,language")
 CHOICES = {"reduction": ("mean", "sum")}
@@ -137,7 +141,7 @@ FREE = ("preset", "train", "val", "language", "clip", "quick_gelu", "table")
 # XDBERT C.1: 1e-4, warm-up 5 %, one epoch, at 512 words and 9 x 77 tokens (Appendix B). The paper planned its
 # learning rate for 40 epochs of about 800 steps of 256 and stopped early: `paper`; `base` plans the one epoch
 BASE = dict(block_size=512, segments=9, batch_size=256, lr=1e-4, beta2=0.999, max_steps=0, epochs=1.0,
-            grad_every=200, eval_every=200, save_every=200, log_every=10)
+            grad_every=200, eval_every=200, save_every=0, save_minutes=15.0, log_every=10)
 PRESETS = {"auto": lambda given: BASE if "train" in given else {}, "demo": {}, "base": BASE,
            "paper": BASE | dict(schedule_steps=32_000)}
 
@@ -197,6 +201,8 @@ class Adapter(nn.Module):
             self.itc_scale = nn.Parameter(torch.tensor(FIRST_LOGIT_SCALE))
         for part in self.frozen:
             part.requires_grad_(False)
+        if cfg.grad_checkpoint:
+            recompute(self)
 
     @property
     def language(self):
@@ -281,14 +287,15 @@ def exchange(pairs, ranks):
 CLIP_KEYS = ("clip_ids", "clip_place", "clip_mask")
 
 
-def make_batch(blocks, cfg, index, *keys, text=None):
+def make_batch(blocks, cfg, index, *keys, text=None, pad=False):
     """Blocks `index` as a micro-batch: masked inputs, CLIP's side, targets.
 
     keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
     text: the blocks whose text CLIP's side holds; None: with MATCH half of them are others, drawn.
+    pad: see data.masked_words.
     """
-    batch = blocks.batch(index)
-    found = data.masked_words(batch, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys)
+    batch = blocks.batch(index)  # HACK HERE: the batch
+    found = data.masked_words(batch, blocks.vocab, cfg.mask_rate, cfg.mask_split, *keys, pad=pad)
     if cfg.no_clip:
         return found
     if text is None:
@@ -309,7 +316,7 @@ def evaluate(model, blocks, cfg, ranks):
     """Loss and accuracy of every term on the first eval_blocks blocks, all draws fixed by block; over all
     ranks. With MATCH each block is read twice, beside its own text and beside another."""
     model.eval()
-    index = np.arange(min(len(blocks), cfg.eval_blocks))
+    index, dtype = np.arange(min(len(blocks), cfg.eval_blocks)), getattr(torch, cfg.dtype)
     sides, names = {"matched": index}, [name for name in model.weights if name != "itc"]
     if "match" in model.weights and len(blocks) > 1:
         sides["mismatched"] = (index + 1 + keyed_integers(len(blocks) - 1, "val other", index)) % len(blocks)
@@ -323,16 +330,18 @@ def evaluate(model, blocks, cfg, ranks):
     for row, (side, text) in enumerate(sides.items()):
         for part in parts[ranks.rank::ranks.size]:
             batch = move(make_batch(blocks, cfg, part, "val", part, text=text[part]), ranks.device)
-            h, c = model.states(batch)
-            for term, (name, logits) in enumerate(model.logits(h, c, batch).items()):
+            with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+                h, c = model.states(batch)
+                found = model.logits(h, c, batch)
+                if pairs and side == "matched":
+                    for x, new in zip(pairs, model.pairs(h, c, batch)):
+                        x[part] = new.to(x.dtype)
+            for term, (name, logits) in enumerate(found.items()):
                 targets = batch[f"{name}_targets"]
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum")
                 right = (logits.argmax(1) == targets).sum()
                 total[row, term] += torch.tensor([loss.item(), right.item(), len(targets)],
                                                  dtype=torch.float64)
-            if pairs and side == "matched":
-                for x, new in zip(pairs, model.pairs(h, c, batch)):
-                    x[part] = new.to(x.dtype)
     model.train()
     ranks.sum(total)
     scores = {}
@@ -481,7 +490,8 @@ def memory(model, cfg, micro_size, length, used):
     """The line on parameters and memory; a cross-modal layer counts as one and a half."""
     config = model.language.config
     if cfg.no_clip:
-        return memory_report(model, config, micro_size, cfg.block_size)
+        return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate,
+                             anew=cfg.grad_checkpoint)
     tower, segments = model.tower.config, max(1, round(micro_size * used * cfg.segments))
     beside = [] if "clip" in cfg.freeze else [(tower, segments, length)]
     if model.crossed:
@@ -489,7 +499,8 @@ def memory(model, cfg, micro_size, length, used):
                       vocab_size=1)
         beside += [(replace(config, **halves), micro_size, cfg.block_size),
                    (replace(tower, **halves), micro_size, max(1, round(used * cfg.segments * length)))]
-    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate, beside)
+    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate, beside,
+                         cfg.grad_checkpoint)
 
 
 def probed(model, blocks, latents, device):
@@ -520,7 +531,7 @@ def main(cfg):
     cfg = replace(cfg, freeze=frozen)
     if cfg.dry_run:
         return dry_run(cfg)
-    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.device, cfg.dtype), getattr(torch, cfg.dtype)
     micro_size = micro_batch_size(cfg, ranks)
     for flag in ("train", "language", "clip")[:2 if cfg.no_clip else 3]:
         if not getattr(cfg, flag):
@@ -567,6 +578,8 @@ def main(cfg):
             part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+    make = partial(make_batch, pad=cfg.compile_model or ranks.device.type != "cpu")
+    run.feed(partial(data.step_batches, train, cfg, ranks, make), ITEMS)
 
     # ==== training loop ====
     while True:
@@ -581,15 +594,8 @@ def main(cfg):
             break
 
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
-        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, ranks.device))
-        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        _, batches, items = run.take(step)
+        divisor = {name: (n if cfg.reduction == "mean" else 1) / ranks.size for name, n in items.items()}
         lr = lr_at(step, cfg.lr, warmup_steps, planned)  # HACK HERE: the schedule
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
             if "itc" in weights and cfg.grad_accum > 1:

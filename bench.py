@@ -47,10 +47,11 @@ import finetune
 import losses
 from common import (duration, keyed_integers, keyed_uniform, one_line_end, parse_cli, print0, table,
                     write_json)
-from benches.feed import bench_feed
+from benches.feed import bench_feed, made_vocab
 from benches.plain import (DISTANCES, KERNELS, Released, ReleasedXDBERT, crd_gather, crd_shared, eager,
                            hinge_batched, hinge_loop, nst_batched, nst_loop)
 from benches.scale import bench_scale
+from data import masked_words
 from model import (BERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, TaskModel, model_config, param_groups)
 from parts.examples import POOL, tokenized
 from parts.machine import Ranks, flops_per_token, init_ranks, keep_freed_memory, move, peak_flops
@@ -454,6 +455,10 @@ def bench_gpu(cfg, device, out):
         if compiled:
             teacher.compile(), student.bert.compile()
         batch, (loss, alone) = made_batch(cfg, device, 2), distilling(student, {kind: teacher}, device)
+        words = {name: batch[name].cpu() for name in ("inputs", "mask")}
+        words = masked_words(words | {"ids": words["inputs"]}, made_vocab(cfg.vocab), MASKED, "100/0/0", 0, 0,
+                             np.arange(cfg.batch), pad=True)  # as for a GPU
+        batch |= move(words, device)
         batch["h_t"] = teacher(batch["inputs"])
         batch["negatives"] = bank.draw(keyed_integers, 0, 0)
         with torch.no_grad():

@@ -164,12 +164,15 @@ def check_fields(cfg, choices, positive):
     for name, allowed in choices.items():
         if getattr(cfg, name) not in allowed:
             raise ValueError(f"--{name} {getattr(cfg, name)}: choose one of {', '.join(allowed)}")
-    for name in ("save_every", *positive):
+    for name in positive:
         if getattr(cfg, name) <= 0:
             raise ValueError(f"--{name} {getattr(cfg, name)}: must be above 0")
-    for name in ("grad_clip", "weight_decay", "max_minutes", "max_steps", "warmup_steps", "epochs"):
+    for name in ("grad_clip", "weight_decay", "max_minutes", "save_every", "save_minutes", "max_steps",
+                 "warmup_steps", "epochs"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
+    if not (cfg.save_every or cfg.save_minutes):
+        raise ValueError("--save_every 0 needs --save_minutes")
     if type(cfg).max_steps and not cfg.max_steps and not cfg.epochs:  # finetune.py's tasks have their own
         raise ValueError("--max_steps 0 needs --epochs")
     for name, (least, most) in LIMITS.items():
@@ -383,6 +386,25 @@ def write_json(path, value):
         return None if isinstance(value, float) and not math.isfinite(value) else value
     with atomic(path) as part:
         part.write_text(json.dumps(finite(value), indent=1, allow_nan=False) + "\n")
+
+
+HASHED = 1 << 22, 256  # bytes of a block, and of how many at most a hash is made
+
+
+def update_hash(digest, size, read):
+    """Adds a content of `size` bytes to a hash of hashlib; read(first, last) gives its bytes.
+
+    Up to 256 blocks of 4 MiB, 1 GiB, these are all of it. Of more they are the size in decimal digits and 256
+    blocks, which begin at byte i (size - 4 MiB) // 255, i = 0 .. 255, so that the first and the last are
+    among them: a change between them that leaves the size is not seen.
+    """
+    block, most = HASHED
+    places = range(0, size, block)
+    if len(places) > most:
+        digest.update(b"%d" % size)
+        places = [i * (size - block) // (most - 1) for i in range(most)]
+    for first in places:
+        digest.update(read(first, min(first + block, size)))
 
 
 LARGEST = 1 << 32  # bytes of a file that is read at once; corpora are not

@@ -31,13 +31,18 @@ take their slices. What it holds:
 import functools
 import glob
 import hashlib
+import itertools
 import json
+import math
+import os
+import weakref
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from common import clear_up_on_sigterm, hash64, keyed_integers, keyed_uniform
+from common import clear_up_on_sigterm, hash64, keyed_integers, keyed_uniform, update_hash
 from parts.vocab import CLIPVocab, Vocab, load_vocab
 
 FORMAT = 1  # of the packed files; raise it with any change of what they hold
@@ -56,7 +61,8 @@ def write_packed(part, kind, vocab, arrays, **attributes):
     """Writes an HDF5 file of contiguous datasets, among them the vocabulary, and the hash of its content.
 
     arrays: {name: array, or (raw file, dtype, shape of a row)}. A contiguous dataset cannot grow, so data of
-    unknown length comes as a raw file.
+    unknown length comes as a raw file. The hash is SHA-256 of kind, format, vocabulary and attributes, and of
+    each array as common.update_hash reads it: of more than 1 GiB only blocks.
     """
     import h5py
     digest = hashlib.sha256(json.dumps([kind, FORMAT, vocab.hash, attributes]).encode())
@@ -67,7 +73,8 @@ def write_packed(part, kind, vocab, arrays, **attributes):
                 value = np.memmap(raw, dtype, "r") if raw.stat().st_size else np.zeros(0, dtype)
                 value = value.reshape(-1, *shape)
             f[name] = value
-            digest.update(np.ascontiguousarray(value))
+            content = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+            update_hash(digest, len(content), lambda first, last: content[first:last])
         f["vocab"] = np.frombuffer("\n".join(vocab.tokens).encode(), np.uint8)
         attributes |= {"kind": kind, "format": FORMAT, "vocab_hash": vocab.hash, "lower": vocab.lower,
                        "strip_accents": vocab.strip_accents, "hash": digest.hexdigest()}
@@ -89,7 +96,8 @@ def open_packed(path, kind="", vocab=None):
     try:
         with h5py.File(path, "r") as f:
             attributes = {name: read_attribute(f.attrs, name) for name in f.attrs}
-            maps = {name: map_dataset(path, f, name) for name in f}
+            content = np.memmap(path, np.uint8, "r")  # one for all: each map keeps a file open
+            maps = {name: map_dataset(content, f, name) for name in f}
         tokens = bytes(maps.pop("vocab")).decode().split("\n")
         if "clip_vocab" in maps:
             maps["clip_vocab"] = bytes(maps["clip_vocab"]).decode().split("\n")
@@ -131,8 +139,9 @@ def read_attribute(attributes, name):
     return value.decode() if isinstance(value, bytes) else value.item()
 
 
-def map_dataset(path, file, name):
-    """Memory map of a dataset of an open h5py.File; ValueError where it is not ours or not in it."""
+def map_dataset(content, file, name):
+    """The array of a dataset of an open h5py.File in the map of its bytes; ValueError where it is not ours or
+    not in it."""
     import h5py
     link, (kinds, dimensions) = file.get(name, getlink=True), DATASETS.get(name, ("", 0))
     dataset = file[name] if isinstance(link, h5py.HardLink) else None
@@ -142,10 +151,10 @@ def map_dataset(path, file, name):
     if dataset.size == 0:
         return np.zeros(dataset.shape, dataset.dtype)
     layout, offset = dataset.id.get_create_plist().get_layout(), dataset.id.get_offset()
-    size = Path(path).stat().st_size
-    if layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None or offset + dataset.nbytes > size:
+    if (layout != h5py.h5d.CONTIGUOUS or dataset.external or offset is None
+            or offset + dataset.nbytes > len(content)):
         raise ValueError(f"{name} does not lie in the file in one piece")
-    return np.memmap(path, dataset.dtype, "r", offset, dataset.shape)
+    return np.ndarray(dataset.shape, dataset.dtype, content, offset)
 
 
 def check_ids(ids, vocab, what):
@@ -196,6 +205,17 @@ def micro_rows(batch_size, rank, ranks, micro, grad_accum):
     return np.arange(size, dtype=np.int64) + (rank * grad_accum + micro) * size
 
 
+def step_batches(samples, cfg, ranks, make_batch, step):
+    """(samples (b,) of the step's global batch, this rank's micro-batches): a pure function of the step.
+
+    samples: TextBlocks, PairBlocks or VideoClips; make_batch(samples, cfg, index, seed, step, positions).
+    """
+    index = samples.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
+    parts = (micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+             for micro in range(cfg.grad_accum))
+    return index, [make_batch(samples, cfg, index[rows], cfg.seed, step, rows) for rows in parts]
+
+
 def parse_split(text):
     """"80/10/10" -> (0.8, 0.1, 0.1): shares of masked tokens that become [MASK], a random token, or stay."""
     try:
@@ -238,12 +258,23 @@ def mask_tokens(ids, mask, vocab, rate, split, *keys):
     return tuple(tensors(inputs=inputs, labels=labels).values())
 
 
-def masked_words(batch, vocab, rate, split, *keys):
+def masked_words(batch, vocab, rate, split, *keys, pad=False):
     """mask_tokens of a batch -> {"inputs": (B, T), "mlm_index": rows (M,) of the flattened (B, T) that are
-    to be predicted, "mlm_targets": their ids (M,)}."""
+    to be predicted, "mlm_targets": their ids (M,)}.
+
+    pad: for static shapes, M is the mean and 6 standard deviations of B T tokens at `rate`, or what is drawn
+    where that is more, rounded up to a multiple of 64; the rows added have the target -100.
+    """
     inputs, labels = mask_tokens(batch["ids"], batch["mask"], vocab, rate, split, *keys)
-    place = (labels.flatten() != -100).nonzero()[:, 0]
-    return {"inputs": inputs, "mlm_index": place, "mlm_targets": labels.flatten()[place]}
+    labels = labels.numpy().ravel()
+    place, n = np.flatnonzero(labels != -100), len(labels)
+    targets = labels[place]
+    if pad:
+        most = max(len(place), n * rate + 6 * math.sqrt(n * rate * (1 - rate)))
+        added = np.arange(64 * math.ceil(most / 64) - len(place)) % n
+        # not one row again and again: a GPU adds up the gradients of equal rows one by one
+        place, targets = np.append(place, added), np.append(targets, np.full_like(added, -100))
+    return {"inputs": inputs, **tensors(mlm_index=place, mlm_targets=targets)}
 
 
 def anchors_per_row(crd_tokens, batch_size, positions):
@@ -346,8 +377,8 @@ def find_shards(paths, kind="text"):
     shards = sorted(map(str, paths))
     missing = [shard for shard in shards if not Path(shard).exists()]
     if missing:
-        raise SystemExit(f"{', '.join(missing)}: no such file; pack text with `python data.py {kind} TEXT... "
-                         f"--out FILE` (`python data.py {kind} --help` lists its flags)")
+        raise SystemExit(f"{', '.join(missing)}: no such file; pack it with `python data.py {kind} ... --out "
+                         f"FILE` (`python data.py {kind} --help` lists its flags)")
     return shards
 
 
@@ -527,20 +558,62 @@ def check_clips(path, attributes, maps):
             offsets = maps[name]
             fits = fits and len(offsets) == videos + 1 and (offsets[0], offsets[-1]) == (0, size) and (
                 np.diff(offsets) > 0).all()
+        shard, shards = (attributes.get(name, 1) for name in ("shard", "shards"))
+        fits = fits and videos and frames.dtype == np.float16 and 1 <= shard <= shards
     except (KeyError, TypeError):
         fits = False
     if not fits:
         raise SystemExit(f"{path}: damaged (its parts do not fit each other); pack it anew")
 
 
+def open_videos(files):
+    """Packed videos -> (Vocab, [(attributes, maps) of each file]).
+
+    SystemExit where they are no set: other vocabularies or channels, a shard that is missing, a video twice.
+    """
+    vocab, opened = None, []
+    for path in files:
+        attributes, own, maps = open_packed(path, "videos", vocab)
+        check_clips(path, attributes, maps)
+        vocab, opened = vocab or own, [*opened, (attributes, maps)]
+        if own.hash != vocab.hash:
+            raise SystemExit(f"{path}: packed with another vocabulary than {files[0]}; pack it anew")
+        widths, first = ([held[name] for name in ("d2", "d3")] for held in (attributes, opened[0][0]))
+        if widths != first:
+            raise SystemExit(f"{path}: has {widths[0]} + {widths[1]} channels a frame, {files[0]} has "
+                             f"{first[0]} + {first[1]}; pack both from the same features")
+    found = {(held["shards"], held["shard"]) for held, _ in opened if "shards" in held}
+    for n in {n for n, _ in found}:
+        gone = list(itertools.islice((i for i in range(1, n + 1) if (n, i) not in found), 9))
+        if gone:
+            raise SystemExit(f"{files[0]}: of its {n} shards these are missing: {str(gone[:8])[1:-1]}"
+                             f"{', ...' * (len(gone) > 8)}; give them, too, or make them, such as by `python "
+                             f"data.py videos ... --shard {gone[0]}/{n}`")
+    if len(files) > 1:
+        names = np.concatenate([maps["video_id"] for _, maps in opened])
+        order = np.argsort(names, kind="stable")
+        for i in np.flatnonzero(names[order[1:]] == names[order[:-1]])[:1]:
+            ends = np.cumsum([len(maps["video_id"]) for _, maps in opened])
+            one, two = (files[np.searchsorted(ends, v, side="right")] for v in order[i:i + 2])
+            raise SystemExit(f"{two}: the video {names[order[i]].decode(errors='replace')} is in {one}, too; "
+                             "give each video once")
+    return vocab, opened
+
+
 def held_out_windows(video_id, captions, val_clips):
     """Which samples are held out -> (video (n,), caption of that video with which it begins (n,)), shuffled.
 
-    Videos follow each other by the hash of their id, so that the order of the file means nothing. Each gives
-    a sample from the first half of its captions and, where it has two or more, one from the second half.
+    Videos follow each other by the hash of their id, so that the order of the videos and how they are divided
+    into files mean nothing. Each gives a sample from the first half of its captions and, where it has two or
+    more, one from the second half.
     """
-    number = np.array([zlib.crc32(name) for name in video_id])
-    order = np.argsort(hash64("held out", number), kind="stable")
+    number = np.fromiter(map(zlib.crc32, video_id), np.int64, len(video_id))
+    key = hash64("held out", number)
+    order = np.argsort(key, kind="stable")
+    ties = np.flatnonzero(key[order[1:]] == key[order[:-1]])  # different ids of one CRC follow by name
+    if len(ties):
+        tied = np.union1d(ties, ties + 1)
+        order[tied] = order[tied][np.lexsort((video_id[order[tied]], key[order[tied]]))]
     n = int(np.searchsorted(np.cumsum(np.minimum(captions[order], 2)), val_clips)) + 1
     video = order[:min(n, max(1, len(order) // 8))]
     half = captions[video] // 2
@@ -552,41 +625,105 @@ def held_out_windows(video_id, captions, val_clips):
     return video[shuffled], window[shuffled]
 
 
-class VideoClips:
-    """Captions and frames of a packed videos.h5. A sample begins at a caption and may join those behind it.
+class Joined:
+    """Arrays as one, of which only what is asked for is read; `add` is added to what is read of each."""
 
-    T: tokens with [CLS] and [SEP]. max_frames: at most that many of a sample's frames. vision: "video" (all
-    channels, every frame), or "image" (2D channels of the middle frame only; the paper's image-level
-    ablation). part: "train", whose samples begin at every caption, or "val": one or two samples of each video
-    that is held out, in an order that has nothing to do with the file's. Videos are held out by the hash of
-    their id, until they have `val_clips` samples, and at most an eighth of them. feat_norm: scales each
-    frame's 2D part and 3D part to length 1. task, video_id: of each video of the part.
+    def __init__(self, parts, add=0):
+        self.parts, self.add = parts, np.broadcast_to(add, len(parts))
+        self.start, self.dtype = np.cumsum([0, *map(len, parts)]), np.result_type(*parts)
+
+    def __len__(self):
+        return int(self.start[-1])
+
+    def __getitem__(self, at):
+        at = np.arange(*at.indices(len(self))) if isinstance(at, slice) else np.asarray(at)
+        part = np.searchsorted(self.start, at, side="right") - 1
+        out = np.empty(at.shape, self.dtype)
+        for p in np.unique(part):
+            here = part == p
+            out[here] = self.parts[p][at[here] - self.start[p]] + self.add[p]
+        return out
+
+
+SMALL = 1 << 22  # bytes of frames for which threads cost more than they save
+
+
+@functools.cache
+def reading_threads():
+    """Threads that read frames at the same time."""
+    return ThreadPoolExecutor(4, "frames")
+
+
+class FrameFile:
+    """The frames of a packed file; from a cold disk reading is 4 times as fast as a memory map."""
+
+    def __init__(self, path, frames):
+        self.path, self.row = path, frames.strides[0]
+        self.offset = frames.ctypes.data - frames.base.ctypes.data
+        self.file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.file)
+
+    def read(self, first, out):
+        """Fills the contiguous array `out` with what begins at row `first`."""
+        at, left = self.offset + first * self.row, memoryview(out).cast("B")
+        while left:
+            try:
+                got = os.preadv(self.file, [left], at)
+            except OSError as error:
+                raise SystemExit(f"{self.path}: cannot be read ({error.strerror}); check the disk") from None
+            if not got:
+                raise SystemExit(f"{self.path}: was cut off while it was in use; pack it anew")
+            at, left = at + got, left[got:]
+
+
+class VideoClips:
+    """Captions and frames of packed videos. A sample begins at a caption and may join those behind it.
+
+    paths: a file, a glob or a list of files (shards), which are one set in the order of their names. T:
+    tokens with [CLS] and [SEP]. max_frames: at most that many of a sample's frames. vision: "video" (all
+    channels, every frame), "image" (2D channels of the middle frame only; the paper's image-level
+    ablation), or "none" (batches without frames). part: "train", whose samples begin at every caption, or
+    "val": one or two samples of each video that is held out, in an order that has nothing to do with the
+    files'. Videos are held out by the hash of their id, until they have `val_clips` samples, and at most an
+    eighth of them; how they are divided into files changes nothing. The order of training samples is of
+    their places in the files. feat_norm: scales each frame's 2D part and 3D part to length 1. pinned:
+    frames lie in page-locked memory, which a GPU reads while the CPU goes on. task, video_id: of each video
+    of the part. Several threads may ask for batches at the same time.
     """
 
-    def __init__(self, path, T, max_frames=512, vision="video", part="train", val_clips=10000,
-                 feat_norm=False):
-        if vision not in ("video", "image"):
+    def __init__(self, paths, T, max_frames=512, vision="video", part="train", val_clips=10000,
+                 feat_norm=False, pinned=False):
+        if vision not in ("video", "image", "none"):
             raise SystemExit(f"--vision {vision}: choose video or image")
         if T < 3:
             raise SystemExit(f"--block_size {T}: at least 3 ([CLS], a token, [SEP])")
-        attributes, self.vocab, maps = open_packed(path, "videos")
-        check_clips(path, attributes, maps)
-        self.path = path
+        self.path, self.files = paths, find_shards(paths, "videos")
+        self.vocab, opened = open_videos(self.files)
+        hashes, maps = [attributes["hash"] for attributes, _ in opened], [maps for _, maps in opened]
+        self.hash = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         self.T, self.max_frames, self.vision, self.feat_norm = T, max_frames, vision, feat_norm
-        self.hash, self.d2, self.d3 = attributes["hash"], int(attributes["d2"]), int(attributes["d3"])
-        self.features = self.d2 if vision == "image" else self.d2 + self.d3
-        self.frames, self.tokens = maps["frames"], maps["tokens"]
-        self.caption_start, self.frame_start = maps["caption_offsets"], maps["frame_offsets"]  # of each video
-        self.start, self.end = maps["start"], maps["end"]  # seconds of each caption
-        self.token_start = maps["token_offsets"]  # first token of each caption
-        captions = np.diff(self.caption_start)  # of each video
+        self.pinned, self.d2, self.d3 = pinned, opened[0][0]["d2"], opened[0][0]["d3"]
+        self.features = {"video": self.d2 + self.d3, "image": self.d2, "none": 0}[vision]
+        # of each video: the file that holds it, its first row of frames there, and how many it has
+        self.file = np.repeat(np.arange(len(maps)), [len(held["task"]) for held in maps])
+        self.frame_start = np.concatenate([held["frame_offsets"][:-1] for held in maps])
+        self.length = np.concatenate([np.diff(held["frame_offsets"]) for held in maps])
+        captions = np.concatenate([np.diff(held["caption_offsets"]) for held in maps])
+        self.caption_start = np.cumsum(np.r_[0, captions])  # of each video
+        self.start, self.end = (Joined([held[x] for held in maps]) for x in ("start", "end"))  # seconds
+        self.tokens = Joined([held["tokens"] for held in maps])
+        # first token of each caption, and the end of the last
+        self.token_start = Joined([held["token_offsets"][:-1] for held in maps[:-1]]
+                                  + [maps[-1]["token_offsets"]], self.tokens.start[:-1])
         if len(captions) < 2:
-            raise SystemExit(f"{path}: holds one video; at least two are needed, one is held out")
-        held_out, windows = held_out_windows(maps["video_id"], captions, val_clips)
+            raise SystemExit(f"{self.files[0]}: holds one video; at least two are needed, one is held out")
+        self.frames = [FrameFile(path, held["frames"]) for path, held in zip(self.files, maps)]
+        video_id, task = (np.concatenate([held[name] for held in maps]) for name in ("video_id", "task"))
+        held_out, windows = held_out_windows(video_id, captions, val_clips)
         train = np.ones(len(captions), bool)
         train[held_out] = False
-        self.videos = np.flatnonzero(train if part == "train" else ~train)  # of this part, in the file
-        self.task, self.video_id = maps["task"][self.videos], maps["video_id"][self.videos]
+        self.videos = np.flatnonzero(train if part == "train" else ~train)  # of this part, in the files
+        self.task, self.video_id = task[self.videos], video_id[self.videos]
         self.sample_start = np.cumsum(np.r_[0, captions[self.videos]])  # of each video, in training
         self.windows = None if part == "train" else self.caption_start[held_out] + windows
 
@@ -598,7 +735,7 @@ class VideoClips:
         return permuted(np.int64(step) * batch_size + positions, len(self), seed)
 
     def captions(self, index):
-        """The caption in the file with which each of the samples `index` begins."""
+        """The caption in the files with which each of the samples `index` begins."""
         index = np.asarray(index, np.int64)
         if self.windows is not None:
             return self.windows[index]
@@ -613,14 +750,16 @@ class VideoClips:
     def batch(self, index) -> dict:
         """Captions joined from `index` on until T - 2 tokens or the end of the video; the last may be cut.
 
-        -> {"ids": int64 (b, T), "mask": bool (b, T), "frames": float32 (b, F, D), "frame_mask": bool (b, F),
-        "index"}. Frames: from floor(start of the first) to ceil(end of the last caption), F the longest of
-        the batch.
+        -> {"ids": int64 (b, T), "mask": bool (b, T), "frames": float16 as stored, with feat_norm float32,
+        (b, F, D), "frame_mask": bool (b, F), "index"}. Frames: from floor(start of the first) to ceil(end of
+        the last caption), F the longest of the batch.
         """
-        first = self.captions(index)
+        first, most = self.captions(index), len(self.token_start) - 1
         video_end = self.token_start[self.caption_start[self.videos[self.video_of(index)] + 1]]
         stop = np.minimum(self.token_start[first] + self.T - 2, video_end)
-        return self.spans(index, stop, np.searchsorted(self.token_start, stop))
+        # each caption has a token, so that the last one begins at most T - 3 captions behind
+        begin = self.token_start[np.minimum(first[:, None] + np.arange(self.T - 1), most)]
+        return self.spans(index, stop, first + (begin < stop[:, None]).sum(1))
 
     def clips(self, index) -> dict:
         """The same of ONE caption each and its own frames: for vokens, and for retrieval by a sentence."""
@@ -630,43 +769,71 @@ class VideoClips:
 
     def spans(self, index, stop, behind):
         """Batch of the tokens of samples `index` up to token `stop`, which lies in caption `behind` - 1."""
-        caption = self.captions(index)
-        begin, following, most = self.token_start[caption], self.token_start[caption + 1], len(self.tokens)
-        if not ((0 <= begin) & (begin < following) & (following <= most) & (begin <= stop) & (stop <= most)
-                & (caption < behind)).all():
-            raise SystemExit(f"{self.path}: damaged (token_offsets lead out of tokens); pack it anew")
+        caption, video = self.captions(index), self.videos[self.video_of(index)]
+        begin, following = self.token_start[caption], self.token_start[caption + 1]
+        least, most = (self.tokens.start[self.file[video] + i] for i in (0, 1))  # of the file
+        fits = ((least <= begin) & (begin < following) & (following <= most) & (begin <= stop)
+                & (stop <= most) & (caption < behind))
+        if not fits.all():
+            raise SystemExit(f"{self.file_of(video[~fits])}: damaged (token_offsets lead out of tokens); "
+                             "pack it anew")
         at = begin[:, None] + np.arange(self.T - 2)
         real = at < stop[:, None]
         ids = np.full((len(index), self.T), self.vocab.pad, np.int64)
         ids[:, 0] = self.vocab.cls
-        ids[:, 1:-1] = np.where(real, self.tokens[np.where(real, at, 0)], self.vocab.pad)
-        check_ids(ids, self.vocab, self.path)
+        ids[:, 1:-1] = np.where(real, self.tokens[np.where(real, at, begin[:, None])], self.vocab.pad)
+        check_ids(ids, self.vocab, self.file_of(video[ids.max(1) == ids.max()]))
         n = real.sum(1)
         ids[np.arange(len(index)), n + 1] = self.vocab.sep
         mask = np.arange(self.T) < n[:, None] + 2
-        video = self.videos[self.video_of(index)]
-        begin = self.frame_start[video]
-        length = self.frame_start[video + 1] - begin
-        start = np.floor(self.start[caption])  # seconds
-        end = np.array([self.end[a:b].max() for a, b in zip(caption, behind)])
-        if not ((0 <= start) & (start < length) & np.isfinite(end)).all():
-            raise SystemExit(f"{self.path}: damaged (a caption lies outside of its video); pack it anew")
-        first = begin + start.astype(np.int64)
-        last = begin + np.minimum(np.ceil(end), length).astype(np.int64)
-        last = np.maximum(last, first + 1)
+        frames = {} if self.vision == "none" else self.frame_batch(video, caption, behind)
+        return tensors(ids=ids, mask=mask) | frames | {"index": np.asarray(index, np.int64)}
+
+    def file_of(self, video):
+        """Path of the file that holds the first of `video`."""
+        return self.files[self.file[video[0]]]
+
+    def frame_batch(self, video, caption, behind):
+        """"frames" and "frame_mask" of captions `caption` to `behind` - 1 of `video`, (b,) each."""
+        start, length = np.floor(self.start[caption]), self.length[video]  # seconds
+        at = caption[:, None] + np.arange((behind - caption).max())
+        within = at < behind[:, None]
+        end = np.where(within, self.end[np.where(within, at, caption[:, None])], 0).max(1)
+        fits = (0 <= start) & (start < length) & np.isfinite(end)
+        if not fits.all():
+            raise SystemExit(f"{self.file_of(video[~fits])}: damaged (a caption lies outside of its video); "
+                             "pack it anew")
+        first = start.astype(np.int64)
+        last = np.maximum(np.minimum(np.ceil(end), length).astype(np.int64), first + 1)
         if self.vision == "image":
             first = (first + last) // 2
             last = first + 1
         last = np.minimum(last, first + self.max_frames)
-        at = first[:, None] + np.arange(int((last - first).max()))
-        frame_mask = at < last[:, None]
-        frames = self.frames[np.where(frame_mask, at, first[:, None])].astype(np.float32)[..., :self.features]
+        count = last - first
+        frames = self.read_frames(self.file[video], self.frame_start[video] + first, count)
         if self.feat_norm:
-            for part in (frames[..., :self.d2], frames[..., self.d2:]):
+            normed = frames.numpy().astype(np.float32)
+            for part in (normed[..., :self.d2], normed[..., self.d2:]):
                 part /= np.maximum(np.linalg.norm(part, axis=-1, keepdims=True), 1e-12)
-        frames[~frame_mask] = 0.0
-        return tensors(ids=ids, mask=mask, frames=frames, frame_mask=frame_mask) | {
-            "index": np.asarray(index, np.int64)}
+            frames = tensors(frames=normed)["frames"]
+        return {"frames": frames} | tensors(frame_mask=np.arange(count.max()) < count[:, None])
+
+    def read_frames(self, file, first, count):
+        """`count` rows from row `first` of the frames of files, (b,) each -> float16 (b, F, D), zero behind
+        them.
+
+        D may be less than a row has where one row is read.
+        """
+        import torch
+        out = torch.empty(len(count), int(count.max()), self.features, dtype=torch.float16,
+                          pin_memory=self.pinned)
+        rows = out.numpy()
+
+        def read(i):
+            self.frames[file[i]].read(int(first[i]), rows[i, :count[i]])
+            rows[i, count[i]:] = 0
+        list((map if rows.nbytes < SMALL else reading_threads().map)(read, range(len(count))))
+        return out
 
     def duration(self, index):
         """Seconds from start to end of the captions with which the samples `index` begin."""

@@ -13,6 +13,7 @@ of the objectives.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
-from model import BERT, DistillHead, MLMHead, masked_mean, model_config, param_groups
+from model import BERT, DistillHead, MLMHead, masked_mean, model_config, param_groups, recompute
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import gradient_norms, masked_word_scores, probes
 from parts.weights import (check_tower, config_and_vocab, is_clip, load_bert, load_mlm_head, open_clip,
@@ -67,7 +68,7 @@ class Config:
     crd_dim: int = 128  # E: width of f_1 and f_2
     crd_tau: float = 0.07  # temperature
     crd_momentum: float = 0.5  # of a bank row, sentence level; token rows are replaced
-    crd_bank_size: int = 0  # M: rows of the bank; 0 = one for each block of the corpus
+    crd_bank_size: int = 0  # M: rows of the bank, at most one for each block of the corpus; 0 = so many
     crd_bank_dtype: str = "float32"  # float32, or bfloat16 = half the memory
     crd_loss: str = "nce"  # nce (Eq. 8) or infonce over the same negatives
     crd_views: str = "same"  # same, or different = the teacher gets its own masks (a second teacher pass)
@@ -86,9 +87,10 @@ class Config:
     epochs: float = 0.0  # passes over the data, where max_steps is 0
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile student and teacher
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # run folder; empty = out/distill-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's newest checkpoint and stop
@@ -97,7 +99,8 @@ class Config:
     log_every: int = 25  # steps a log line
     grad_every: int = 100  # steps between measurements of each term's gradient; a multiple of log_every
     eval_every: int = 100  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    save_every: int = 100  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
 
     def __post_init__(self):
         chosen, known = self.objective.split("+"), [name for name in ITEMS if name != "mlm"]
@@ -119,8 +122,9 @@ def tokens(batch):
 
 
 # every term of the loss, and how many items of it a micro-batch has
-ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "soft": tokens, "l2": tokens, "voken": tokens,
-         "nst": lambda batch: len(batch["ids"]), "crd": lambda batch: len(batch["slots"])}
+ITEMS = {"mlm": lambda batch: (batch["mlm_targets"] >= 0).sum(),
+         "soft": tokens, "l2": tokens, "voken": tokens, "nst": lambda batch: len(batch["ids"]),
+         "crd": lambda batch: len(batch["slots"])}
 HEADLESS = ("soft", "voken")  # objectives that compare words or videos, not hidden states
 CHOICES = {"head": ("mlp", "none"), "nst_kernel": ("gaussian", "poly", "linear"),
            "crd_level": ("token", "sentence"), "crd_bank_dtype": ("float32", "bfloat16"),
@@ -138,9 +142,11 @@ FIXED = ("block_size", "model", "objective", "head", "crd_level", "crd_tokens", 
 FREE = ("preset", "train", "val", "videos", "teacher", "quick_gelu")
 
 # VidLanKD 4.3: tokens, AdamW; released code: epochs of Wiki103, steps, batch, warm-up, beta2; the rest: ours
-SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, block_size=128, batch_size=256, lr=2e-4,
-             beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=2000,
-             grad_every=1000, log_every=100)
+# a bank of English Wikipedia's 22.8 M blocks would take 23 GB: what bounds it costs, see docs/objectives.md
+SMALL = dict(model="6L-512H", crd_tokens=512, crd_negatives=4096, crd_bank_size=2 ** 20,
+             crd_bank_dtype="bfloat16", block_size=128, batch_size=256, lr=2e-4,
+             beta2=0.999, warmup_steps=10_000, max_steps=0, epochs=40.0, eval_every=2000, save_every=0,
+             save_minutes=15.0, grad_every=1000, log_every=100)
 BASE = SMALL | dict(model="12L-768H", warmup_steps=5000, max_steps=500_000, epochs=0.0)
 PAPER = dict(w_nst=1.0, mask_split="100/0/0")  # L^S is a plain sum (3.3); 15 % become [MASK] (3.2)
 PRESETS = {"demo": {}, "small": SMALL, "base": BASE, "paper": BASE | PAPER, "paper-6l": SMALL | PAPER}
@@ -247,6 +253,8 @@ class Distiller(nn.Module):
             self.f1 = nn.Linear(width_t if cfg.head == "mlp" else config.hidden, cfg.crd_dim)
             self.f2 = nn.Linear(width_t, cfg.crd_dim)
             self.bank = bank  # not a buffer: DDP would overwrite the other ranks' rows with rank 0's
+        if cfg.grad_checkpoint:
+            recompute(self)
         self.fresh = []  # (z_s, z_t) of the step's micro-batches, a row a sequence: what the bank stores next
 
     def forward(self, batch, divisor):
@@ -297,13 +305,15 @@ class Distiller(nn.Module):
         return F.normalize(z_s, dim=-1), F.normalize(z_t, dim=-1)
 
 
-def make_batch(blocks, cfg, index, *keys, paired=False):
+def make_batch(blocks, cfg, index, *keys, paired=False, pad=False):
     """Blocks `index` as a micro-batch: masked inputs, targets, anchors. keys: (seed, step, positions).
 
     paired: with the tokens of a FrozenTeacher of other tokens; mask is then True where both read a word.
+    pad: see data.masked_words.
     """
+    # HACK HERE: the batch
     batch, how = blocks.batch(index), (blocks.vocab, cfg.mask_rate, cfg.mask_split)
-    batch |= data.masked_words(batch, *how, *keys)
+    batch |= data.masked_words(batch, *how, *keys, pad=pad)
     if paired:
         batch |= blocks.clip_batch(index) | blocks.alignment(index)
         batch["mask"] = batch["word"] >= 0
@@ -325,15 +335,16 @@ def make_batch(blocks, cfg, index, *keys, paired=False):
 def evaluate(model, blocks, cfg, ranks):
     """Masked-word loss and accuracy of the first eval_blocks blocks, masks fixed by block; over all ranks."""
     index = np.arange(min(len(blocks), cfg.eval_blocks))
-    parts = np.array_split(index, max(1, math.ceil(len(index) / cfg.batch_size)))[ranks.rank::ranks.size]
+    count = max(1, math.ceil(len(index) * ranks.size * cfg.grad_accum / cfg.batch_size))  # as in training
+    parts = np.array_split(index, count)[ranks.rank::ranks.size]
     batches = (data.masked_words(blocks.batch(part), blocks.vocab, cfg.mask_rate, cfg.mask_split, "val", part)
                for part in parts)
-    return masked_word_scores(model.bert, model.mlm, batches, ranks)
+    return masked_word_scores(model.bert, model.mlm, batches, ranks, getattr(torch, cfg.dtype))
 
 
 def update_bank(model, index, ranks):
     """Writes the step's z into the bank: gathered from all ranks, in the order of `index`."""
-    z_s, z_t = (ranks.gather(torch.cat(z)) for z in zip(*model.fresh))
+    z_s, z_t = ranks.gather(torch.cat([torch.stack(z, 1) for z in model.fresh])).unbind(1)
     model.fresh.clear()
     model.bank.update(index, z_s, z_t)
     return z_s, z_t
@@ -355,10 +366,11 @@ def make_bank(cfg, blocks, device):
     """CRD's memory bank, or None; says what it takes."""
     if "crd" not in cfg.objective.split("+"):
         return None
-    rows, dtype = cfg.crd_bank_size or blocks, getattr(torch, cfg.crd_bank_dtype)
+    rows, dtype = min(cfg.crd_bank_size or blocks, blocks), getattr(torch, cfg.crd_bank_dtype)
     print0(f"crd bank: {rows:,} rows x {cfg.crd_dim} x 2 models take "
-           f"{losses.CRDBank.nbytes(rows, cfg.crd_dim, dtype) / 1e6:,.0f} MB on each rank and in a "
-           "checkpoint; --crd_bank_size and --crd_bank_dtype bound it")
+           f"{losses.CRDBank.nbytes(rows, cfg.crd_dim, dtype) / 1e6:,.0f} MB on each rank's device and in a "
+           f"checkpoint, and {12 * rows / 1e6:,.0f} MB of its host; --crd_bank_size and --crd_bank_dtype "
+           "bound it")
     momentum = cfg.crd_momentum * (cfg.crd_level == "sentence")
     return losses.CRDBank(rows, cfg.crd_dim, cfg.crd_negatives, cfg.crd_tau, momentum, dtype, device)
 
@@ -390,6 +402,33 @@ def flops_of(cfg, config, teacher, blocks):
     return cfg.batch_size * flops
 
 
+def memory(model, cfg, config, teacher, micro_size):
+    """The line on parameters and memory. Of the teacher there are weights and last states; of KD what the
+    heads keep, the gradients that are made with their values, and the largest chunk."""
+    T, C, kd, more, chunks = cfg.block_size, config.hidden, model.kd, 0, [0]
+    tokens, device = micro_size * T, next(model.parameters()).device
+    outer = teacher.width if teacher and cfg.head == "mlp" else C
+
+    def chunk(rows, floats, on_cpu):
+        chunks.append(4 * floats * min(rows, losses.chunk_rows(device, floats, on_cpu)))
+    if teacher:
+        weights = {p for part in (teacher.bert, teacher.mlm) if part for p in part.parameters()}
+        more += sum(p.numel() * p.itemsize for p in weights) + 4 * tokens * teacher.width * cfg.grad_accum
+    for name in {"l2", "nst"} & {*kd}:
+        more += 4 * tokens * (C + 2 * outer)
+    if "nst" in kd:
+        entries = max(outer * (outer + teacher.width), T * T)
+        chunk(micro_size, entries + 4 * T * (outer + teacher.width), 2 ** 19 // entries)
+    for name in {"soft", "voken"} & {*kd}:
+        classes = config.vocab_size if name == "soft" else len(teacher.vokens)
+        more += 4 * (classes * C + 4 * tokens * C)
+        chunk(tokens, 4 * classes, 256)
+    if "crd" in kd:
+        chunks.append(4 * 4 * micro_size * max(1, cfg.crd_tokens // cfg.batch_size) * cfg.crd_negatives)
+    return memory_report(model, config, micro_size, T, cfg.mask_rate, (), cfg.grad_checkpoint,
+                         more + max(chunks))
+
+
 def open_parts(cfg, device, dtype):
     """(TextBlocks to train on and to evaluate on, FrozenTeacher or None, the student's Vocab, hashes)."""
     vocab, teacher = vocab_of_text(cfg.train), None
@@ -419,7 +458,7 @@ def run_folder(cfg):
 
 def main(cfg):
     """Trains and saves the model of `cfg`; returns what its results.json holds."""
-    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.device, cfg.dtype), getattr(torch, cfg.dtype)
 
     # ---- data
     train, val, teacher, vocab, hashes = open_parts(cfg, ranks.device, dtype)
@@ -437,7 +476,7 @@ def main(cfg):
     if cfg.init_from:
         start_from(model.bert, model.mlm, model_folder(cfg.init_from, "--init_from"), vocab)
     model.to(ranks.device)
-    print0(memory_report(model, config, micro_batch_size(cfg, ranks), cfg.block_size, cfg.mask_rate))
+    print0(memory(model, cfg, config, teacher, micro_batch_size(cfg, ranks)))
     weights, names, paired = model.weights, list(model.weights), bool(teacher) and teacher.paired
 
     # ---- optimizer
@@ -461,6 +500,8 @@ def main(cfg):
             part.bert.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+    make = partial(make_batch, paired=paired, pad=cfg.compile_model or ranks.device.type != "cpu")
+    run.feed(partial(data.step_batches, train, cfg, ranks, make), ITEMS)
 
     # ==== training loop ====
     while True:
@@ -472,17 +513,11 @@ def main(cfg):
             break
 
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
-        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):  # HACK HERE: the batch
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows, paired=paired)
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, ranks.device))
-            if teacher:
-                teacher(batches[-1])
-        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        index, batches, items = run.take(step)
+        divisor = {name: (n if cfg.reduction == "mean" else 1) / ranks.size for name, n in items.items()}
+        if teacher:
+            for batch in batches:
+                teacher(batch)
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
         if bank:
             if step == 0:

@@ -10,10 +10,8 @@ PyAV: pip install -r requirements-video.txt. See docs/your-videos.md.
 """
 import argparse
 import contextlib
-import re
 import sys
 import time
-import zlib
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from common import (Parser, atomic, clear_up_on_sigterm, convert, duration, one_
 from parts.machine import init_ranks
 from parts.towers import load_tower
 from prepare.captions import collect, find_videos, write_captions, write_tasks
-from prepare.packing import check_files, read_features, report
+from prepare.packing import check_files, in_shard, parse_shard, read_features, report
 from prepare.video import FPS, LENGTH, BadVideo, ahead, load_av, read_video, seconds_of
 from run import file_hash, out_of_memory
 
@@ -203,10 +201,7 @@ def videos(folder, weights2d, feat2d, weights3d="", feat3d="", normalize=True, s
     the program with an error unless skip_bad.
     """
     load_av()
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-    i, n = map(int, match.groups()) if match else (0, 0)
-    if not 1 <= i <= n:
-        raise SystemExit(f"--shard {shard}: write i/n, such as 1/8, the first of 8 shards")
+    i, n = shard = parse_shard(shard)
     if not 1 <= batch_size <= 10 ** 5:
         raise SystemExit(f"--batch_size {batch_size}: must be from 1 to 100,000")
     if bool(weights3d) != bool(feat3d):
@@ -214,7 +209,7 @@ def videos(folder, weights2d, feat2d, weights3d="", feat3d="", normalize=True, s
     if feat3d and Path(feat3d).resolve() == Path(feat2d).resolve():
         raise SystemExit(f"--feat3d {feat3d}: is --feat2d, too; files of one name would be two things")
     found, refused = find_videos(folder)
-    found = {video: path for video, path in found.items() if zlib.crc32(video.encode()) % n == i - 1}
+    found = {video: path for video, path in found.items() if in_shard(video, shard)}
     ranks = init_ranks(device)
     if ranks.size > 1:
         raise SystemExit(f"torchrun started {ranks.size} processes, which would do the same; start n without "

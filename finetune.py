@@ -25,6 +25,7 @@ import re
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 from common import Switch, check_fields, duration, peek_json, print0, progress, table, write_json
 from data import open_vocab
-from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups
+from model import BERT, XDBERT, BERTConfig, CLIPConfig, TaskModel, model_config, param_groups, recompute
 from parts.examples import Order, batches_by_length, decide, load_examples, tokenized
 from parts.machine import init_ranks, memory_report, move, return_freed_memory
 from parts.metrics import median_run
@@ -79,15 +80,17 @@ class Config:
     seeds: int = 0  # runs of each task, from --seed on; 0 = the preset's, see PER_TASK
     seed: int = 0  # of head, order and dropout, and of the demo world
     # system
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # where <task>/s<seed> go; empty = out/finetune/<model>
     save_models: bool = True  # leave model/ in each run; false saves disk
     resume: Switch = "auto"  # keep finished runs and go on with killed ones; false = anew, true = go on
     eval_only: bool = False  # evaluate the finished runs' models again
     max_minutes: float = 0.0  # save and stop after so long; 0 = no limit
     log_every: int = 50  # steps a log line
-    save_every: int = 500  # steps between checkpoints
+    save_every: int = 500  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
     # other jobs
     predict: bool = False  # label lines of standard input with the fine-tuned --model
     score: str = ""  # a SQuAD predictions.json to score
@@ -279,6 +282,14 @@ def median_run_of(path):
 # ---------------------------------------------------------------------------- one run
 
 
+def step_batches(examples, order, cfg, ranks, step):
+    """(samples of the step's global batch, this rank's micro-batches): a pure function of the step."""
+    index = order(step)
+    parts = (data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
+             for micro in range(cfg.grad_accum))
+    return index, [examples.batch(index[rows]) for rows in parts]  # HACK HERE: the batch
+
+
 def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     """Fine-tunes `start` once and evaluates; returns what results.json of the run's folder holds.
 
@@ -311,8 +322,10 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     set_seed(cfg.seed, 0)
     encoder = start.encoder(cfg, pooler=task.kind != "span" and cfg.pool == "cls")
     model = TaskModel(encoder, task.kind, len(task.labels), cfg.pool).to(ranks.device)
+    if cfg.grad_checkpoint:
+        recompute(model)
     if not task.demo:
-        print0(memory(model, micro_size * train.length[0].size, train))
+        print0(memory(model, micro_size * train.length[0].size, train, cfg.grad_checkpoint))
     if cfg.freeze:
         model.freeze_encoder()
     names, weights = ["loss"], {"loss": 1.0}
@@ -330,6 +343,7 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
     objective, order = Objective(model), Order(train.lengths, cfg.batch_size, max_steps, cfg.seed)
     ddp = DistributedDataParallel(objective) if ranks.size > 1 else objective
     model.train()
+    run.feed(partial(step_batches, train, order, cfg, ranks))
 
     # ==== training loop ====
     while True:
@@ -339,10 +353,7 @@ def fine_tune(cfg, task, start, train, evals, hashes, folder, ranks):
             break
 
         # the step's micro-batches; the divisor: the global batch / ranks, as DDP averages gradients
-        index, batches, divisor = order(step), [], {"loss": cfg.batch_size / ranks.size}
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batches.append(move(train.batch(index[rows]), ranks.device))  # HACK HERE: the batch
+        batches, divisor = run.take(step)[1], {"loss": cfg.batch_size / ranks.size}
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----
@@ -387,7 +398,7 @@ def drop_checkpoints(folder, ranks):
             path.unlink()
 
 
-def memory(model, sequences, train):
+def memory(model, sequences, train, anew=False):
     """The line on parameters and memory; X-BERT's cross-modal layers count as 1.5 in each of its streams."""
     config, beside = model.encoder.config, []
     if train.clip:
@@ -396,7 +407,7 @@ def memory(model, sequences, train):
         segments = round(sequences * (count >= 0).sum(-1).mean())
         config = replace(config, layers=config.layers + more)
         beside = [(replace(clip, layers=clip.layers + more), segments, int(count.max()) + 2)]
-    return memory_report(model, config, sequences, int(train.lengths.max()), logits=0.0, beside=beside)
+    return memory_report(model, config, sequences, int(train.lengths.max()), 0.0, beside, anew)
 
 
 def assess(model, task, evals, dtype, ranks, folder):
@@ -591,7 +602,7 @@ def main(cfg):
     the tasks: {"task", "model", "runs": results of each, "median": name of the median run's folder}."""
     if cfg.score:
         return score(cfg.score, cfg.gold, cfg.no_answer)
-    ranks, began = init_ranks(cfg.device), time.monotonic()
+    ranks, began = init_ranks(cfg.device, cfg.dtype), time.monotonic()
     if cfg.predict:
         return label_lines(cfg, ranks)
     tasks, summaries = chosen_tasks(cfg), []

@@ -85,6 +85,23 @@ def to_device(array, device):
     return torch.from_numpy(array).to(device, non_blocking=True)
 
 
+def chunk_rows(device, floats, on_cpu):
+    """Rows that a loss takes at a time, each with `floats` intermediate numbers of 4 bytes, at least 1.
+
+    on_cpu there; on a GPU as many as fill 1/32 of its memory: few, large operators. Asks no driver: PyTorch
+    keeps a device's properties. MPS does not tell its memory: 8 GiB, the smallest Mac's.
+    """
+    if device.type == "cpu":
+        return max(1, on_cpu)
+    memory = 2 ** 33 if device.type == "mps" else torch.cuda.get_device_properties(device).total_memory
+    return max(1, memory // 32 // (4 * floats))
+
+
+def wide(device):
+    """The dtype of sums that cancel: float64, but on MPS, which has none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 # ---------------------------------------------------------------------------- teacher
 
 
@@ -92,9 +109,9 @@ def to_device(array, device):
 def mlm(logits: Tensor, targets: Tensor, divisor: float | None = None) -> Tensor:
     """Masked-language modelling (Devlin et al. 2019): cross-entropy at n masked positions, its items.
 
-    logits (n, V), targets int64 (n,). n = 0 gives an exact 0 with a graph.
+    logits (n, V), targets int64 (n,), -100 = padding, which is no item. n = 0 gives an exact 0 with a graph.
     """
-    return per_item(F.cross_entropy(logits, targets, reduction="sum"), len(targets), divisor)
+    return per_item(F.cross_entropy(logits, targets, reduction="sum"), (targets >= 0).sum(), divisor)
 
 
 def hinge_partners(text_mask: Tensor, draw: Callable, *keys) -> tuple:
@@ -214,8 +231,9 @@ def chunked_cross_entropy(h, W, b, target, chunk):
     """Summed cross-entropy of softmax(h W' + b); at most `chunk` rows of the (n, V) logits exist at once.
 
     h (n, C), W (V, C), b (V,) get gradients, by d loss / d logits = softmax(logits) - target.
-    target(rows): (c, V) probabilities or (c,) labels of a slice of rows.
+    target(rows): (c, V) probabilities or (c,) labels of a slice of rows. chunk None: see chunk_rows.
     """
+    chunk = chunk or chunk_rows(h.device, 4 * len(W), 256)
     with torch.no_grad():
         total, dh, dW, db = h.new_zeros(()), *(torch.zeros_like(x) for x in (h, W, b))
         for start in range(0, len(h), chunk):
@@ -230,7 +248,7 @@ def chunked_cross_entropy(h, W, b, target, chunk):
                 total += log_sum.sum() - logits.gather(1, wanted[:, None]).sum()
                 delta = logits.sub_(log_sum).exp_()
                 delta.scatter_add_(1, wanted[:, None], torch.full_like(log_sum, -1))
-            dh[rows] = delta @ W
+            torch.mm(delta, W, out=dh[rows])
             dW.addmm_(delta.T, h[rows])
             db += delta.sum(0)
     return Fused.apply(total, [dh, dW, db], h, W, b)
@@ -238,13 +256,13 @@ def chunked_cross_entropy(h, W, b, target, chunk):
 
 @float32
 def soft(h_s: Tensor, W_s: Tensor, b_s: Tensor, h_t: Tensor, W_t: Tensor, b_t: Tensor, tau: float = 2.0,
-         divisor: float | None = None, chunk: int = 256) -> Tensor:
+         divisor: float | None = None, chunk: int | None = None) -> Tensor:
     """Soft labels: cross-entropy of the teacher's and the student's word distributions, VidLanKD Eq. 5:
 
         - sum_z P_t(z) log P_s(z),  P = softmax((h W' + b) / tau), without a factor tau^2
     h_s (n, C_s), h_t (n, C_t): n real tokens after the LM heads' dense, GELU and LayerNorm; W_s (V, C_s),
     W_t (V, C_t), b_s, b_t (V,): the heads' decoders. Gradients to h_s, W_s, b_s. items: tokens.
-    chunk: rows of logits at a time; memory peaks at 4 chunk V floats.
+    chunk: rows of logits at a time, None: see chunk_rows; memory peaks at 4 chunk V floats.
     """
     h_t, W_t, b_t = h_t.detach() / tau, W_t.detach(), b_t.detach() / tau
 
@@ -254,7 +272,7 @@ def soft(h_s: Tensor, W_s: Tensor, b_s: Tensor, h_t: Tensor, W_t: Tensor, b_t: T
 
 
 def voken(h_s: Tensor, W: Tensor, b: Tensor, h_t: Tensor, videos: Tensor,
-          divisor: float | None = None, chunk: int = 256) -> Tensor:
+          divisor: float | None = None, chunk: int | None = None) -> Tensor:
     """Vokens: each token's label is the video nearest to the teacher's state, VidLanKD Eq. 9:
 
         - log softmax(W h_s + b)[argmax_k cos(h_t, videos_k)]
@@ -282,7 +300,8 @@ def l2(s: Tensor, t: Tensor, mask: Tensor, divisor: float | None = None) -> Tens
 def mmd_gaussian(S, T, sigma):
     """k(x, y) = exp(-|x - y|^2 / (2 sigma^2)). S (c, L, d_s), T (c, L, d_t): the columns are the two samples.
 
-    -> MMD^2 (c,), its cancelling sums in float64, and d MMD^2 / dS. g = 1/sigma^2, Z = [S, T], r = d_s/d_t:
+    -> MMD^2 (c,), its cancelling sums in float64 (see wide), and d MMD^2 / dS. With g = 1/sigma^2, Z = [S, T]
+    and r = d_s/d_t:
         K  = exp(g (S'Z - |s|^2/2 - |z|^2/2))                                       one product, exp in place
         dS = 2g/d_s^2 [S K_ss - r T K_st' - S diag(rowsum K_ss - r rowsum K_st)]    one product
     Distances stay squared: the root's gradient at zero is NaN.
@@ -295,7 +314,7 @@ def mmd_gaussian(S, T, sigma):
     K = torch.baddbmm(bias, S.mT, Z, alpha=g).add_(bias[..., :d_s].mT).exp_()   # (c, d_s, d_s + d_t)
     K.diagonal(dim1=1, dim2=2).fill_(1)     # k(s_i, s_i): its rounding error can outweigh the gradient
     ss, st = K[..., :d_s].sum(-1), K[..., d_s:].sum(-1)                         # (c, d_s)
-    total_ss, total_tt, total_st = (x.double().sum(-1) for x in (ss, tt, st))   # (c,)
+    total_ss, total_tt, total_st = (x.to(wide(x.device)).sum(-1) for x in (ss, tt, st))     # (c,)
     Z[..., d_s:] *= -r
     dS = torch.bmm(Z, K.mT).addcmul_(S, (r * st - ss)[:, None]).mul_(2 * g / d_s ** 2)
     return total_ss / d_s ** 2 + total_tt / d_t ** 2 - 2 * total_st / (d_s * d_t), dS
@@ -333,10 +352,10 @@ def nst(s: Tensor, t: Tensor, mask: Tensor, kernel: str = "gaussian", sigma: flo
     sequences.
     """
     B, L, d_s, d_t = *s.shape, t.shape[-1]
-    # kernel entries at a time: what a CPU core's cache holds, or what fills a GPU
-    chunk = max(1, 2 ** (22 if s.is_cuda else 19) // max(d_s * (d_s + d_t), L * L))
+    entries = max(d_s * (d_s + d_t), L * L)  # of a sequence's kernel; a CPU core's cache holds 2^19
+    chunk = chunk_rows(s.device, entries + 4 * L * (d_s + d_t), 2 ** 19 // entries)
     with torch.no_grad():
-        total, grad = s.new_zeros((), dtype=torch.float64), torch.empty_like(s)
+        total, grad = s.new_zeros((), dtype=wide(s.device)), torch.empty_like(s)
         for start in range(0, B, chunk):
             rows = slice(start, start + chunk)
             S, T = (x[rows] * mask[rows, :, None] for x in (s, t))
@@ -430,7 +449,7 @@ class CRDBank:
         assert self.log_z is None, "CRDBank.set_z: Z is set already, and constant"
         self.log_z = []
         for side, z in enumerate((z_s, z_t)):
-            scores = self.scores(z.float(), side, slots, negatives)[0].double()
+            scores = self.scores(z.float(), side, slots, negatives)[0].cpu().double()  # MPS has no float64
             scores = scores[scores.isfinite()]
             assert len(scores), "CRDBank.set_z: all rows drawn are the anchor's own; needs 2 samples"
             self.log_z.append(scores.logsumexp(0).item() - math.log(len(scores)) + math.log(self.rows))

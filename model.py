@@ -16,6 +16,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------- configuration
 
@@ -111,16 +112,19 @@ def dropout(x, p, training):
     return x * keep.mul_(1 / (1 - zeroed / 2 ** 16)).view(x.shape)
 
 
-def attend(q, k, v, heads, mask=None, p=0.0):
+def attend(q, k, v, heads, mask=None, p=0.0, causal=False):
     """Multi-head attention: softmax(q k' / sqrt(D)) v in each head.
 
     q (B, T, C); k, v (B, S, C); mask bool, broadcasts to (B, H, T, S), True = seen, each query sees at least
-    one, None = all; p: dropout of the weights -> (B, T, C).
+    one, None = all; causal, in place of a mask: none sees a later one; p: dropout of the weights
+    -> (B, T, C).
     """
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, T or S, D)
     if q.device.type != "cpu":
-        y = F.scaled_dot_product_attention(q, k, v, mask, p)
+        y = F.scaled_dot_product_attention(q, k, v, mask, p, causal)
     else:
+        if causal:
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         # the fused kernel is no faster on a CPU in training, and slower in bf16
         weights = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, H, T, S)
         if mask is not None:
@@ -138,9 +142,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, mask=None):
-        """x (B, T, C), mask bool that broadcasts to (B, H, T, T), or None = all seen -> (B, T, C)."""
-        return self.out(attend(*self.qkv(x).chunk(3, -1), self.heads, mask, self.dropout * self.training))
+    def forward(self, x, mask=None, causal=False):
+        """x (B, T, C); mask bool that broadcasts to (B, H, T, T), causal or neither -> (B, T, C)."""
+        return self.out(attend(*self.qkv(x).chunk(3, -1), self.heads, mask, self.dropout * self.training,
+                               causal))
 
 
 class CrossAttention(nn.Module):
@@ -175,6 +180,14 @@ class Layer(nn.Module):
         x = self.attention_norm(x + dropout(self.attention(x, mask), self.dropout, self.training))
         y = self.contract(F.gelu(self.expand(x)))
         return self.output_norm(x + dropout(y, self.dropout, self.training))
+
+
+def recompute(module):
+    """Backward computes what is inside of each layer anew (Chen et al. 2016): of a layer its input alone is
+    kept. Values and gradients stay equal, with their dropout, and a step takes a third longer."""
+    for stack in module.modules():
+        for layer in stack if isinstance(stack, nn.ModuleList) else ():
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 # ---------------------------------------------------------------------------- BERT and ELECTRA
@@ -230,7 +243,7 @@ class BERT(nn.Module):
         mask = None if mask is None else mask[:, None, None, :]
         states = [self.embeddings(ids, segments)]
         for layer in self.layers:
-            states.append(layer(states[-1], mask))
+            states = [*(states if all_states else ()), layer(states[-1], mask)]
         return states if all_states else states[-1]
 
     def pool(self, h, mask=None):
@@ -280,8 +293,8 @@ class CLIPLayer(nn.Module):
         self.expand = nn.Linear(config.hidden, config.intermediate)
         self.contract = nn.Linear(config.intermediate, config.hidden)
 
-    def forward(self, x, mask=None):
-        x = x + self.attention(self.attention_norm(x), mask)
+    def forward(self, x, causal=False):
+        x = x + self.attention(self.attention_norm(x), causal=causal)
         y = self.expand(self.output_norm(x))
         return x + self.contract(F.silu(1.702 * y) / 1.702)  # quick-GELU: y sigmoid(1.702 y)
 
@@ -328,10 +341,9 @@ class CLIPText(nn.Module):
 
         mask and segments are BERT's and not used: no token sees a later one, and padding comes last.
         """
-        x, l = self.embeddings(ids), ids.shape[1]
-        causal = torch.ones(l, l, dtype=torch.bool, device=ids.device).tril()
+        x = self.embeddings(ids)
         for layer in self.layers:
-            x = layer(x, causal)
+            x = layer(x, causal=True)
         return self.project(self.norm(x))
 
     def pool(self, h, mask=None):
@@ -466,7 +478,11 @@ class MLMHead(nn.Module):
 
     def forward(self, h):
         """(n, C) -> (n, V). Give it the masked rows only: all rows cost 6-9 times more."""
-        return F.linear(self.transform(h), self.weight, self.bias)
+        h = self.transform(h)
+        if self.training:
+            return F.linear(h, self.weight, self.bias)
+        with torch.autocast(h.device.type, enabled=False):  # bf16 would tie close words
+            return F.linear(h.to(self.weight.dtype), self.weight, self.bias)
 
 
 class DistillHead(nn.Sequential):
@@ -553,6 +569,7 @@ class VideoEncoder(nn.Module):
 
     def forward(self, frames, mask=None):
         """frames (B, F, features), mask (B, F), a real frame in each row, None = all real -> (B, C)."""
+        frames = frames.to(self.project.weight.dtype)  # they may come as stored, in float16
         x = self.norm(self.project(frames) + first_positions(self.position, frames.shape[1], "VideoEncoder"))
         x = dropout(x, self.config.dropout, self.training)
         for layer in self.layers:

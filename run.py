@@ -3,6 +3,7 @@
 Nothing here calls a model: each script writes out its own loop.
 """
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -25,10 +26,12 @@ import torch.distributed as dist
 
 from common import (atomic, birth, check_archive, clear_up_on_sigterm, duration, hash64, hub_advice,
                     one_line_end, parse_cli, parse_json, peek_json, print0, progress, read_json,
-                    read_settings, remove, write_json)
-from parts.machine import end_ranks, peak_flops, peak_memory_mb
+                    read_settings, remove, sweep, update_hash, write_json)
+from parts.feed import Feed
+from parts.machine import end_ranks, generator_of, peak_flops, peak_memory_mb
 
 FORMAT = 3  # of run folders
+LATE = 60  # seconds until NFS shows a new file on another machine, at most
 SKIPS = 25  # float16: so many overflows in a row halve GradScaler's first scale to 2^-9
 
 
@@ -144,15 +147,16 @@ def weight_files(folder):
 
 
 def file_hash(path):
-    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them."""
+    """SHA-256 of a file, or of a model folder's weights and of the video encoder and vokens beside them; of
+    more than 1 GiB it reads blocks, see common.update_hash."""
     digest, files = hashlib.sha256(), [Path(path)]
     if not files[0].is_file():
         beside = (Path(path, name) for name in ("video_encoder.safetensors", "vokens.safetensors"))
         files = [*weight_files(path), *filter(Path.is_file, beside)]
     for file in files:
         with file.open("rb") as f:
-            while part := f.read(1 << 20):
-                digest.update(part)
+            update_hash(digest, os.fstat(f.fileno()).st_size,
+                        lambda first, last: os.pread(f.fileno(), last - first, first))
     return digest.hexdigest()
 
 
@@ -180,7 +184,8 @@ def same_run(before, cfg, hashes, free):
 
 
 # flags of no influence on the result in any script
-FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "data_dir")
+FREE = ("out_dir", "resume", "eval_only", "device", "max_minutes", "log_every", "save_every", "save_minutes",
+        "data_dir", "grad_checkpoint")
 
 
 def changed_flags(before, cfg, free=()):
@@ -222,6 +227,30 @@ def unlock(folder):
     (folder / "run.lock").unlink(missing_ok=True)
 
 
+def check_shared(path, flag, ranks):
+    """SystemExit on all ranks where one of them does not see what rank 0 writes beside `path`, which `flag`
+    gives: they run on machines without a common file system."""
+    if ranks.size == 1:
+        return
+
+    def near():
+        return next(folder for folder in Path(path).absolute().parents if folder.is_dir())
+    own = f"shared.{socket.gethostname()}.{os.getpid()}.tmp"  # as common.sweep looks for it
+    if ranks.main:
+        sweep(near() / "shared")
+        (near() / own).touch()
+    names = ranks.gather(torch.tensor([[*own.encode().ljust(99)]]))
+    name, end = bytes(names[0].tolist()).decode().strip(), time.monotonic() + LATE
+    while not (seen := (near() / name).exists()) and time.monotonic() < end:
+        time.sleep(0.1)
+    seen = ranks.gather(torch.tensor([seen])).tolist()
+    if ranks.main:
+        (near() / own).unlink()
+    if not all(seen):
+        raise SystemExit(f"{near()}: rank {seen.index(False)} does not see what rank 0 writes there; give a "
+                         f"{flag} on a file system that all machines share")
+
+
 @functools.cache
 def code_hash():
     """SHA-256 of all sources of the house but the tests."""
@@ -250,10 +279,12 @@ class Run:
         run = Run(cfg, folder, ranks, hashes, FIXED)    # finished, unfinished or new?
         step = run.restore(max_steps, model=model, optimizer=optimizer, scaler=scaler)
         run.begin(terms)
+        run.feed(make, items)
         while True:
             if run.eval_due(step, last): run.note(step, "val", scores)
             run.save_due(step, last)                       # may end the program: interrupted
             if last: break
+            index, batches, items = run.take(step)
             run.add(step, terms); step += 1; run.tick(step, lr, norm)
         seconds = run.leave_loop()
         run.finish(results)
@@ -267,6 +298,8 @@ class Run:
         self.fixed, self.free = fixed, free
         self.saved, self.lines, self.parts = None, 0, {}
         self.check_ranks()
+        if not cfg.eval_only:
+            check_shared(folder, "--out_dir", ranks)
         self.resumes = cfg.resume == "true" or cfg.resume == "auto" and self.agreed(self.unfinished())
 
     def check_ranks(self):
@@ -314,8 +347,11 @@ class Run:
         if self.saved:
             with of_this_run(self.folder):
                 check_resume(self.saved, self.cfg, self.hashes, self.fixed)
-                for name, part in self.parts.items():
-                    if state := self.saved[name]:  # the scaler's is empty but in float16
+                for name, part in self.parts.items():  # one by one, each given free at once
+                    state = self.saved.pop(name)
+                    if self.ranks.device.type == "cpu":  # an optimizer keeps the tensors that it is given
+                        state = copy.deepcopy(state)
+                    if state:  # the scaler's is empty but in float16
                         part.load_state_dict(state)
                 self.start, self.lines = int(self.saved["step"]), int(self.saved["log_lines"])
                 if self.resumes:
@@ -354,6 +390,8 @@ class Run:
         """
         cfg, device = self.cfg, self.ranks.device
         self.open_folder()
+        if self.ranks.main:
+            self.tell_checkpoint()
         self.interrupt = Interrupt(cfg.max_minutes)
         self.terms, self.unit, self.units, self.flops = list(terms), unit, units, flops
         self.peak = peak_flops(device, getattr(torch, cfg.dtype)) * self.ranks.size if flops else 0.0
@@ -364,6 +402,7 @@ class Run:
         self.skipped = self.in_a_row = torch.zeros((), device=device)
         self.clock = None  # when the window began, pauses left out; None while warming up
         self.began = time.monotonic() - (self.saved or {}).get("seconds", 0.0) * self.resumes
+        self.written = time.monotonic()  # when the last checkpoint was
         self.bar = None
         if bar:
             self.bar = progress(None, self.max_steps, " steps", bar, leave=False, initial=self.start)
@@ -403,7 +442,7 @@ class Run:
                 "versions": {"python": sys.version.split()[0], "torch": str(torch.__version__),
                              "numpy": np.__version__},
                 "device": torch.cuda.get_device_name(self.ranks.device)
-                if self.ranks.device.type == "cuda" else "cpu",
+                if self.ranks.device.type == "cuda" else self.ranks.device.type,
                 "ranks": self.ranks.size, "threads": torch.get_num_threads()})
             path = folder / "log.jsonl"
             old = path.read_text().splitlines(keepends=True) if path.exists() else []
@@ -411,7 +450,38 @@ class Run:
                 part.write_text("".join(old[:self.lines]))
         self.ranks.barrier()
 
+    def feed(self, make, items={}):
+        """Makes the loop's batches ahead from now on; make, items: see parts.feed.Feed."""
+        items = {name: count for name, count in items.items() if name in self.terms}
+        self.batches = Feed(make, self.ranks, self.start, self.max_steps, items, self.wishes)
+
+    def wishes(self):
+        """(is this rank to stop, is it time for a checkpoint by the main rank's clock)."""
+        minutes = (time.monotonic() - self.written) / 60
+        return self.interrupt.due(), self.ranks.main and 0 < self.cfg.save_minutes <= minutes
+
+    def tell_checkpoint(self):
+        """Prints what checkpoints take of disk and time, where that is much; SystemExit without the room.
+
+        Three exist for a moment: the newest, the one before, and the one in writing.
+        """
+        nbytes, held = checkpoint_nbytes(self.parts), sum(
+            path.stat().st_size for path in self.folder.glob("checkpoint.pt*"))
+        free = shutil.disk_usage(self.folder).free
+        if 3 * nbytes > free + held:
+            raise SystemExit(f"{self.folder}: checkpoints take {3 * nbytes / 1e9:.2g} GB of disk, "
+                             f"{free / 1e9:.2g} GB are free; free some or give another --out_dir")
+        if nbytes >= 1e8:
+            rate = disk_rate(self.folder)
+            print0(f"checkpoint: {nbytes / 1e9:.2g} GB in about {duration(math.ceil(nbytes / rate))}, at the "
+                   f"{rate / 1e6:,.0f} MB/s of this disk; {3 * nbytes / 1e9:.2g} GB while one is written")
+
     # ------------------------------------------------------------------------ inside of the loop
+
+    def take(self, step):
+        """(samples of the global batch, micro-batches on the device, {term: items of the global batch, at
+        least 1}) of the coming step."""
+        return self.batches.take(step)
 
     def eval_due(self, step, last):
         """Is an evaluation due before this step? The clock stops until `save_due`."""
@@ -444,17 +514,21 @@ class Run:
         more: plain values beside the states of the parts.
         """
         began, self.paused = self.paused or time.monotonic(), None
-        stop = self.interrupt.due(self.ranks)
-        if (step % self.cfg.save_every == 0 and step > self.start) or last or stop:
+        stop, late = self.batches.wished()
+        every = self.cfg.save_every or math.inf
+        regular = step % every == 0 or late and step % self.cfg.log_every == 0
+        if regular and step > self.start or last or stop:
             self.check(step)
             save_checkpoint(self.folder, {name: part.state_dict() for name, part in self.parts.items()} | {
                 "format": FORMAT, "step": step, "log_lines": self.lines, "hashes": self.hashes,
                 "config": dataclasses.asdict(self.cfg), "seconds": time.monotonic() - self.began} | more,
                 self.ranks)
+            self.written = time.monotonic()
         if stop and not last:
+            self.batches.close()
             if self.ranks.main:
                 unlock(self.folder)
-            print0(f"{self.interrupt.reason}: saved step {step} in {self.folder}; go on with "
+            print0(f"{self.interrupt.reason or 'stopped'}: saved step {step} in {self.folder}; go on with "
                    + ("the same command" if self.cfg.resume == "auto" else "--resume"))
             raise SystemExit(0)
         if self.clock:
@@ -549,6 +623,7 @@ class Run:
     def leave_loop(self):
         """Signals end the program from now on; returns the seconds that the loop took, resumed parts too."""
         self.check_skipped(min(SKIPS, self.added + 1 - self.start))
+        self.batches.close()
         self.interrupt.release()
         if self.bar is not None:
             self.bar.close()
@@ -569,6 +644,26 @@ class Run:
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.pt.prev")
 
 
+def checkpoint_nbytes(parts):
+    """Bytes of a checkpoint of {name: part}: each tensor once, and AdamW's moments, which a step makes."""
+    held = {x.data_ptr(): x.nbytes for name, part in parts.items() if name != "optimizer"
+            for x in part.state_dict().values() if torch.is_tensor(x)}
+    groups = parts["optimizer"].param_groups if "optimizer" in parts else []
+    return sum(held.values()) + sum(2 * p.nbytes for group in groups for p in group["params"])
+
+
+def disk_rate(folder, nbytes=1 << 26):
+    """Bytes a second that a folder's disk takes, by writing some."""
+    with atomic(folder / "disk_rate") as part:
+        began = time.perf_counter()
+        with part.open("wb") as f:
+            f.write(bytes(nbytes))
+            os.fsync(f.fileno())
+        rate = nbytes / (time.perf_counter() - began)
+    remove(folder / "disk_rate")
+    return rate
+
+
 def machine_of(ranks):
     """What a run must have in common with another to go on bit for bit."""
     return {"ranks": ranks.size, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
@@ -581,9 +676,7 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
     state: tensors and plain containers only. Each rank's RNG state is added, so that dropout goes on as if
     nothing had happened.
     """
-    device = ranks.device
-    rng = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
-    rng = ranks.gather(rng[None])
+    rng = ranks.gather(generator_of(ranks.device).get_rng_state()[None])
     if not ranks.main:
         return
     path = Path(folder) / name
@@ -602,33 +695,46 @@ def save_checkpoint(folder, state, ranks, name="checkpoint.pt"):
 
 
 def load_checkpoint(folder, ranks, name="checkpoint.pt"):
-    """The newest checkpoint of the run that reads whole, on the CPU; says so where the newest was damaged.
+    """The newest checkpoint of the run that reads whole, its tensors mapped from the file, on the CPU.
 
-    A damaged one becomes *.damaged until the next save, which else would push out the good one with it.
+    The main rank alone reads it all and looks whether it is whole; it says so where the newest is damaged,
+    and the others take the same file. A damaged one becomes *.damaged until the next save, which else would
+    push out the good one with it.
     """
-    folder = Path(folder)
-    for path in (folder / name, folder / (name + ".prev")):
-        if not path.exists():
-            continue
-        if path.is_dir():
-            raise SystemExit(f"{path}: is a folder, where the run writes a file; remove it")
-        try:
-            with zipfile.ZipFile(path) as archive:
-                broken = archive.testzip()
-            if broken:
-                raise ValueError(f"checksum of {broken} differs")
-            check_archive(path)
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(saved, dict):
-                raise ValueError(f"it holds a {type(saved).__name__}")
-            return saved
-        except Exception as error:  # whatever a damaged file makes torch raise
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            print0(f"{path} is damaged ({reason}); trying the one before it")
-            if ranks.main and path.name == name:
-                os.replace(path, f"{path}.damaged")
-    raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
-                     "(finetune.py: with --resume false)")
+    paths, found = [Path(folder) / name, Path(folder) / (name + ".prev")], -1
+    if ranks.main:
+        found = next((i for i, path in enumerate(paths) if path.exists() and is_whole(path, i == 0)), -1)
+    found = int(ranks.of_main({"found": found})["found"])
+    if found < 0:
+        raise SystemExit(f"no readable checkpoint in {folder}; start anew without --resume or --eval_only "
+                         "(finetune.py: with --resume false)")
+    try:
+        return torch.load(paths[found], map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, ValueError) as error:  # of another rank, whose file is not the main one's
+        raise SystemExit(f"{paths[found]}: rank {ranks.rank} cannot read it ({str(error).splitlines()[0]})"
+                         ) from None
+
+
+def is_whole(path, newest):
+    """Whether a checkpoint's file has the bytes that were written, and nothing hostile; says why not."""
+    if path.is_dir():
+        raise SystemExit(f"{path}: is a folder, where the run writes a file; remove it")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+        if broken:
+            raise ValueError(f"checksum of {broken} differs")
+        check_archive(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not isinstance(saved, dict):
+            raise ValueError(f"it holds a {type(saved).__name__}")
+        return True
+    except Exception as error:  # whatever a damaged file makes torch raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print0(f"{path} is damaged ({reason}); trying the one before it")
+        if newest:
+            os.replace(path, f"{path}.damaged")
+        return False
 
 
 def check_started(cfg, folder):
@@ -685,14 +791,11 @@ def restore_rng(saved, ranks):
         print0(f"resume: {', '.join(changed)}: the run goes on, but not bit for bit")
     if saved["device"] != ranks.device.type or saved["ranks"] != ranks.size:
         return
-    if ranks.device.type == "cpu":
-        torch.set_rng_state(saved["rng"][ranks.rank].clone())
-    else:
-        torch.cuda.set_rng_state(saved["rng"][ranks.rank].clone(), ranks.device)
+    generator_of(ranks.device).set_rng_state(saved["rng"][ranks.rank].clone())
 
 
 class Interrupt:
-    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves and leaves. A second kills."""
+    """SIGTERM, Ctrl-C or --max_minutes: the loop asks `due` once a step, saves, leaves. A second kills."""
 
     def __init__(self, max_minutes=0.0):
         self.reason, self.deadline = "", time.monotonic() + 60 * max_minutes if max_minutes else math.inf
@@ -711,7 +814,7 @@ class Interrupt:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def due(self, ranks):
+    def due(self):
         if not self.reason and time.monotonic() > self.deadline:
             self.reason = "--max_minutes"
-        return ranks.any(bool(self.reason))
+        return bool(self.reason)

@@ -12,6 +12,7 @@ like CLIP's: its end-of-text state is matched with its clip among those of the b
 """
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
-from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups
+from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups, recompute
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_tensors, save_video_encoder
@@ -70,9 +71,10 @@ class Config:
     vokens: int = 30000  # K clips kept for voken retrieval (Appendix A), fewer where the corpus has fewer
     # system
     seed: int = 0  # of weights, order, masks, and of the demo world
-    device: str = "auto"  # auto, cpu or cuda
+    device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "float32"  # of the passes: float32, bfloat16 or float16
     compile_model: bool = False  # torch.compile the encoders
+    grad_checkpoint: bool = False  # recompute the layers' activations in backward: less memory, slower
     out_dir: str = ""  # run folder; empty = out/teacher-<objective>-s<seed>
     resume: Switch = "false"  # go on from the newest checkpoint: false, true, or auto = where there is one
     eval_only: bool = False  # measure the folder's best weights and stop
@@ -80,7 +82,8 @@ class Config:
     # logging
     log_every: int = 20  # steps a log line
     eval_every: int = 100  # steps between evaluations
-    save_every: int = 100  # steps between checkpoints
+    save_every: int = 100  # steps between checkpoints; 0 = by save_minutes alone
+    save_minutes: float = 0.0  # minutes between checkpoints; 0 = by save_every alone
 
     def __post_init__(self):
         check_fields(self, CHOICES, POSITIVE)
@@ -110,7 +113,8 @@ FREE = ("preset", "videos")
 # not in the paper: released code's batch, warm-up and beta2; steps (an upper bound) and the rest are ours
 BASE = dict(model="12L-768H", block_size=128, max_frames=512, val_clips=10_000, video_layers=0, lr=2e-4,
             weight_decay=0.01, margin=1.0, negatives="all", batch_size=256, beta2=0.999, warmup_steps=5000,
-            max_steps=200_000, eval_every=2000, save_every=2000, log_every=100)
+            max_steps=200_000, eval_every=2000, save_every=0, save_minutes=15.0,
+            log_every=100)
 # section 4.3: tokens, frames, held-out clips, optimizer, margin, "until it converges on validation data";
 # 3.2: 15 % become [MASK]; Eq. 3: one negative; footnote 3: the shapes, of the video encoder, too
 PAPER = BASE | dict(mask_split="100/0/0", negatives="one", stop_on="loss")
@@ -136,6 +140,8 @@ class Teacher(nn.Module):
         if cfg.objective != "mlm":
             self.video = VideoEncoder(replace(config, layers=cfg.video_layers or config.layers), features,
                                       cfg.max_frames)
+        if cfg.grad_checkpoint:
+            recompute(self)
 
     def encode(self, batch):
         """Clips of data.VideoClips -> vectors (B, C) of texts and videos, as retrieval compares them."""
@@ -169,20 +175,21 @@ class Teacher(nn.Module):
 
 
 # every term of the loss, and how many items of it a micro-batch has
-ITEMS = {"mlm": lambda batch: len(batch["mlm_targets"]), "ct": lambda batch: batch["text_mask"].sum().item(),
-         "clip": lambda batch: len(batch["ids"])}
+ITEMS = {"mlm": lambda batch: (batch["mlm_targets"] >= 0).sum(),
+         "ct": lambda batch: batch["text_mask"].sum(), "clip": lambda batch: len(batch["ids"])}
 
 
-def make_batch(clips, cfg, index, *keys):
+def make_batch(clips, cfg, index, *keys, pad=False):
     """Clips `index` as a micro-batch: masked inputs, targets, and Eq. 3's drawn negatives.
 
     keys: of the random draws, (seed, step, positions in the global batch), or ("val", index) for evaluation.
+    pad: see data.masked_words.
     The partners x' and v' come from this rank's own micro-batch.
     """
-    batch, vocab = clips.batch(index), clips.vocab
+    batch, vocab = clips.batch(index), clips.vocab  # HACK HERE: the batch
     if cfg.objective == "clip":
         return batch
-    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, *keys)
+    batch |= data.masked_words(batch, vocab, cfg.mask_rate, cfg.mask_split, *keys, pad=pad)
     batch["text_mask"] = batch["mask"] & (batch["ids"] != vocab.cls) & (batch["ids"] != vocab.sep)
     if cfg.negatives == "one":
         batch["partner"], batch["partner_video"], batch["partner_token"] = losses.hinge_partners(
@@ -194,22 +201,28 @@ def make_batch(clips, cfg, index, *keys):
 def evaluate(model, clips, cfg, ranks):
     """Validation terms over every held-out clip and, with a video encoder, recall on them; over all ranks."""
     model.eval()
+    dtype, sees = getattr(torch, cfg.dtype), cfg.objective != "mlm"
     total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
+    if sees:  # texts and videos as retrieval compares them; 0 where another rank has them
+        found = torch.zeros(2, len(clips), model.video.config.hidden, device=ranks.device)
     parts = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
     for index in parts[ranks.rank::ranks.size]:
         batch = move(make_batch(clips, cfg, index, "val", index), ranks.device)
-        terms = model(batch, dict.fromkeys(ITEMS, 1.0))
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            terms = model(batch, dict.fromkeys(ITEMS, 1.0))
+            if sees:
+                found[:, index] = torch.stack(model.encode(batch)).float()
         for i, (name, items) in enumerate(ITEMS.items()):
             if name in terms:
                 total[i] += torch.tensor([terms[name].item(), items(batch)], dtype=torch.float64)
     ranks.sum(total)
     scores = {name: (total[i, 0] / total[i, 1]).item() for i, name in enumerate(ITEMS) if total[i, 1]}
     scores["loss"] = sum(scores[name] * weight for name, weight in model.weights.items())
-    if cfg.objective != "mlm":
-        text, video = vectors(model.encode, clips.batch, np.arange(len(clips)), ranks.device)
-        found = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
-        found |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
-        scores |= ranks.of_main(found)  # when to save and stop hangs on them
+    if sees:
+        text, video = ranks.sum(found).cpu()
+        recalls = {f"t2v_r{k}": v for k, v in recall(text, video).items()}
+        recalls |= {f"v2t_r{k}": v for k, v in recall(video, text).items()}
+        scores |= ranks.of_main(recalls)  # when to save and stop hangs on them
     model.train()
     return scores
 
@@ -242,6 +255,20 @@ def recall_table(scores, n):
     return table([*rows, ["chance", *(f"{100 * min(1, k / n):.1f}" for k in (1, 5, 10))]])
 
 
+def memory(model, cfg, config, micro_size):
+    """The line on parameters and memory, video encoder and frames included."""
+    text, beside, more = replace(config, vocab_size=1), [], 0
+    if cfg.objective != "mlm":
+        frames = micro_size * cfg.max_frames
+        beside = [(replace(model.video.config, vocab_size=1), micro_size, cfg.max_frames)]
+        more = 4 * frames * (model.video.features + 2 * config.hidden)  # and their map, before and after norm
+    if "ct" in cfg.objective:
+        beside += [(text, micro_size, cfg.block_size)] * (cfg.ct_input == "clean" and "mlm" in cfg.objective)
+        more += 4 * 8 * micro_size ** 2 * cfg.block_size  # cosines of each token with each clip, and the like
+    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective),
+                         beside, cfg.grad_checkpoint, more)
+
+
 def run_folder(cfg):
     """--out_dir, or out/teacher-<objective>-s<seed>."""
     return Path(cfg.out_dir or f"out/teacher-{cfg.objective}-s{cfg.seed}")
@@ -249,15 +276,16 @@ def run_folder(cfg):
 
 def main(cfg):
     """Trains and saves the model of `cfg`; returns what its results.json holds."""
-    ranks, dtype = init_ranks(cfg.device), getattr(torch, cfg.dtype)
+    ranks, dtype = init_ranks(cfg.device, cfg.dtype), getattr(torch, cfg.dtype)
     micro_size, sees = micro_batch_size(cfg, ranks), cfg.objective != "mlm"
     if sees and micro_size < 2:
         raise SystemExit(f"--batch_size {cfg.batch_size}: a micro-batch has {micro_size} clip, so no "
                          "negatives; raise it")
 
     # ---- data
-    train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision, part, cfg.val_clips,
-                                  cfg.feat_norm) for part in ("train", "val"))
+    train, val = (data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, cfg.vision if sees else "none",
+                                  part, cfg.val_clips, cfg.feat_norm, pinned=ranks.device.type == "cuda")
+                  for part in ("train", "val"))
     hashes = {"videos": train.hash, "vocabulary": train.vocab.hash}
     run = Run(cfg, run_folder(cfg), ranks, hashes, FIXED, FREE)
     if cfg.resume == "auto" and (results := run.finished()):
@@ -271,7 +299,7 @@ def main(cfg):
     set_seed(cfg.seed, 0)
     config = model_config(cfg.model, train.vocab.size, cfg.dropout)
     model = Teacher(cfg, config, train.features).to(ranks.device)
-    print0(memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective)))
+    print0(memory(model, cfg, config, micro_size))
     weights, names = model.weights, list(model.weights)
 
     # ---- optimizer
@@ -298,6 +326,8 @@ def main(cfg):
                 part.compile()
     ddp = DistributedDataParallel(model) if ranks.size > 1 else model
     model.train()
+    make = partial(make_batch, pad=cfg.compile_model or ranks.device.type != "cpu")
+    run.feed(partial(data.step_batches, train, cfg, ranks, make), ITEMS)
 
     # ==== training loop ====
     while True:
@@ -320,15 +350,8 @@ def main(cfg):
             break
 
         # the step's micro-batches; each term's divisor: its global items / ranks, as DDP averages gradients
-        index = train.index(cfg.seed, step, cfg.batch_size, np.arange(cfg.batch_size))
-        batches, items = [], torch.zeros(len(names))
-        for micro in range(cfg.grad_accum):
-            rows = data.micro_rows(cfg.batch_size, ranks.rank, ranks.size, micro, cfg.grad_accum)
-            batch = make_batch(train, cfg, index[rows], cfg.seed, step, rows)  # HACK HERE: the batch
-            items += torch.tensor([ITEMS[name](batch) for name in names])
-            batches.append(move(batch, ranks.device))
-        items = ranks.sum(items).clamp(min=1) if cfg.reduction == "mean" else torch.ones(len(names))
-        divisor = dict(zip(names, (items / ranks.size).tolist()))
+        _, batches, items = run.take(step)
+        divisor = {name: (n if cfg.reduction == "mean" else 1) / ranks.size for name, n in items.items()}
         lr = lr_at(step, cfg.lr, warmup_steps, max_steps)  # HACK HERE: the schedule
 
         # ---- optimizer step: these lines are the same in every script (tests/test_house.py) ----

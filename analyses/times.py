@@ -1,5 +1,6 @@
 """How long ablate.py's runs will take: by their operations, at the speed of those that have been timed."""
 import contextlib
+import glob
 from pathlib import Path
 
 import torch
@@ -46,7 +47,8 @@ def flops_of(name, plan):
             total += training(shape, examples * candidates * length, length)
         return cfg.seeds * total
     samples = cfg.max_steps * cfg.batch_size
-    if not samples and Path(cfg.videos if stage == "teacher" else cfg.train).exists():  # the corpus tells
+    source = cfg.videos if stage == "teacher" else cfg.train
+    if not samples and (Path(source).exists() or glob.glob(source)):  # the corpus tells
         samples = cfg.epochs * (len(data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames))
                                 if stage == "teacher" else len(data.TextBlocks(cfg.train, cfg.block_size)))
     passes = {"teacher": 2, "student": 4 / 3, "adapt": 3}[stage]  # the language model's own is one

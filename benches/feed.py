@@ -13,9 +13,9 @@ import torch
 
 import distill
 import teacher
-from benches.stand_in import Feed, step_batches  # at the merge: Feed of parts.feed, step_batches of data
 from common import print0, table
-from data import TextBlocks, VideoClips, write_packed
+from data import TextBlocks, VideoClips, step_batches, write_packed
+from parts.feed import Feed
 from parts.machine import Ranks
 from parts.vocab import SPECIALS, Vocab
 
@@ -61,10 +61,10 @@ def write_clips(path, videos, frames, vocab, channels=CHANNELS, captions=3):
         {"frames": (np.float16, (videos * frames, channels))}, d2=channels // 2, d3=channels - channels // 2)
 
 
-def paced(make, items, step, steps, held=0.0, warm=5):
+def paced(make, ranks, items, step, steps, held=0.0, warm=5):
     """Share of the time that a loop waits for its batches, where a step takes `step` seconds and Python is
     busy for `held` of them; the first steps are left out."""
-    feed, waited = Feed(make, ONE, 0, steps + warm, items), 0.0
+    feed, waited = Feed(make, ranks, 0, steps + warm, items), 0.0
     for i in range(steps + warm):
         if i == warm:
             began, waited = time.perf_counter(), 0.0
@@ -92,21 +92,21 @@ def times(run, seconds, least=5, warm=2, clock=time.perf_counter):
 
 def bench_feed(cfg, device, out, count=100_000_000, clips=CLIPS, channels=CHANNELS, seconds=4.0):
     """distill.py's batches, 256 x 128, nst+crd, from 100 M packed tokens; teacher.py's, 64 clips."""
-    vocab = made_vocab(cfg.vocab)
+    vocab, ranks = made_vocab(cfg.vocab), Ranks(0, 1, device)
     with tempfile.TemporaryDirectory() as folder:
         text, videos = Path(folder) / "text.h5", Path(folder) / "videos.h5"
         write_tokens(text, count, vocab)
         write_clips(videos, 4 * clips, FRAMES, vocab, channels)
         student = distill.Config(**distill.PRESETS["paper"], objective="nst+crd", train=str(text))
         pupil = teacher.Config(**teacher.PRESETS["paper"] | dict(batch_size=clips), videos=str(videos))
-        words = partial(step_batches, TextBlocks(student.train, student.block_size), student, ONE,
-                        distill.make_batch)
-        shown = partial(step_batches, VideoClips(pupil.videos, pupil.block_size), pupil, ONE,
-                        teacher.make_batch)
-        took, steps = times(words, seconds), max(3, int(seconds / STEP))
-        waits = [paced(words, distill.ITEMS, STEP, steps, held) for held in (0, HELD)]
+        words = partial(step_batches, TextBlocks(student.train, student.block_size), student, ranks,
+                        partial(distill.make_batch, pad=True))  # as for a GPU
+        packed = VideoClips(pupil.videos, pupil.block_size, pinned=device.type == "cuda")
+        shown = partial(step_batches, packed, pupil, ranks, teacher.make_batch)
+        took, steps = times(words, seconds), max(3, int(seconds / TEACHER_STEP))
+        waits = [paced(words, ranks, distill.ITEMS, STEP, steps, held) for held in (0, HELD)]
         took_clips = times(shown, seconds)
-        waits.append(paced(shown, teacher.ITEMS, TEACHER_STEP, max(3, int(seconds / TEACHER_STEP)), HELD))
+        waits.append(paced(shown, ranks, teacher.ITEMS, TEACHER_STEP, steps, HELD))
     tokens, size = student.batch_size * student.block_size, clips * FRAMES * channels * 2
     rows = {"text": (f"{student.batch_size} x {student.block_size} tokens, M tokens/s", tokens, took, STEP),
             "frames": (f"{clips} x {FRAMES} frames x {channels}, MB/s", size, took_clips, TEACHER_STEP)}

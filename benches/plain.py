@@ -127,8 +127,11 @@ class EagerLayer(nn.Module):
         self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
         self.expand, self.contract = layer.expand, layer.contract
 
-    def forward(self, x, *masks):
-        """masks: mask, or for a CrossLayer other, mask, other_mask; each may be left out."""
+    def forward(self, x, *masks, causal=False):
+        """masks: mask, or for a CrossLayer other, mask, other_mask; each may be left out. causal: CLIP's."""
+        if causal:
+            masks = torch.ones(2 * x.shape[1:2], dtype=torch.bool, device=x.device).tril(),
+
         def dropout(y):
             return F.dropout(y, self.attention.dropout, self.training)
         if self.cross:

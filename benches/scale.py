@@ -27,9 +27,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 import distill
 import losses
 from benches.feed import CHANNELS, ONE, made_vocab, times, write_clips, write_sparse, write_tokens
-from benches.stand_in import step_batches  # at the merge: of data
 from common import keyed_integers, print0, progress, table
-from data import TextBlocks, VideoClips
+from data import TextBlocks, VideoClips, step_batches
 from model import BERT, MLMHead, VideoEncoder, model_config
 from parts.machine import keep_freed_memory, peak_memory_mb
 from parts.metrics import nearest

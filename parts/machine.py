@@ -59,10 +59,13 @@ class Ranks:
         return bool(self.sum(torch.tensor([float(flag)])).item() > 0)
 
 
-def init_ranks(device="auto"):
-    """torchrun's environment -> Ranks; one process without torchrun. A second call finds the same group."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise SystemExit(f"--device {device}: choose auto, cpu or cuda")
+def init_ranks(device="auto", dtype="float32"):
+    """torchrun's environment -> Ranks; one process without torchrun. A second call finds the same group.
+
+    mps: an Apple GPU, never chosen by auto; one process, `dtype` float32, PyTorch 2.5 or later.
+    """
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise SystemExit(f"--device {device}: choose auto, cpu, cuda or mps")
     if device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: this PyTorch sees no CUDA device; use --device cpu")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -70,6 +73,16 @@ def init_ranks(device="auto"):
         keep_freed_memory()
     rank, local = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
+    if device == "mps":
+        if not (torch.backends.mps.is_available() and torch.amp.is_autocast_available("mps")):
+            raise SystemExit("--device mps: needs an Apple GPU and PyTorch 2.5 or later, built for it; use "
+                             "--device cpu")
+        if size > 1:
+            raise SystemExit(f"--device mps: torchrun started {size} processes, but a Mac has one GPU; start "
+                             "it without torchrun")
+        if dtype != "float32":  # no loss scaler in 2.5, and no gain from half precision that we know of
+            raise SystemExit(f"--dtype {dtype}: --device mps computes in float32 alone")
+        return Ranks(0, 1, torch.device("mps"))
     if use_cuda:
         here = max(local + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         if here > torch.cuda.device_count():  # said by all: who has a GPU must not wait for who has none
@@ -213,18 +226,22 @@ def flops_per_token(config, T, mlm=0.0):
     return config.layers * layer + mlm * 2 * (C * C + C * config.vocab_size)
 
 
-def memory_report(model, config, batch, T, logits=0.15, beside=()):
+def memory_report(model, config, batch, T, logits=0.15, beside=(), anew=False, more=0):
     """One line: parameters, memory of training on `batch` sequences of T tokens, size of a checkpoint.
 
     Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
     11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
-    tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step.
+    tokens, at which the MLM head runs. beside: further (config, sequences, T) of the same step. anew:
+    --grad_checkpoint, a layer keeps C, until one by one they are computed again. more: bytes of all else.
     """
     parameters = sum(p.numel() for p in model.parameters())
-    on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters
+    on_cpu, total = next(model.parameters()).device.type == "cpu", 16 * parameters + more
+    passing = []  # the logits and, anew, one layer: not at the same time
     for shape, sequences, tokens in ((config, batch, T), *beside):
         kept = 11 * shape.hidden + 2 * shape.intermediate + on_cpu * 3 * shape.heads * tokens
-        total += 4 * sequences * tokens * (shape.layers * kept + logits * 3 * shape.vocab_size)
+        total += 4 * sequences * tokens * shape.layers * (shape.hidden if anew else kept)
+        passing += [4 * sequences * tokens * n for n in (logits * 3 * shape.vocab_size, kept)[:1 + anew]]
+    total += max(passing) if anew else sum(passing)
     return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
             f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
 
@@ -244,6 +261,7 @@ def peak_flops(device, dtype):
         for part, half, single in PEAK_TFLOPS:
             if part in name:
                 return 1e12 * (single if dtype == torch.float32 else half)
+    if device.type != "cpu":
         return 0.0
     a, best = torch.randn(768, 768, dtype=dtype, generator=torch.Generator().manual_seed(0)), math.inf
     began = time.perf_counter()
@@ -255,17 +273,26 @@ def peak_flops(device, dtype):
 
 
 def move(batch, device):
-    """Dict of CPU tensors -> the device, from pinned memory and without waiting where that is a GPU."""
+    """Dict of CPU tensors -> the device, from pinned memory and without waiting where that is a CUDA GPU."""
     if device.type == "cpu":
         return batch
-    return {k: v.pin_memory().to(device, non_blocking=True) if torch.is_tensor(v) else v
+    pin = torch.Tensor.pin_memory if device.type == "cuda" else lambda x: x
+    return {k: pin(v).to(device, non_blocking=device.type == "cuda") if torch.is_tensor(v) else v
             for k, v in batch.items()}
 
 
+def generator_of(device):
+    """The module whose get_rng_state and set_rng_state are those of a device's default generator."""
+    return torch if device.type == "cpu" else getattr(torch, device.type)
+
+
 def peak_memory_mb(device):
-    """Highest memory so far: allocated on the GPU, or the process's resident set, in MB (1e6 bytes)."""
+    """Highest memory so far: allocated on the GPU, or the process's resident set, in MB (1e6 bytes); MPS
+    counts no peak and tells what its driver holds now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 1e6
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

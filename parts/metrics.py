@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from parts.machine import move
+from parts.machine import generator_of, move
 
 # ---------------------------------------------------------------------------- retrieval
 
@@ -217,12 +217,13 @@ def gradient_norms(model, batch, divisor):
     model: with states(batch) -> (h (B, T, C), ...), terms(h, ..., batch, divisor) and weights.
     """
     scale = 2.0 ** 10  # keeps small gradients in float16's range; changes no bit in the other dtypes
-    device = batch["inputs"].device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with torch.no_grad():
-            h, *beside = model.states(batch)
-        h.requires_grad_()
-        terms = model.terms(h, *beside, batch, divisor)
+    generator = generator_of(batch["inputs"].device)
+    before = generator.get_rng_state()
+    with torch.no_grad():
+        h, *beside = model.states(batch)
+    h.requires_grad_()
+    terms = model.terms(h, *beside, batch, divisor)
+    generator.set_rng_state(before)
     norms = {}
     for name, term in terms.items():
         gradient, = torch.autograd.grad(scale * model.weights[name] * term, h, retain_graph=True)
@@ -231,21 +232,25 @@ def gradient_norms(model, batch, divisor):
 
 
 @torch.no_grad()
-def masked_word_scores(bert, head, batches, ranks):
+def masked_word_scores(bert, head, batches, ranks, dtype=torch.float32):
     """{"mlm_loss", "mlm_accuracy"} over all masked words of the batches of all ranks.
 
-    bert: a module, ids -> (B, T, C); head: (n, C) -> (n, V); batches: of data.masked_words, this rank's.
+    bert: a module, ids -> (B, T, C); head: a module, (n, C) -> (n, V); batches: of data.masked_words, this
+    rank's, a target of -100 is padding; dtype: of the passes, as in training.
     """
-    training = bert.training
-    bert.eval()
+    training = {part: part.training for part in (bert, head)}
+    for part in training:
+        part.eval()
     total = torch.zeros(3, dtype=torch.float64)  # summed loss, right words, masked words
     for batch in batches:
         batch = move(batch, ranks.device)
-        logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["mlm_index"]]).float()
-        loss = F.cross_entropy(logits, batch["mlm_targets"], reduction="sum")
-        right = logits.argmax(1) == batch["mlm_targets"]
-        total += torch.tensor([loss.item(), right.sum().item(), len(right)], dtype=torch.float64)
-    bert.train(training)
+        with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
+            logits = head(bert(batch["inputs"]).flatten(0, 1)[batch["mlm_index"]]).float()
+        targets = batch["mlm_targets"]
+        counts = F.cross_entropy(logits, targets, reduction="sum"), logits.argmax(1) == targets, targets >= 0
+        total += torch.stack([x.sum().float() for x in counts]).cpu()
+    for part, mode in training.items():
+        part.train(mode)
     loss, right, n = ranks.sum(total).tolist()
     return {"mlm_loss": loss / n, "mlm_accuracy": right / n}
 

@@ -2,20 +2,25 @@
 import codecs
 import csv
 import io
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import time
-from collections import Counter
-from contextlib import ExitStack
+import zlib
+from collections import Counter, deque
+from contextlib import ExitStack, closing, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 
 import numpy as np
 from tokenizers import models, trainers
 
 from common import atomic, decode_json, duration, open_text, parse_json, print0, progress
-from data import open_vocab, write_packed
+from data import open_packed, open_vocab, write_packed
 from parts.vocab import SPECIALS, CLIPVocab, Vocab, load_clip_vocab, wordpiece
 
 # ---------------------------------------------------------------------------- sources and output
@@ -136,15 +141,15 @@ def plain_pieces(path, f):
         rest = text[cut:]
 
 
-def read_captions(path):
+def read_captions(path, shard=(1, 1)):
     """Yields (video id, value, bytes read) of a JSON file {video id: value} one by one; memory stays flat.
 
     HowTo100M's caption.json has values {"start": [s], "end": [s], "text": [...]}; the caller checks them. A
-    folder holds the same as <video id>.csv with the columns start, end and text. SystemExit names the byte
-    near which the file is malformed or cut off.
+    folder holds the same as <video id>.csv with the columns start, end and text. shard: only of its videos,
+    see in_shard. SystemExit names the byte near which the file is malformed or cut off.
     """
     if Path(path).is_dir():
-        yield from read_caption_folder(path)
+        yield from read_caption_folder(path, shard)
         return
     head = re.compile(r'\s*([{,])\s*("(?:[^"\\]|\\.)*")\s*:\s*')  # { "id":   or   , "id":
     limit = 1 << 24  # characters; no video has so many, so what does not parse by then never will
@@ -158,8 +163,10 @@ def read_captions(path):
                         value, end = decode_json(text, match.end())
                     except json.JSONDecodeError:  # not whole in the buffer yet
                         break
-                    yield parse_json(match[2]), value, size
-                    opening, size, at = ",", 0, end
+                    if in_shard(video := parse_json(match[2]), shard):
+                        yield video, value, size
+                        size = 0
+                    opening, at = ",", end
                 text = text[at:]
         except UnicodeDecodeError:
             text = "not UTF-8"
@@ -171,13 +178,13 @@ def read_captions(path):
                              f"behind byte {at}; fetch or write it anew")
 
 
-def read_caption_folder(folder):
+def read_caption_folder(folder, shard):
     """read_captions of a folder of <video id>.csv files, as HowTo100M's raw captions come."""
     paths = sorted(Path(folder).glob("*.csv"))
     if not paths:
         raise SystemExit(f"{folder}: a folder without .csv files; give caption.json, or a folder that holds "
                          "<video id>.csv with the columns start, end and text")
-    for path in paths:
+    for path in (path for path in paths if in_shard(path.stem, shard)):
         rows = {"start": [], "end": [], "text": []}
         try:
             with open_text(path) as f:
@@ -237,21 +244,17 @@ def train_vocab(sources, out, size=30522, lower=True) -> Vocab:
 # ---------------------------------------------------------------------------- text
 
 
-def pack_text(sources, vocab, out) -> dict:
+def pack_text(sources, vocab, out, jobs=1) -> dict:
     """Text files -> one stream of ids in `out`, [SEP] between documents (blank lines); memory stays constant.
 
     sources: paths of UTF-8 files, or caption.json files (a document a video). vocab: Vocab, or a path for
-    open_vocab. Returns {"tokens", "documents", "bytes", "seconds", "mb_per_s"}; MB/s = 1e6 input bytes a
-    second until the last id. Ids equal Vocab.encode of every line: see cached_words.
+    open_vocab. jobs: processes that share the work, 0 = one a core; the output is the same, byte for byte.
+    Returns {"tokens", "documents", "bytes", "seconds", "mb_per_s"}; MB/s = 1e6 input bytes a second until the
+    last id. Ids equal Vocab.encode of every line: see cached_words.
     """
     check_files(sources, out)
     vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
-    cache = {"\n": np.array([vocab.sep], vocab.dtype).tobytes()}
-
-    def encode(words):
-        return [b"".join(cached_words(words, vocab.encode_words, cache))]
-
-    return pack_words("text", sources, vocab, out, {"tokens": vocab.dtype}, separate, encode, {})
+    return pack_words("text", sources, TextEncoder(vocab), out, jobs, {"tokens": vocab.dtype}, {})
 
 
 def separate(text):
@@ -269,38 +272,29 @@ def spaced(text):
     return text.replace("\t", " ").replace("\r", " ")
 
 
-def pack_xtext(sources, vocab, clip_vocab, out) -> dict:
+def pack_xtext(sources, vocab, clip_vocab, out, jobs=1) -> dict:
     """Text files -> the same text in two streams of ids in `out`, for XDBERT; memory stays constant.
 
     tokens: as pack_text's. clip_tokens: by clip_vocab (CLIPVocab, Vocab, or a path for load_clip_vocab) from
     the ORIGINAL words, text between ASCII white space. Both tokenizers see one word at a time, and ids equal
     encoding whole lines. clip_counts, uint16, one for each of tokens: how many of clip_tokens start with it.
     A word's CLIP tokens stand at its first word piece. Those of a word without any stand at the next word
-    piece ([SEP] at the latest), and what exceeds 65,535 stands at the one behind. Returns pack_text's counts
-    and those of clip_tokens and of clip_cut, for which no word piece was left.
+    piece ([SEP] at the latest), and what exceeds 65,535 stands at the one behind. jobs: as in pack_text.
+    Returns pack_text's counts and those of clip_tokens and of clip_cut, for which no word piece was left.
     """
     check_files(sources, out)
     vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
     tower = clip_vocab if isinstance(clip_vocab, (Vocab, CLIPVocab)) else load_clip_vocab(clip_vocab)
-    cache, most = {"\n": (np.array([vocab.sep], vocab.dtype).tobytes(), b"")}, 2 ** 16 - 1
-    waiting = 0  # CLIP tokens behind the last word piece so far
+    most, waiting = 2 ** 16 - 1, 0  # waiting: CLIP tokens behind the last word piece so far
 
-    def both(words):
-        return zip(vocab.encode_words(words), tower.encode_words(words))
-
-    def encode(words):
+    def carry(tokens, clip_tokens, counts):
         nonlocal waiting
-        sides = list(zip(*cached_words(words, both, cache)))
-        pieces, size = (np.fromiter(map(len, ids), np.int64, len(words)) // v.dtype.itemsize
-                        for ids, v in zip(sides, (vocab, tower)))
-        place = np.cumsum(pieces) - pieces  # a word's first word piece, or the next one there is
-        counts = np.bincount(place, size, pieces.sum() + 1).astype(np.int64)
         counts[0] += waiting
         while len(over := np.flatnonzero(counts[:-1] > most)):
             excess, counts[over] = counts[over] - most, most
             counts[over + 1] += excess
         waiting = int(counts[-1])
-        return *map(b"".join, sides), counts[:-1].astype(np.uint16).tobytes()
+        return tokens, clip_tokens, counts[:-1].astype(np.uint16)
 
     if isinstance(tower, CLIPVocab):
         lines, attributes = tower.merges, {"clip_hash": tower.hash}
@@ -308,20 +302,22 @@ def pack_xtext(sources, vocab, clip_vocab, out) -> dict:
         lines, attributes = tower.tokens, {"clip_hash": tower.hash, "clip_lower": tower.lower,
                                            "clip_strip_accents": tower.strip_accents}
     dtypes = {"tokens": vocab.dtype, "clip_tokens": tower.dtype, "clip_counts": np.dtype(np.uint16)}
-    counts = pack_words("xtext", sources, vocab, out, dtypes, spaced, encode,
-                        {"clip_vocab": np.frombuffer("\n".join(lines).encode(), np.uint8)}, **attributes)
+    merges = np.frombuffer("\n".join(lines).encode(), np.uint8)
+    counts = pack_words("xtext", sources, PairEncoder(vocab, tower), out, jobs, dtypes,
+                        {"clip_vocab": merges}, carry, **attributes)
     if waiting:
         print0(f"xtext: the last {waiting:,} CLIP tokens are cut: there is no word piece behind them")
     return counts | {"clip_cut": waiting}
 
 
-def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attributes) -> dict:
-    """The work of pack_text and pack_xtext: files -> words -> streams of ids -> the packed file.
+def pack_words(kind, sources, encoder, out, jobs, dtypes, arrays, carry=lambda *ids: ids,
+               **attributes) -> dict:
+    """The work of pack_text and pack_xtext: files -> texts -> streams of ids -> the packed file.
 
-    split: as in words_of. encode(words) -> bytes of each stream in `dtypes` {name: dtype}. arrays,
-    attributes: what else write_packed shall write.
+    encoder: of the streams in `dtypes` {name: dtype}. carry(streams of a text) -> what is written of them,
+    which may depend on those before. arrays, attributes: what else write_packed shall write.
     """
-    sources = [Path(p) for p in sources]
+    sources, vocab = [Path(p) for p in sources], encoder.vocab
     total = sum(p.stat().st_size for p in sources)
     # English has 4 to 5 bytes a token
     check_space(out, 2 * sum(dtype.itemsize for dtype in dtypes.values()) * total // 3)
@@ -330,12 +326,12 @@ def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attri
     bar = progress(None, total, "B", kind, unit_scale=True)
     with atomic(out) as part, bar, ExitStack() as stack:
         raw = {name: stack.enter_context(open(part.with_name(f"{name}.raw"), "wb")) for name in dtypes}
-        for path in sources:
-            for words, ended, size in words_of(path, split):
-                documents += ended
-                for f, ids in zip(raw.values(), encode(words) if words else ()):
-                    f.write(ids)
-                bar.update(size)
+        texts = ((piece, size) for path in sources for *piece, size in texts_of(path))
+        for (ended, streams), size in stack.enter_context(closing(in_order(encoder, texts, jobs))):
+            documents += ended
+            for f, ids in zip(raw.values(), carry(*streams) if streams else ()):
+                f.write(ids)
+            bar.update(size)
         seconds = time.perf_counter() - begin
         counts = {name: raw[name].tell() // dtypes[name].itemsize for name in raw if name.endswith("tokens")}
         counts |= {"documents": documents, "bytes": total}
@@ -355,25 +351,80 @@ def pack_words(kind, sources, vocab, out, dtypes, split, encode, arrays, **attri
     return counts | {"seconds": seconds, "mb_per_s": rate}
 
 
-def words_of(path, split):
-    """Yields (words, documents that end among them, bytes read) of the pieces of a file.
+def texts_of(path, least=1 << 19):
+    """Yields (text, whether a line begins with it, whether it begins inside of a document, bytes read) of a
+    file: its pieces, joined to `least` characters.
 
-    split(text) puts spaces between words. The word "\\n" stands behind each document.
+    So texts can be encoded apart from each other. A text of a line end stands behind the last document.
     """
-    line_start, inside = True, False  # of a line, of a document
-    for text, size in read_pieces(path):
-        words, ended, lines = [], 0, split(text).split("\n")
-        for i, line in enumerate(lines):
-            if line and not line.isspace():
-                words += line.split(" ")
-                inside = True
-            elif inside and (i > 0 or line_start) and i < len(lines) - 1:
-                words.append("\n")
-                inside, ended = False, ended + 1
-        line_start = not lines[-1]
-        yield words, ended, size
+    line_start, inside, pieces, length, size = True, False, [], 0, 0
+    for piece, read in itertools.chain(read_pieces(path), [("", None)]):
+        pieces, length, size = [*pieces, piece], length + len(piece), size + (read or 0)
+        if length < least and read is not None:
+            continue
+        text, content = (whole := "".join(pieces)), whole.rstrip()
+        yield text, line_start, inside, size
+        if content:
+            line_start, inside = False, True
+        inside = inside and text.count("\n", len(content)) < 2 - line_start  # of the line, and of a blank one
+        line_start, pieces, length, size = text.endswith("\n"), [], 0, 0
     if inside:
-        yield ["\n"], 1, 0
+        yield "\n", True, True, 0
+
+
+def words_of(text, line_start, inside):
+    """-> (words of a text with spaces between them, documents that end in it); see texts_of.
+
+    The word "\n" stands behind each document.
+    """
+    words, ended, lines = [], 0, text.split("\n")
+    for i, line in enumerate(lines):
+        if line and not line.isspace():
+            words += line.split(" ")
+            inside = True
+        elif inside and (i > 0 or line_start) and i < len(lines) - 1:
+            words.append("\n")
+            inside, ended = False, ended + 1
+    return words, ended
+
+
+class TextEncoder:
+    """Encodes one of texts_of -> (documents that end in it, its streams, bytes of ids, [] without words)."""
+
+    def __init__(self, vocab):
+        self.vocab, self.cache = vocab, {"\n": np.array([vocab.sep], vocab.dtype).tobytes()}
+
+    def __call__(self, text, line_start, inside):
+        words, ended = words_of(self.split(text), line_start, inside)
+        return ended, self.streams(words) if words else []
+
+    def split(self, text):
+        return separate(text)
+
+    def streams(self, words):
+        return [b"".join(cached_words(words, self.vocab.encode_words, self.cache))]
+
+
+class PairEncoder(TextEncoder):
+    """The same with two tokenizers; the third stream is how many ids of the second begin with each id of the
+    first, int64, and behind the last."""
+
+    def __init__(self, vocab, tower):
+        super().__init__(vocab)
+        self.tower, self.cache = tower, {"\n": (self.cache["\n"], b"")}
+
+    def split(self, text):
+        return spaced(text)
+
+    def both(self, words):
+        return zip(self.vocab.encode_words(words), self.tower.encode_words(words))
+
+    def streams(self, words):
+        sides = list(zip(*cached_words(words, self.both, self.cache)))
+        pieces, size = (np.fromiter(map(len, ids), np.int64, len(words)) // v.dtype.itemsize
+                        for ids, v in zip(sides, (self.vocab, self.tower)))
+        place = np.cumsum(pieces) - pieces  # a word's first word piece, or the next one there is
+        return [*map(b"".join, sides), np.bincount(place, size, pieces.sum() + 1).astype(np.int64)]
 
 
 def cached_words(words, encode, cache, longest=32, most=1 << 18):
@@ -390,10 +441,82 @@ def cached_words(words, encode, cache, longest=32, most=1 << 18):
     return out
 
 
+def in_order(encoder, texts, jobs):
+    """Yields (encoder(*text), size) of the (text, size), in their order, by `jobs` processes, 0 = one a core.
+
+    Each process has one text at a time, so that memory is bounded.
+    """
+    if jobs == 1:
+        yield from ((encoder(*text), size) for text, size in texts)
+        return
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    pipes = deque()  # to each process, and the size of what it has; the first has had it for longest
+    try:
+        for text, size in texts:
+            if len(pipes) < jobs:
+                pipes.append((start_worker(encoder), 0))
+                done = None
+            else:
+                done = pipes[0][0].recv(), pipes[0][1]
+                pipes.rotate(-1)
+            pipe, _ = pipes[-1]
+            pipe.send(text)
+            pipes[-1] = pipe, size
+            if done:
+                yield done
+        for pipe, size in pipes:
+            yield pipe.recv(), size
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise SystemExit("one of the processes was ended, perhaps as memory was short; give fewer --jobs"
+                         ) from None
+    finally:
+        for pipe, _ in pipes:
+            pipe.close()
+
+
+def start_worker(encoder):
+    """A pipe to a new process, which encodes what is sent to it until the pipe is closed, from any cause."""
+    context = multiprocessing.get_context("spawn")  # a fork would lack the threads of the tokenizer
+    ours, theirs = context.Pipe()
+    resource_tracker.ensure_running()  # now, as its start unblocks signals
+    # Ctrl-C and a scheduler's SIGTERM go to all; the first process ends the others
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    try:
+        context.Process(target=work, args=(theirs, encoder)).start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return ours
+
+
+def work(pipe, encoder):
+    """What a process of start_worker does."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
+    with suppress(EOFError, OSError):  # of a closed pipe
+        while True:
+            pipe.send(encoder(*pipe.recv()))
+
+
 # ---------------------------------------------------------------------------- videos
 
 
-def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=False) -> dict:
+def parse_shard(shard):
+    """"3/8" -> (3, 8); SystemExit where it is none."""
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise SystemExit(f"--shard {shard}: write i/n, such as 1/8, the first of 8 shards")
+    return i, n
+
+
+def in_shard(video, shard):
+    """Whether shard (i, n) holds a video: the CRC-32 of its id is i - 1 modulo n, which no process must be
+    told."""
+    i, n = shard
+    return zlib.crc32(video.encode(errors="surrogateescape")) % n == i - 1
+
+
+def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=False, shard="1/1") -> dict:
     """HowTo100M's layout -> one file: float16 frames at 1 per second, caption tokens with their seconds, ids.
 
     captions: caption.json {video id: {"start": [s], "end": [s], "text": [...]}}, or a folder, see
@@ -401,17 +524,26 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
     video_id and task_id; only its videos are packed, in the order of the captions. feat2d, feat3d: folders of
     <video id>.npy, (n, D) at 1 and at 1.5 per second; 3D is resampled to 1 per second at index floor(1.5 t)
     and put behind 2D on the channel axis (paper 4.2). All problems are listed at once, the whole list in
-    OUT.problems.txt; they end the program, or with skip_bad are left out. Returns the counts.
+    OUT.problems.txt; they end the program, or with skip_bad are left out. shard: i/n, packs the videos of
+    in_shard alone, and "out.h5" becomes out-0000i-of-0000n.h5; where that is there already nothing is done.
+    Returns the counts.
     """
+    i, n = shard = parse_shard(shard)
+    if n > 1:
+        out = Path(out).with_name(f"{Path(out).stem}-{i:05d}-of-{n:05d}{Path(out).suffix}")
     folders = [Path(folder) for folder in (feat2d, feat3d) if folder]
+    vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
+    if n > 1 and out.exists() and (held := open_packed(out, "videos", vocab))[1].hash == vocab.hash:
+        print0(f"{out} is packed already; nothing is done")
+        return {name: held[0][name] for name in ("videos", "captions", "frames", "tokens")} | {"problems": 0}
     check_files([csv_file] if Path(captions).is_dir() else [captions, csv_file], out)
     for folder in folders:
         if not folder.is_dir():
             what = "a file; give the folder" if folder.exists() else "no such folder"
             raise SystemExit(f"{folder}: {what} of features, <video id>.npy each")
-    vocab = vocab if isinstance(vocab, Vocab) else open_vocab(vocab)
     tasks = read_tasks(csv_file)
-    widths, seconds = sample_features(folders, list(tasks))
+    widths, seconds = sample_features(folders, list(tasks))  # of all, so that shards agree
+    tasks = {video: task for video, task in tasks.items() if in_shard(video, shard)}
     check_space(out, int(2 * 2 * sum(widths) * seconds * len(tasks)))
     problems, done, unnamed, silent = [], set(), 0, 0
     names, task, frame_offsets, caption_offsets, tokens = [], [], [0], [0], 0
@@ -421,7 +553,7 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
     with atomic(out) as part, bar, ExitStack() as stack:
         raw = {name: stack.enter_context(open(part.with_name(f"{name}.raw"), "wb")) for name in dtypes}
         raw["token_offsets"].write(np.int64(0).tobytes())
-        for video, row, _ in read_captions(captions):
+        for video, row, _ in read_captions(captions, shard):
             if video not in tasks:
                 unnamed += 1
                 continue
@@ -460,7 +592,7 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
                      if video not in done]
         report(problems, f"{out}.problems.txt", skip_bad, len(tasks))
         if not names:
-            raise SystemExit(f"{out}: no video is left to pack")
+            raise SystemExit(f"{out}: no video is left to pack" + "; make fewer shards" * (n > 1))
         counts = {"videos": len(names), "captions": caption_offsets[-1], "frames": frame_offsets[-1],
                   "tokens": tokens}
         check_space(out, sum(f.stat().st_size for f in part.parent.iterdir()))
@@ -469,7 +601,8 @@ def pack_videos(captions, feat2d, csv_file, vocab, out, feat3d="", skip_bad=Fals
             "video_id": np.array(names), "task": np.array(task, np.int64),
             "frame_offsets": np.array(frame_offsets), "caption_offsets": np.array(caption_offsets)} | {
             name: (Path(f.name), dtypes[name], (sum(widths),) if name == "frames" else ())
-            for name, f in raw.items()}, d2=widths[0], d3=sum(widths[1:]), **counts)
+            for name, f in raw.items()}, d2=widths[0], d3=sum(widths[1:]),
+            **({"shard": i, "shards": n} if n > 1 else {}), **counts)
     print0(f"videos: {len(names):,} videos, {counts['captions']:,} captions, {counts['frames']:,} frames of "
            f"{' + '.join(map(str, widths))} channels -> {Path(out).name}"
            + (f"; {silent:,} captions without a word left out" if silent else "")

@@ -127,7 +127,10 @@ def make_demo(folder="data/demo-s0", seed=0) -> Path:
 
 def demo_world(data_dir, seed, ranks):
     """The folder of the demo world; rank 0 makes it where it is missing, while the others wait."""
+    from run import check_shared  # here: packing needs no PyTorch
     folder = Path(data_dir) / f"demo-s{seed}"
+    if ranks.any(ranks.main and not folder.exists()):
+        check_shared(folder, "--data_dir", ranks)
     if ranks.main:
         print0(f"reused {folder}" if folder.exists() else f"no {folder} yet")
         make_demo(folder, seed)

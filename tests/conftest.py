@@ -114,7 +114,7 @@ def stop_at(monkeypatch, step):
     """The run behaves as if SIGTERM had come just before the loop has asked `step` times."""
     from run import Interrupt
     asked = itertools.count()
-    monkeypatch.setattr(Interrupt, "due", lambda self, ranks: next(asked) == step)
+    monkeypatch.setattr(Interrupt, "due", lambda self: next(asked) == step)
     monkeypatch.setattr(Interrupt, "reason", "SIGTERM", raising=False)
 
 

@@ -181,6 +181,7 @@ def make_runs(folder):
     run, part = Run(RunConfig(), folder / "run", ALONE, {"train": "x"}), torch.nn.Linear(3, 2)
     run.restore(4, model=part, optimizer=torch.optim.AdamW(part.parameters()))
     run.begin(["loss"])
+    run.feed(lambda step: (None, []))
     run.log(step=1, loss=1.0)
     run.save_due(4, True, best={"score": None})
     save_checkpoint(run.folder, {"model": part.state_dict(), "step": 4}, ALONE, "best.pt")

@@ -49,7 +49,6 @@ BF16 = ("step.ratio_bf16", "step.kd_share_bf16",
 LANGUAGE = BERTConfig(vocab_size=100, layers=2, hidden=48, heads=3, intermediate=64, max_positions=80)
 CLIP = CLIPConfig(vocab_size=90, layers=2, hidden=32, heads=2, intermediate=64, positions=18, projection=24)
 SHORT = replace(CLIP, positions=6)
-ALONE = pytest.mark.skipif("stand_in" in losses.chunk_rows.__module__, reason="until the branches are merged")
 XDBERT = partial(bench.bench_xdbert, language=LANGUAGE, clip=CLIP, T=80)
 
 
@@ -315,8 +314,8 @@ def test_a_loop_that_is_faster_than_its_batches_waits_and_a_slower_one_does_not(
     def make(step):
         time.sleep(0.02)
         return np.arange(2), [{"ids": torch.zeros(1)}]
-    assert feed.paced(make, {}, 0.0, 5, warm=2) > 0.8
-    assert feed.paced(make, {}, 0.06, 5, warm=2) < 0.3
+    assert feed.paced(make, feed.ONE, {}, 0.0, 5, warm=2) > 0.8
+    assert feed.paced(make, feed.ONE, {}, 0.06, 5, warm=2) < 0.3
 
 
 def test_sparse_files_are_read_like_packed_ones_and_take_no_disk(tmp_path):
@@ -419,7 +418,6 @@ def test_operators_are_counted_without_views():
     assert operators.count == 2
 
 
-@ALONE
 def test_launches_are_those_of_chunks_that_fit_the_gpu():
     """A GPU with less memory takes more chunks."""
     many, few = {}, {}
@@ -440,7 +438,6 @@ def test_jobs_are_counted_as_the_papers_tell_them():
     assert jobs.si(3.898e12, "B") == "3.9 TB" and jobs.si(12) == "12"
 
 
-@ALONE
 def test_scale_page_holds_what_its_script_prints(capsys):
     """But for what bench.py measured, the last column of one table."""
     page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text().splitlines()

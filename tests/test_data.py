@@ -3,8 +3,11 @@
 
 Run: python -m pytest -q tests/test_data.py
 """
+import hashlib
 import tracemalloc
+import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -12,10 +15,12 @@ import pytest
 import torch
 from conftest import stop_line
 
+import common
 import data
-from common import hash64
+from common import hash64, update_hash
 from parts.vocab import SPECIALS, CLIPVocab, Vocab
 from prepare.packing import pack_text, pack_videos, pack_xtext
+from run import file_hash
 from test_packing import howto, packed
 from test_vocab import MERGES, WORDS, clip, vocab
 
@@ -462,6 +467,24 @@ def test_masks_are_a_pure_function_of_their_keys(demo):
         assert f"--mask_split {text}" in stop_line(data.parse_split, text)
 
 
+@pytest.mark.parametrize("rows, rate, M", [(64, 0.15, 640), (8, 0.15, 128), (1, 0.5, 64), (3, 1.0, 192)])
+def test_padding_of_masked_words_makes_their_number_static_and_drops_none(demo, monkeypatch, rows, rate, M):
+    """M: by hand; 64 x 48 x 0.15 = 461 and 6 times the root of 461 x 0.85 = 119 more make 10 times 64."""
+    blocks = data.TextBlocks(demo / "demo-s0" / "corpus.h5", 48)
+    batch, how = blocks.batch(np.arange(rows)), (blocks.vocab, rate, "80/10/10")
+    for step in range(20):
+        plain, padded = (data.masked_words(batch, *how, 0, step, np.arange(rows), pad=pad) for pad in (False, True))
+        n = len(plain["mlm_targets"])
+        assert torch.equal(plain["inputs"], padded["inputs"]) and n > 0
+        for name, rest in (("mlm_index", torch.arange(M - n) % (48 * rows)), ("mlm_targets", torch.full((M - n,), -100))):
+            assert torch.equal(padded[name], torch.cat([plain[name], rest])), (step, name)
+    # more than 6 standard deviations
+    every = torch.full((rows, 48), 7)
+    monkeypatch.setattr(data, "mask_tokens", lambda *_: (every, every))
+    found = data.masked_words(batch, blocks.vocab, 0.01, "80/10/10", pad=True)["mlm_targets"]
+    assert len(found) == -(-48 * rows // 64) * 64 and (found == 7).sum() == 48 * rows
+
+
 def test_anchors_are_real_tokens_drawn_once():
     mask = torch.arange(20) < torch.tensor([[20], [3], [1], [20]])
     k = np.array([5, 5, 5, 0])
@@ -514,7 +537,7 @@ def test_captions_join_and_bring_their_frames(vocab, tmp_path):
     assert seconds(batch) == [[0, 1, 2, 3, 4, 5], [2, 3, 4, 5, 6, 7], [106, 107]]
     assert batch["frames"][0, :, 4].tolist() == [0, 1, 3, 4, 6, 7]
     assert (batch["frames"][~batch["frame_mask"]] == 0).all()
-    assert batch["frames"].dtype == torch.float32 and batch["ids"].shape == (3, 11)
+    assert batch["frames"].dtype == torch.float16 and batch["ids"].shape == (3, 11)
     cut = data.VideoClips(path, 7, max_frames=3, val_clips=1).batch([0])  # cut inside a caption
     assert texts(cut) == ["[CLS] the cat sat on the [SEP]"] and seconds(cut) == [[0, 1, 2]]
     one = train.clips([0, 4])
@@ -523,6 +546,9 @@ def test_captions_join_and_bring_their_frames(vocab, tmp_path):
     image = data.VideoClips(path, 11, vision="image", val_clips=1)
     assert image.features == 4 and image.batch([0, 5])["frames"].tolist() == [[[3.0] * 4], [[107.0] * 4]]
     normed = data.VideoClips(path, 11, val_clips=1, feat_norm=True).batch([5])["frames"]
+    assert normed.dtype == torch.float32
+    blind = data.VideoClips(path, 11, vision="none", val_clips=1)
+    assert blind.features == 0 and blind.batch([0]).keys() == {"ids", "mask", "index"}
     for part in (normed[..., :4], normed[..., 4:]):
         assert torch.allclose(part.norm(dim=-1), torch.ones(1, 2))
     assert np.allclose(train.duration([0, 1]), [1.5, 3.7])
@@ -532,7 +558,7 @@ def test_captions_join_and_bring_their_frames(vocab, tmp_path):
 @pytest.mark.parametrize("name, place, value, when", [
     ("caption_offsets", 1, 0, "open"), ("caption_offsets", -1, 99, "open"), ("frame_offsets", 1, -5, "open"),
     ("token_offsets", -1, 3, "open"), ("token_offsets", 1, 10 ** 9, "read"), ("token_offsets", 1, -9, "read"),
-    ("start", 0, np.nan, "read"), ("start", 0, 1e9, "read"), ("start", 0, -3.0, "read"),
+    ("end", 0, np.nan, "read"), ("start", 0, np.nan, "read"), ("start", 0, 1e9, "read"), ("start", 0, -3.0, "read"),
     ("tokens", 2, 60_000, "read")])
 def test_clips_that_do_not_fit_each_other_are_one_line(vocab, tmp_path, name, place, value, when):
     pack_videos(vocab=vocab, **howto(tmp_path))
@@ -565,7 +591,9 @@ def test_held_out_clips_are_of_whole_videos_and_shaped_as_in_training(demo):
     assert not np.array_equal(index[:7000], index[7000:])
 
 
-def test_held_out_videos_do_not_depend_on_the_order_of_the_file():
+@pytest.mark.parametrize("numbers", [1 << 32, 50, 1])  # few: ids that have the same CRC
+def test_held_out_videos_do_not_depend_on_the_order_of_the_file(monkeypatch, numbers):
+    monkeypatch.setattr(data.zlib, "crc32", lambda name, real=zlib.crc32: real(name) % numbers)
     rng = np.random.default_rng(0)
     names, captions = np.array([b"video %d" % i for i in range(3000)]), rng.integers(1, 9, 3000)
     video, window = data.held_out_windows(names, captions, 100)
@@ -574,10 +602,179 @@ def test_held_out_videos_do_not_depend_on_the_order_of_the_file():
     assert names[video].tolist() == names[order][moved].tolist()
     assert window.tolist() == moved_window.tolist() and len(video) == 100
     assert (window >= 0).all() and (window < captions[video]).all()
+    if numbers < 1 << 32:
+        return
     # each place of a caption in its video is as likely: chi-square, 7 degrees, p = 1e-4
     _, window = data.held_out_windows(names, np.full(3000, 8), 700)
     counts = np.bincount(window, minlength=8)
     assert len(window) == 700 and ((counts - 87.5) ** 2 / 87.5).sum() < 30
+
+
+# ---------------------------------------------------------------------------- sets of videos
+
+
+def write_clips(path, vocab, names, width=(4, 3), seed=0, **attributes):
+    """A packed file of made videos of up to 9 captions, 1 to 3 s each, of 1 to 9 tokens."""
+    parts = {name: [] for name in ("frames", "tokens", "sizes", "start", "end")}
+    captions, frames = [], []
+    for name in names:
+        rng = np.random.default_rng([seed, zlib.crc32(name)])  # a video is the same in any file
+        captions.append(int(rng.integers(1, 9)))
+        frames.append(3 * captions[-1] + 2)
+        parts["sizes"].append(rng.integers(1, 10, captions[-1]))
+        parts["tokens"].append(rng.choice(vocab.ordinary, parts["sizes"][-1].sum()))
+        parts["start"].append(3 * np.arange(captions[-1]) + rng.random(captions[-1]))
+        parts["end"].append(parts["start"][-1] + 1 + 2 * rng.random(captions[-1]))
+        parts["frames"].append(rng.standard_normal((frames[-1], sum(width))).astype(np.float16))
+    parts = {name: np.concatenate(held) for name, held in parts.items()}
+    data.write_packed(path, "videos", vocab, {
+        "video_id": np.array(names), "task": np.arange(len(names)), "frame_offsets": np.cumsum([0, *frames]),
+        "caption_offsets": np.cumsum([0, *captions]), "token_offsets": np.cumsum(np.r_[0, parts.pop("sizes")]),
+        **parts | {"tokens": parts["tokens"].astype(vocab.dtype)}}, d2=width[0], d3=width[1], **attributes)
+
+
+NAMES = [b"v%02d" % i for i in range(40)]
+
+
+@pytest.fixture
+def sharded(vocab, tmp_path):
+    """Paths of the same 40 videos: one file, and three shards."""
+    write_clips(tmp_path / "one.h5", vocab, NAMES)
+    for i in (1, 2, 3):
+        write_clips(tmp_path / f"s{i}.h5", vocab, [x for x in NAMES if zlib.crc32(x) % 3 == i - 1], shard=i, shards=3)
+    return tmp_path / "one.h5", str(tmp_path / "s?.h5")
+
+
+def plain_clip(clips, file, sample, joined):
+    """(ids, frames) of a sample, the plain way, from the arrays of one packed file."""
+    c = int(clips.captions([sample])[0])
+    video = int(np.searchsorted(file["caption_offsets"], c, side="right")) - 1
+    last = c + 1
+    ids = file["tokens"][file["token_offsets"][c]:file["token_offsets"][last]].tolist()
+    while joined and len(ids) < clips.T - 2 and last < file["caption_offsets"][video + 1]:
+        ids += file["tokens"][file["token_offsets"][last]:file["token_offsets"][last + 1]].tolist()
+        last += 1
+    a, b = int(np.floor(file["start"][c])), int(np.ceil(file["end"][c:last].max()))
+    frames = file["frames"][file["frame_offsets"][video]:file["frame_offsets"][video + 1]][a:b][:clips.max_frames]
+    return [clips.vocab.cls, *ids[:clips.T - 2], clips.vocab.sep], frames
+
+
+@pytest.mark.parametrize("threads", [False, True])
+def test_clips_are_what_the_file_holds(sharded, threads, monkeypatch):
+    if threads:  # as if the frames were many
+        monkeypatch.setattr(data, "SMALL", 0)
+    file = packed(sharded[0])
+    for T, max_frames in ((20, 512), (9, 4)):
+        clips = data.VideoClips(sharded[0], T, max_frames, val_clips=9)
+        for joined, cut in ((True, clips.batch), (False, clips.clips)):
+            batch = cut(np.arange(len(clips)))
+            assert batch["frames"].shape[1] == batch["frame_mask"].sum(1).max()
+            for i in range(len(clips)):
+                ids, frames = plain_clip(clips, file, i, joined)
+                assert batch["ids"][i][batch["mask"][i]].tolist() == ids
+                assert np.array_equal(batch["frames"][i][batch["frame_mask"][i]].numpy(), frames)
+                assert not batch["frames"][i][~batch["frame_mask"][i]].any()
+
+
+def test_shards_are_one_set_with_the_held_out_videos_of_one_file(sharded):
+    for part in ("train", "val"):
+        one, many = (data.VideoClips(paths, 20, part=part, val_clips=7) for paths in sharded)
+        assert len(one) == len(many) and one.hash != many.hash and (one.d2, one.d3) == (many.d2, many.d3)
+        name, held = ([clips.video_id[clips.video_of(np.arange(len(clips)))] for clips in (one, many)])
+        first = [c - clips.caption_start[clips.videos[clips.video_of(np.arange(len(clips)))]]
+                 for clips in (one, many) for c in [clips.captions(np.arange(len(clips)))]]
+        order = [np.lexsort((first[0], name)), np.lexsort((first[1], held))]
+        assert (name[order[0]] == held[order[1]]).all() and (first[0][order[0]] == first[1][order[1]]).all()
+        if part == "val":
+            assert (order[0] == order[1]).all()  # the same samples in the same order
+        for cut in ("batch", "clips"):
+            a, b = getattr(one, cut)(order[0]), getattr(many, cut)(order[1])
+            for key in ("ids", "mask", "frames", "frame_mask"):
+                assert torch.equal(a[key], b[key])
+        assert (one.duration(order[0]) == many.duration(order[1])).all()
+    assert data.VideoClips([sharded[0]], 20, val_clips=7).hash == one.hash == data.open_packed(sharded[0])[0]["hash"]
+
+
+def test_files_that_are_no_set_are_refused(sharded, vocab, tmp_path):
+    shards = [tmp_path / f"s{i}.h5" for i in (1, 2, 3)]
+    line = stop_line(data.VideoClips, shards[1:2], 20)
+    assert "s2.h5: of its 3 shards these are missing: 1, 3; give them" in line and "--shard 1/3" in line
+    assert "missing: 2; give them" in stop_line(data.VideoClips, [shards[0], shards[2]], 20)
+    write_clips(tmp_path / "t.h5", vocab, [b"x", NAMES[5], b"y"])
+    line = stop_line(data.VideoClips, [*shards, tmp_path / "t.h5"], 20)
+    assert f"t.h5: the video v05 is in {shards[zlib.crc32(NAMES[5]) % 3]}, too; give each video once" in line
+    write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], (3, 4))
+    assert "t.h5: has 3 + 4 channels a frame" in stop_line(data.VideoClips, [*shards, tmp_path / "t.h5"], 20)
+    write_clips(tmp_path / "t.h5", Vocab(vocab.tokens, lower=False), [b"x", b"y"])
+    assert "t.h5: packed with another vocabulary" in stop_line(data.VideoClips, [*shards, tmp_path / "t.h5"], 20)
+    write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"])
+    assert len(data.VideoClips([*shards, tmp_path / "t.h5"], 20, val_clips=1).video_id) == 41
+    write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], shard=1, shards=10 ** 9)
+    assert "1000000000 shards these are missing: 2, 3, 4, 5, 6, 7, 8, 9, ...; " in stop_line(
+        data.VideoClips, tmp_path / "t.h5", 20)
+    write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], shard="one", shards=2)
+    assert "t.h5: damaged" in stop_line(data.VideoClips, tmp_path / "t.h5", 20)
+    assert "python data.py videos" in stop_line(data.VideoClips, str(tmp_path / "no*.h5"), 20)
+
+
+def test_only_what_a_teacher_sees_is_read(sharded, monkeypatch):
+    read = []
+    monkeypatch.setattr(data.FrameFile, "read", lambda self, first, out: read.append(out.shape))
+    for vision, seen in (("none", []), ("image", [(1, 4)] * 5)):
+        data.VideoClips(sharded[1], 20, vision=vision, val_clips=7).batch(np.arange(5))
+        assert read == seen
+
+
+def test_several_threads_may_ask_for_batches(sharded, monkeypatch):
+    monkeypatch.setattr(data, "SMALL", 0)
+    clips = data.VideoClips(sharded[1], 20, val_clips=7)
+    index = [np.arange(i, len(clips), 7) for i in range(7)]
+    alone = [clips.batch(i) for i in index]
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for a, b in zip(alone, threads.map(clips.batch, index)):
+                assert all(torch.equal(a[key], b[key]) for key in ("ids", "frames", "frame_mask"))
+
+
+def test_frames_that_cannot_be_read_are_one_line(sharded, tmp_path, monkeypatch):
+    clips = data.VideoClips(sharded[0], 20, val_clips=7)
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+    monkeypatch.setattr(data.os, "preadv", broken)
+    assert "one.h5: cannot be read (Input/output error)" in stop_line(clips.batch, [0])
+    monkeypatch.setattr(data.os, "preadv", lambda *_: 0)
+    assert "one.h5: was cut off while it was in use" in stop_line(clips.batch, [0])
+
+
+# ---------------------------------------------------------------------------- hashes
+
+
+def test_hash_of_large_content_is_of_its_size_and_of_blocks(tmp_path, monkeypatch):
+    content, path = np.random.default_rng(0).integers(0, 256, 1000).astype(np.uint8), tmp_path / "a"
+
+    def found(content):
+        digest = hashlib.sha256()
+        update_hash(digest, len(content), lambda first, last: content[first:last])
+        path.write_bytes(content.tobytes())
+        assert file_hash(path) == digest.hexdigest()  # of a file as of an array
+        return digest.hexdigest()
+
+    assert found(content) == hashlib.sha256(content).hexdigest()
+    monkeypatch.setattr(common, "HASHED", (10, 100))
+    assert found(content) == hashlib.sha256(content).hexdigest()  # just small enough
+    monkeypatch.setattr(common, "HASHED", (10, 4))
+    blocks = [0, 330, 660, 990]
+    assert found(content) == hashlib.sha256(b"1000" + b"".join(content[i:i + 10] for i in blocks)).hexdigest()
+    seen = {found(content)}
+    for place in (0, 9, 330, 669, 999):
+        other = content.copy()
+        other[place] ^= 1
+        seen.add(found(other))
+    assert len(seen) == 6 and found(content[:-1]) not in seen
+    other = content.copy()
+    other[500] ^= 1  # between the blocks
+    assert found(other) in seen
 
 
 @pytest.fixture

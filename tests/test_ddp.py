@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import QUICK_STUDENT, QUICK_TEACHER, QUICK_TUNING, stop_at
 from safetensors.torch import load_file
 
@@ -33,6 +34,7 @@ from parts.tasks import TASKS, find_file
 from parts.vocab import load_vocab
 from parts.weights import load_task_model, save_clip
 from prepare.world import demo_xtext
+from run import Run
 
 SCRIPTS = {"adapt": adapt_xdbert, "distill": distill, "teacher": teacher, "finetune": finetune}
 TUNED = ("mnli", "squad2", "swag", "stsb")  # a task of each kind
@@ -159,6 +161,27 @@ def logits_of(folder, tasks, ranks):
     return found
 
 
+def messages(script, flags):
+    """The messages of each whole step between two lines of the log, [(function, asynchronous, device)], of a run."""
+    sent, steps, take = [], [], Run.take
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "broadcast", "gather", "barrier"):
+            def counted(*args, name=name, call=getattr(dist, name), **how):
+                sent.append((name, bool(how.get("async_op")), str(args[-1].device)))
+                return call(*args, **how)
+            patch.setattr(dist, name, counted)
+
+        def noted(self, step):
+            steps.append(list(sent))
+            sent.clear()
+            return take(self, step)
+        patch.setattr(Run, "take", noted)
+        quiet = dict(max_steps=5, log_every=5, save_every=5) | ({} if script == "finetune" else dict(eval_every=5))
+        SCRIPTS[script].main(SCRIPTS[script].Config(**flags | quiet | (
+            dict(grad_every=5) if "grad_every" in flags else {}) | dict(out_dir=f"two/messages/{script}")))
+    return steps[2:5]
+
+
 def worker(rank, port, todo, resumed, out, tasks):
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port))
@@ -179,6 +202,7 @@ def worker(rank, port, todo, resumed, out, tasks):
                 both = ranks.gather(rows[None])
                 assert torch.equal(both[0], both[1]) and both[0].abs().sum() > 0
     torch.save(logits_of("two/tuned", tasks, ranks), f"logits{rank}.pt")
+    Path(f"messages{rank}.json").write_text(json.dumps({name: messages(*todo[name][:2]) for name in RESUMED}))
     for name, (script, flags, _) in resumed.items():
         part_of(script, flags, f"whole/two/{name}")
         part_of(script, flags, f"resumed/two/{name}", stop=3)
@@ -318,6 +342,17 @@ def test_run_goes_on_with_two_processes_and_again_with_one(both, name):
     for key in whole:
         torch.testing.assert_close(seen(key, whole[key]), seen(key, parts[key]), rtol=2e-3, atol=2e-5,
                                    msg=lambda m: f"{key}: {m}")
+
+
+def test_ranks_exchange_one_message_a_step_and_do_not_wait_for_it(both):
+    """Besides gradients, and what goes from device to device: CRD's rows and ITC's pairs."""
+    for rank in (0, 1):
+        for name, steps in json.loads((both / f"messages{rank}.json").read_text()).items():
+            more = {"all objectives": [["all_gather", False, "cpu"]],
+                    "adapt, itc, accumulation": [["all_gather", False, "cpu"]] * 3}.get(name, [])
+            assert len(steps) == 3
+            for step in steps:
+                assert sorted(step) == sorted([["all_reduce", True, "cpu"], *more]), name
 
 
 def test_ranks_that_measure_unlike_recall_do_what_the_main_one_does(both):

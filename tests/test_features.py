@@ -439,7 +439,7 @@ def test_mistakes_end_in_one_line(towers, folder, tmp_path, monkeypatch):
     assert "is --feat2d, too" in stop_line(main, flags(folder, feat3d=tmp_path / "f2"))
     assert "no such folder of videos" in stop_line(main, ["videos", "none", *flags(folder)[2:]])
     assert "see features.py videos --help" in stop_line(main, ["videos", str(folder)])
-    assert "--device gpu: choose auto, cpu or cuda" in stop_line(main, [*flags(folder), "--device", "gpu"])
+    assert "--device gpu: choose auto, cpu, cuda or mps" in stop_line(main, [*flags(folder), "--device", "gpu"])
     out = str(tmp_path / "c.json")
     assert stop_line(main, ["captions", str(folder), "--out", out, "--csv_out", f"{tmp_path}/./c.json"]) == (
         f"--csv_out {tmp_path}/./c.json: is --out, too; give another")

@@ -5,17 +5,20 @@ CRD's Eq. 8 in its literal exp form, the law of its shared negatives, its bank; 
 
     pytest -q tests/test_losses.py
 """
+import contextlib
 import functools
 import json
 import math
 import re
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from common import keyed_integers
@@ -362,6 +365,115 @@ def test_clip_scale_is_clamped_at_100():
     x, y = randn(4, 3, seed=1), randn(4, 3, seed=2)
     at, above = (losses.clip(x, y, torch.tensor(k, dtype=torch.float64)) for k in (math.log(100), 9.0))
     torch.testing.assert_close(at, above)
+
+
+def test_padding_of_mlm_is_no_item_and_gets_no_gradient():
+    x, targets = randn(5, 11, seed=1), torch.tensor([3, 0, 10, 7, 7])
+    padded, place = F.pad(targets, (0, 3), value=-100), torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    for divisor in (None, 2.5):
+        one, two = x.clone().requires_grad_(), x.clone().requires_grad_()
+        plain, ours = losses.mlm(one, targets, divisor), losses.mlm(two[place], padded, divisor)
+        torch.testing.assert_close(ours, plain, rtol=1e-14, atol=0)
+        for a, b in zip(torch.autograd.grad(ours, two), torch.autograd.grad(plain, one)):
+            torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
+
+
+# ---------------------------------------------------------------------------- chunks on a GPU
+
+
+class Operators(TorchDispatchMode):
+    """Counts what a GPU would have to start: views are free."""
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not operator.is_view
+        return operator(*args, **(kwargs or {}))
+
+
+def on_gpu_of(monkeypatch, gigabytes):
+    """Tensors of the device meta, which has no numbers, are from now on on a GPU with so much memory."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=int(gigabytes * 1e9)))
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+
+
+@pytest.mark.parametrize("gigabytes, most", [(141, (70, 80, 100)), (24, (200, 400, 550)), (11, (400, 850, 1150))])
+def test_kd_at_the_papers_size_takes_few_operators_on_a_gpu(monkeypatch, gigabytes, most):
+    """256 x 128 tokens, 768 wide, 30,522 words and videos; with chunks of fixed size: 4,653, 2,188 and 2,952."""
+    on_gpu_of(monkeypatch, gigabytes)
+    tokens, h, W, b = (torch.empty(*shape, device="meta") for shape in (
+        (256, 128, 768), (256 * 128, 768), (30522, 768), (30522,)))
+    for leaf in (tokens, h):
+        leaf.requires_grad_()
+    mask = torch.ones(256, 128, dtype=torch.bool, device="meta")
+    forms = (lambda: losses.nst(tokens, tokens, mask), lambda: losses.soft(h, W, b, h, W, b),
+             lambda: losses.voken(h, W, b, h, W))
+    for run, bound in zip(forms, most):
+        with Operators() as operators:
+            run()
+        assert 0 < operators.count < bound
+
+
+def test_chunks_on_a_gpu_take_a_share_of_its_memory(monkeypatch):
+    gpu, kernel = torch.device("cuda"), 768 * 1536 + 4 * 128 * 1536
+    for gigabytes, nst, soft in ((141, 256, 8000), (11, 36, 600)):
+        on_gpu_of(monkeypatch, gigabytes)
+        for floats, least in ((kernel, nst), (4 * 30522, soft)):
+            rows = losses.chunk_rows(gpu, floats, 1)
+            assert least <= rows and gigabytes * 1e9 / 64 < 4 * floats * rows <= gigabytes * 1e9 / 32
+    assert losses.chunk_rows(gpu, 10 ** 12, 1) == 1 == losses.chunk_rows(torch.device("cpu"), 1, 0)
+    assert losses.chunk_rows(torch.device("cpu"), 5, 256) == 256
+    assert losses.chunk_rows(torch.device("mps"), 2 ** 13, 1) == 2 ** 13
+
+
+@pytest.mark.parametrize("dtype, rtol", [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_size_of_the_chunks_changes_no_value_and_no_gradient(monkeypatch, dtype, rtol):
+    mask = lengths_mask((9, 4, 6, 1, 9, 7, 2, 5, 3, 8, 9), 9)
+    s, t = randn(11, 9, 12, seed=1).to(dtype), randn(11, 9, 8, seed=2).to(dtype)
+    h, W, b, h_t = (x.to(dtype) for x in (randn(70, 6, seed=3), randn(40, 6, seed=4), randn(40, seed=5),
+                                          randn(70, 6, seed=6)))
+    videos = F.normalize(W, dim=1)
+    forms = [(lambda *x: losses.soft(*x, h_t, W, b), (h, W, b)), (lambda *x: losses.voken(*x, h_t, videos), (h, W, b)),
+             *((lambda x, kernel=kernel: losses.nst(x, t, mask, kernel), (s,)) for kernel in losses.MMD)]
+    for form, inputs in forms:
+        found = []
+        for rows in (1, 4, 10 ** 6):
+            monkeypatch.setattr(losses, "chunk_rows", lambda *_, rows=rows: rows)
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            value = form(*leaves)
+            found.append([value, *torch.autograd.grad(value, leaves)])
+        for other in found[1:]:
+            for x, y in zip(other, found[0]):
+                torch.testing.assert_close(x, y, rtol=rtol, atol=rtol * y.abs().max().item())
+
+
+class NoDoubles(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        found = operator(*args, **(kwargs or {}))
+        for x in found if isinstance(found, (tuple, list)) else (found,):
+            assert not torch.is_tensor(x) or x.dtype != torch.float64, operator
+        return found
+
+
+def test_no_loss_computes_in_float64_where_mps_would(monkeypatch):
+    """What a Mac's GPU refuses; never run on one."""
+    assert [losses.wide(torch.device(name)) for name in ("cpu", "cuda", "mps")] == [
+        torch.float64, torch.float64, torch.float32]
+    given = {name: (loss, [x.detach().float().requires_grad_() for x in inputs])
+             for name, (loss, _, inputs, _) in make_cases(torch.float32).items()}
+    # that case has videos in float64
+    given["voken"] = lambda h, W, b: losses.voken(h, W, b, h.detach(), F.normalize(W.detach())), given["voken"][1]
+    wanted = {name: loss(*inputs).item() for name, (loss, inputs) in given.items()}
+    with NoDoubles(), pytest.raises(AssertionError, match="aten"):
+        given["nst gaussian 5"][0](*given["nst gaussian 5"][1])
+    monkeypatch.setattr(losses, "wide", lambda device, wide=losses.wide: wide(torch.device("mps")))
+    for name, (loss, inputs) in given.items():
+        with NoDoubles():
+            value = loss(*inputs)
+            value.backward()
+        assert value.item() == pytest.approx(wanted[name], rel=1e-3), name
 
 
 # ---------------------------------------------------------------------------- soft, voken

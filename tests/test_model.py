@@ -18,7 +18,7 @@ import model
 from adapt_xdbert import LANGUAGE
 from losses import no_tf32
 from model import (BERT, SHAPES, XDBERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder,
-                   DistillHead, MLMHead, TaskModel, VideoEncoder, dropout, model_config, param_groups)
+                   DistillHead, MLMHead, TaskModel, VideoEncoder, dropout, model_config, param_groups, recompute)
 from parts.vocab import Vocab
 from parts.weights import hollow, load_bert, load_mlm_head, model_type
 
@@ -212,12 +212,60 @@ SMALL = dict(hidden=4, heads=2, intermediate=6, dropout=0.0)
 def test_layer_gradients_with_mask(layer):
     x, other = (torch.randn(2, 3, width, dtype=torch.float64, requires_grad=True) for width in (4, 6))
     mask = torch.tensor([[True, True, False], [True, True, True]])[:, None, None, :]
-    if isinstance(layer, model.CLIPLayer):
-        mask = torch.ones(3, 3, dtype=torch.bool).tril()
     inputs = (x, other) if isinstance(layer, model.CrossLayer) else (x,)
-    masks = (mask, mask.flip(0))[:len(inputs)]
+    masks = (True,) if isinstance(layer, model.CLIPLayer) else (mask, mask.flip(0))[:len(inputs)]
     assert torch.autograd.gradcheck(lambda *args: layer(*args[:len(inputs)], *masks),
                                     (*inputs, *layer.double().parameters()))
+
+
+def test_causal_attention_on_a_gpu_builds_no_mask():
+    """The device meta takes a GPU's way; what it computes is proven in test_gpu."""
+    class Seen(torch.overrides.TorchFunctionMode):
+        calls = []
+
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.scaled_dot_product_attention:
+                self.calls.append(args[3:])
+            return function(*args, **(kwargs or {}))
+    with Seen():
+        CLIPText(CLIP).to("meta")(torch.empty(2, 5, dtype=torch.long, device="meta"))
+        BERT(TINY).eval().to("meta")(IDS.to("meta"))
+    assert Seen.calls == [(None, 0.0, True)] * CLIP.layers + [(None, 0.0, False)] * TINY.layers
+
+
+def encoders():
+    """{name: (an encoder of several layers, its inputs)}, with dropout."""
+    text = replace(TINY, layers=4, dropout=0.3)
+    clip = dict(clip_ids=IDS, clip_place=torch.arange(24).view(3, 8), clip_mask=MASK)
+    return {"bert": (BERT(text), dict(ids=IDS, mask=MASK)), "clip": (CLIPText(replace(CLIP, layers=4)), dict(ids=IDS)),
+            "cross": (XDBERT(BERT(text), CLIPText(CLIP)), dict(ids=IDS, mask=MASK, **clip)),
+            "video": (VideoEncoder(text, 6, 8), dict(frames=torch.randn(3, 8, 6), mask=MASK))}
+
+
+@pytest.mark.parametrize("name", encoders())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_recomputed_activations_give_equal_gradients_with_less_memory(name, dtype):
+    found, kept = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        encoder, inputs = encoders()[name]
+        if again:
+            recompute(encoder)
+
+        def keep(x):
+            kept[-1][x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+        kept.append({p.untyped_storage().data_ptr(): 0 for p in encoder.parameters()})
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                h = encoder(**inputs)
+        h.square().float().mean().backward()
+        found.append([h.detach(), *(p.grad for p in encoder.parameters() if p.grad is not None), torch.get_rng_state()])
+    assert len(found[0]) > 10 and all(map(torch.equal, *found))
+    assert encoder.state_dict().keys() == encoders()[name][0].state_dict().keys()
+    small = 0.5 if dtype == torch.float32 else 0.8  # autocast's copies of the weights count, too
+    assert sum(kept[1].values()) < small * sum(kept[0].values())
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean():

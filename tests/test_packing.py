@@ -6,6 +6,7 @@ Run: python -m pytest -q tests/test_packing.py
 import csv
 import gzip
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,8 @@ import data
 from parts.vocab import SPECIALS, Vocab, load_vocab
 from prepare import packing
 from prepare.commands import main
-from prepare.packing import cached_words, pack_text, pack_videos, pack_xtext, read_captions, train_vocab
+from prepare.packing import (cached_words, in_order, pack_text, pack_videos, pack_xtext, read_captions, texts_of,
+                             train_vocab)
 from test_vocab import HARD, clip, openai, vocab
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,6 +88,56 @@ def test_packed_text_equals_encoding_line_by_line(bert_vocab, tmp_path):
     assert attributes["vocab_hash"] == vocab.hash == bert_vocab.hash
     assert bytes(maps["sources"]) == b'["t.txt"]'
     assert attributes["bytes"] == (tmp_path / "t.txt").stat().st_size
+
+
+@pytest.mark.parametrize("least", [1, 40, 3000])
+def test_texts_that_are_encoded_apart_make_one_stream(bert_vocab, tmp_path, monkeypatch, least):
+    rng = np.random.default_rng(least)
+    text = "\n\n" + "\n".join("".join(rng.permutation(HARD)[:4]) + rng.choice(["", "\n", " \n \n", "\n\n\n", "\r\n\t"])
+                               for _ in range(200))
+    lines = text.split("\n")
+    monkeypatch.setattr(packing, "read_pieces", lambda path: ((line + "\n", 1) for line in lines))
+    monkeypatch.setattr(texts_of, "__defaults__", (least,))
+    (tmp_path / "t.txt").write_text("of this only the size is read")
+    counts = pack_text([tmp_path / "t.txt"], bert_vocab, tmp_path / "t.h5")
+    plain = by_line(bert_vocab, text)
+    assert packed(tmp_path / "t.h5")["tokens"].tolist() == plain
+    assert counts["documents"] == plain.count(bert_vocab.sep) - text.count("[SEP]")
+    texts = list(texts_of(tmp_path / "t.txt"))
+    assert sum(size for *_, size in texts) == len(lines) and len(texts) > 100 * (least == 1)
+
+
+def test_any_number_of_jobs_packs_the_same_bytes(vocab, clip, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(texts_of, "__defaults__", (500,))
+    text = "\n".join([ODD, *("".join(rng.permutation(HARD)[:4]) + rng.choice(["", "\n"]) for _ in range(100))])
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "b.jsonl").write_bytes(gzip.compress(as_json_lines().encode() * 40))
+    rows = {f"v{i}": {"start": [0], "end": [1], "text": [HARD[i % len(HARD)]]} for i in range(50)}
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    sources = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.json")]
+    for kind, pack, jobs in (("text", pack_text, 3), ("pairs", lambda *a: pack_xtext(*a[:2], clip, *a[2:]), 2)):
+        one, many = tmp_path / f"{kind}1.h5", tmp_path / f"{kind}n.h5"
+        counts, same = pack(sources, vocab, one), pack(sources, vocab, many, jobs)
+        assert one.read_bytes() == many.read_bytes()
+        assert [counts[k] == same[k] for k in ("tokens", "documents", "bytes")] == [True] * 3
+
+
+def test_processes_work_in_order_and_end_with_the_first():
+    given = (((i, 7), i) for i in range(20))
+    results = in_order(max, given, 3)
+    assert [next(results) for _ in range(9)] == [(max(i, 7), i) for i in range(9)]
+    workers = multiprocessing.active_children()
+    for worker in workers:  # Ctrl-C goes to them, too, and is left to the first
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
+    assert next(results) == (9, 9) and next(given)[1] == 13  # one text a process is under way
+    results.close()
+    for worker in workers:
+        worker.join(20)
+    assert [worker.exitcode for worker in workers] == [0] * 3
+    ended = stop_line(list, in_order(os._exit, (((3,), i) for i in range(9)), 2))
+    assert ended == "one of the processes was ended, perhaps as memory was short; give fewer --jobs"
 
 
 def test_packed_real_text_equals_encode_batch(real_data, bert_vocab, tmp_path, monkeypatch):
@@ -172,6 +225,8 @@ def test_folder_of_captions_packs_as_caption_json_does(vocab, tmp_path):
             csv.writer(f).writerows([("start", "end", "text"), *zip(row["start"], row["end"], row["text"])])
     pack_videos(vocab=vocab, **files | {"captions": folder, "out": tmp_path / "o.h5"})
     one, two = packed(files["out"]), packed(tmp_path / "o.h5")
+    assert [video for video, *_ in read_captions(folder, (2, 2))] == [
+        video for video in ("v0", "v1", "v2", "v3") if zlib.crc32(video.encode()) % 2]
     names = one["video_id"].tolist()
     for name in ("tokens", "start", "end", "task"):  # the order of videos is that of their names
         assert sorted(one[name].tolist()) == sorted(two[name].tolist())
@@ -424,6 +479,39 @@ def test_skip_bad_leaves_out_just_the_broken(vocab, tmp_path, capsys):
     maps = packed(tmp_path / "videos.h5")
     assert maps["video_id"].tolist() == [b"good", b"late", b"good2"]
     assert maps["caption_offsets"].tolist() == [0, 3, 5, 8] and np.isfinite(maps["frames"]).all()
+
+
+def test_shards_hold_the_videos_of_one_file(vocab, tmp_path, monkeypatch, capsys):
+    args = howto(tmp_path, [f"v{i}" for i in range(24)])
+    pack_videos(vocab=vocab, **args)
+    whole = packed(args["out"])
+    # 2 x 24 x 10 frames x 7 channels x 2 bytes are too much for this disk, a third of it is not
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 6000))
+    assert "GB are free" in stop_line(pack_videos, vocab=vocab, **args | {"out": tmp_path / "x.h5"})
+    paths = [tmp_path / f"s-{i:05d}-of-00003.h5" for i in (1, 2, 3)]
+    sizes = [pack_videos(vocab=vocab, shard=f"{i}/3", **args | {"out": tmp_path / "s.h5"})["videos"] for i in (1, 2, 3)]
+    parts = [packed(path) for path in paths]
+    assert sum(sizes) == 24 and [len(part["task"]) for part in parts] == sizes and min(sizes) > 4
+    for i, part in enumerate(parts):
+        assert {zlib.crc32(video) % 3 for video in part["video_id"].tolist()} == {i}
+        assert part["video_id"].tolist() == [v for v in whole["video_id"].tolist() if zlib.crc32(v) % 3 == i]
+    assert sorted(np.concatenate([p["frames"] for p in parts]).tolist()) == sorted(whole["frames"].tolist())
+    assert "not in" not in capsys.readouterr().out  # videos of other shards are no strangers
+    before = [path.stat().st_mtime_ns for path in paths]  # the second start of a finished shard does nothing
+    again = pack_videos(vocab=vocab, shard="2/3", **args | {"out": tmp_path / "s.h5"})
+    assert again["videos"] == sizes[1] and "s-00002-of-00003.h5 is packed already" in capsys.readouterr().out
+    other = Vocab(vocab.tokens, lower=False)
+    assert "exists; remove it" in stop_line(pack_videos, vocab=other, shard="2/3", **args | {"out": tmp_path / "s.h5"})
+    paths[2].unlink()
+    monkeypatch.setattr(packing, "write_packed", stop)
+    vocab.save(tmp_path)
+    line = stop_line(main, ["videos", "--captions", str(args["captions"]), "--feat2d", str(args["feat2d"]), "--csv",
+                            str(args["csv_file"]), "--vocab", str(tmp_path), "--shard", "3/3",
+                            "--out", str(tmp_path / "s.h5")])
+    assert "interrupted" in line and "finished shards are kept" in line
+    assert [path.stat().st_mtime_ns for path in paths[:2]] == before[:2] and not list(tmp_path.glob("*.tmp"))
+    assert "make fewer shards" in stop_line(pack_videos, vocab=vocab, shard="1/99", skip_bad=True, **args)
+    assert "--shard 4/3: write i/n" in stop_line(pack_videos, vocab=vocab, shard="4/3", **args)
 
 
 def test_features_named_after_the_videos_file_are_read(vocab, tmp_path):

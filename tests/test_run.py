@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
-from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, init_ranks, keep_freed_memory,
-                           memory_report, peak_flops, return_freed_memory, side_by_side)
-from run import (FORMAT, Interrupt, Run, file_hash, load_checkpoint, lr_at, model_folder, read_run, run_script,
-                 save_checkpoint, steps_of)
+from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, generator_of, init_ranks, keep_freed_memory,
+                           memory_report, move, peak_flops, peak_memory_mb, return_freed_memory, side_by_side)
+from run import (FORMAT, Interrupt, Run, checkpoint_nbytes, file_hash, load_checkpoint, lr_at, model_folder, read_run,
+                 run_script, save_checkpoint, steps_of)
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -44,6 +47,7 @@ class Config:
     log_every: int = 10
     eval_every: int = 10
     save_every: int = 10
+    save_minutes: float = 0.0
 
 
 def test_lr_rises_to_the_peak_and_falls_to_zero():
@@ -191,6 +195,7 @@ def part():
 def begun(run, names=("mlm", "crd")):
     step = run.restore(40, **part())
     run.begin(names)
+    run.feed(lambda step: (None, []))
     return step
 
 
@@ -293,6 +298,63 @@ def test_log_is_cut_to_the_checkpoint(run, tmp_path):
     begun(again)
     again.log(step=25)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 20, 25]
+
+
+def test_nothing_of_a_resumed_run_lies_in_the_checkpoints_file(run, tmp_path):
+    """The file is mapped, not read: what is kept must be copied."""
+    def parts():
+        model = torch.nn.Linear(64, 64)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.randn(2, 64)).sum().backward()
+        optimizer.step()
+        return dict(model=model, optimizer=optimizer)
+    first = run()
+    first.restore(40, **(made := parts()))
+    first.begin(("mlm",))
+    first.feed(lambda step: (None, []))
+    first.save_due(10, True)
+    again = run(resume="true")
+    assert again.restore(40, **(new := parts())) == 10 and not {"model", "optimizer"} & again.saved.keys()
+    path = tmp_path / "run" / "checkpoint.pt"
+    size = path.stat().st_size
+    with path.open("r+b") as f:  # in place: what is mapped would change
+        f.write(b"\xff" * size)
+    state, wanted = (flat_state(part["optimizer"]) for part in (new, made))
+    assert len(state) == 6 and all(map(torch.equal, state, wanted))
+    assert torch.equal(new["model"].weight, made["model"].weight)
+
+
+def flat_state(optimizer):
+    return [x for state in optimizer.state_dict()["state"].values() for x in state.values()]
+
+
+def test_checkpoints_by_time_stand_at_the_end_of_a_window(run, tmp_path):
+    path = tmp_path / "run" / "checkpoint.pt"
+    for minutes, saved in ((1000.0, False), (1e-9, True)):
+        one = run(save_every=0, save_minutes=minutes)
+        begun(one)
+        time.sleep(0.01)
+        for step in range(11):
+            one.save_due(step, False)
+            assert path.exists() == (saved and step == 10)
+    written = path.stat().st_mtime_ns
+    one.save_due(20, False)  # a moment later it is time again
+    assert path.stat().st_mtime_ns > written
+
+
+def test_large_checkpoints_are_told_and_refused_without_room_before_the_start(run, tmp_path, monkeypatch, capsys):
+    model = torch.nn.Linear(6000, 2000)  # 48 MB; AdamW's moments make 144 MB
+    parts = dict(model=model, optimizer=torch.optim.AdamW(model.parameters()))
+    assert checkpoint_nbytes(parts) == 3 * 4 * 2000 * 6001
+    one = run()
+    one.restore(40, **parts)
+    one.begin(("mlm",))
+    assert re.search(r"checkpoint: 0.14 GB in about \d+s, at the [\d,]+ MB/s of this disk; 0.43 GB while one is",
+                     capsys.readouterr().out)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl", "run.lock"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 ** 8))
+    with pytest.raises(SystemExit, match="checkpoints take 0.43 GB of disk, 0.1 GB are free; free some or give"):
+        one.begin(("mlm",))
 
 
 def test_damaged_checkpoint_is_never_rotated_over_the_good_one(run, tmp_path):
@@ -447,6 +509,7 @@ def test_float16_that_takes_no_step_is_no_success(run, tmp_path, capsys):
         one = run(dtype="float16", log_every=10, **flags)
         one.restore(len(norms), **part())
         one.begin(("mlm",))
+        one.feed(lambda step: (None, []))
         for step, norm in enumerate(norms):
             one.add(step, {"mlm": torch.tensor(1.0)})
             one.tick(step + 1, 0.1, torch.tensor(norm))
@@ -490,13 +553,13 @@ def test_weights_that_are_not_finite_are_not_saved(run, tmp_path):
 
 def test_interrupt_is_due_after_a_signal_and_after_the_time():
     interrupt = Interrupt()
-    assert not interrupt.due(ALONE)
+    assert not interrupt.due()
     os.kill(os.getpid(), signal.SIGTERM)
-    assert interrupt.due(ALONE) and interrupt.reason == "SIGTERM"
+    assert interrupt.due() and interrupt.reason == "SIGTERM"
     assert signal.getsignal(signal.SIGTERM) == interrupt.handlers[signal.SIGTERM]
     late = Interrupt(max_minutes=1e-9)
     time.sleep(0.01)
-    assert late.due(ALONE) and late.reason == "--max_minutes"
+    assert late.due() and late.reason == "--max_minutes"
     late.release()
 
 
@@ -509,6 +572,39 @@ def test_model_folder_takes_either_level(tmp_path):
     assert model_folder(tmp_path / "run" / "model", "--teacher") == tmp_path / "run" / "model"
     with pytest.raises(SystemExit, match="--teacher"):
         model_folder(tmp_path, "--teacher")
+
+
+def test_mps_is_taken_where_it_is_and_else_refused_in_one_line(monkeypatch):
+    """Its logic alone: no Mac has run it."""
+    def refused(match, *args):
+        with pytest.raises(SystemExit, match=match) as error:
+            init_ranks(*args)
+        assert "\n" not in str(error.value)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    refused("--device mps: needs an Apple GPU and PyTorch 2.5 .* --device cpu", "mps")
+    refused("--device tpu: choose auto, cpu, cuda or mps", "tpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp, "is_autocast_available", lambda device: device != "mps")
+        refused("--device mps: needs", "mps")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert init_ranks("mps") == Ranks(0, 1, torch.device("mps")) and init_ranks("auto").device.type == "cpu"
+    refused("--dtype bfloat16: --device mps computes in float32", "mps", "bfloat16")
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    refused("--device mps: torchrun started 2 processes, but a Mac has one GPU", "mps")
+
+
+def test_what_a_mac_has_of_its_own_is_asked_of_torch_mps(monkeypatch):
+    device, asked = torch.device("mps"), []
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 3e6)
+    assert generator_of(device) is torch.mps and generator_of(torch.device("cuda")) is torch.cuda
+    assert generator_of(torch.device("cpu")) is torch
+    assert peak_memory_mb(device) == 3 and peak_flops(device, torch.float32) == 0
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: asked.append("pinned"))
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, to, non_blocking: asked.append((to, non_blocking)))
+    move({"ids": torch.zeros(2), "name": "x"}, device)
+    assert asked == [(device, False)]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

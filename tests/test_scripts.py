@@ -3,6 +3,7 @@
 Run: python -m pytest -q tests/test_scripts.py
 """
 import functools
+import gc
 import itertools
 import json
 import os
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -35,6 +37,7 @@ import features
 import finetune
 import teacher
 
+from parts import feed
 from parts.vocab import load_vocab
 from parts.weights import config_and_vocab, load_bert, load_mlm_head, save_bert
 from prepare.packing import pack_text
@@ -96,6 +99,104 @@ def test_objective_takes_a_step_and_moves_every_parameter(distill_config, object
 def test_option_takes_a_step(distill_config, flags):
     results = distill.main(distill_config(**(dict(max_steps=2) | flags)))
     assert results["steps"] >= 1 and 0 < results["mlm_loss"] < 20
+
+
+# ---------------------------------------------------------------------------- compiled, recomputed, padded
+
+
+def same_losses(one, two, rel):
+    """Whether the logs of two run folders tell the same, but for speed and memory."""
+    one, two = log_lines(Path(one)), log_lines(Path(two))
+    assert [line["step"] for line in one] == [line["step"] for line in two] and len(one) > 3
+    for a, b in zip(one, two):
+        for key in a.keys() - {"tokens_per_s", "mfu", "memory_mb"}:
+            assert b[key] == pytest.approx(a[key], rel=rel, abs=1e-5), (a["step"], key)
+
+
+def compiles(stage, make, folder, monkeypatch, most, backend="eager", **flags):
+    """Proves a run with --compile_model equal to one without, of at most so many graphs, none of them broken."""
+    graphs, compile_module = [], torch.nn.Module.compile
+
+    def count(graph, inputs):
+        graphs.append([tuple(x.shape) for x in inputs if torch.is_tensor(x)])
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+    flags = dict(dropout=0.0, max_steps=2, log_every=1, eval_every=2, save_every=2) | flags
+    stage.main(make(**flags, out_dir=str(folder / "eager")))
+    torch._dynamo.reset()
+    # fullgraph: a break of the graph is an error, and so is the limit of recompilations
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=count, fullgraph=True))
+    stage.main(make(**flags, compile_model=True, out_dir=str(folder / "compiled")))
+    assert 1 < len(graphs) <= most, graphs
+    same_losses(folder / "eager", folder / "compiled", 1e-3)
+
+
+@pytest.mark.parametrize("flags", [dict(objective=EVERY, grad_every=2), pytest.param(
+    dict(objective="nst+crd", grad_checkpoint=True, grad_every=2, grad_accum=2, max_steps=6, backend="aot_eager"),
+    marks=pytest.mark.slow)])
+def test_compiled_distillation_equals_the_eager_one(distill_config, tmp_path, monkeypatch, flags):
+    """Teacher and student; the student with and without a graph for gradients, in batches of two sizes."""
+    compiles(distill, distill_config, tmp_path, monkeypatch, 6, **flags)
+
+
+@pytest.mark.parametrize("flags", [dict(), pytest.param(
+    dict(objective="clip", val_clips=43, grad_checkpoint=True, max_steps=6, backend="aot_eager"), marks=pytest.mark.slow)])
+def test_compiled_teacher_equals_the_eager_one(teacher_config, tmp_path, monkeypatch, flags):
+    """Two encoders, clips of any length: once a size has changed, it is dynamic."""
+    compiles(teacher, teacher_config, tmp_path, monkeypatch, 8, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+@pytest.mark.parametrize("again", [False, True])
+def test_run_that_pytorch_compiles_to_machine_code_equals_the_eager_one(distill_config, tmp_path, monkeypatch, again):
+    compiles(distill, distill_config, tmp_path, monkeypatch, 6, "inductor", objective="nst+crd", grad_every=2,
+             grad_checkpoint=again)
+
+
+@pytest.mark.parametrize("stage, config, flags", [
+    (teacher, "teacher_config", {}), (distill, "distill_config", dict(objective="nst+crd", grad_every=2)),
+    (finetune, "finetune_config", dict(tasks="stsb", log_every=2))], ids=["teacher", "distill", "finetune"])
+def test_recomputed_activations_change_no_bit_of_a_run(request, tmp_path, stage, config, flags):
+    """With dropout; and such a run goes on with the flag or without."""
+    make, weights = request.getfixturevalue(config), []
+    for again in (False, True):
+        folder = tmp_path / str(again)
+        stage.main(make(**dict(max_steps=4, save_every=2) | flags, out_dir=str(folder), grad_checkpoint=again))
+        weights.append(load_file(next(folder.rglob("model.safetensors"))))
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(x, weights[1][name]) for name, x in weights[0].items())
+    if stage is distill:
+        assert_same(*(saved(tmp_path / name) for name in ("False", "True")))
+
+
+def test_padded_masked_words_change_no_score(distill_config, tmp_path, monkeypatch):
+    """In training and in the evaluation, as a GPU gets them."""
+    flags, masked_words = dict(objective="none", teacher="", max_steps=4, eval_every=2, log_every=1), data.masked_words
+    distill.main(distill_config(**flags, out_dir=str(tmp_path / "plain")))
+    monkeypatch.setattr(data, "masked_words", lambda *args, pad: masked_words(*args, pad=True))
+    with pytest.raises(TypeError):  # the evaluation does not ask for padding
+        distill.main(distill_config(**flags, out_dir=str(tmp_path / "stopped")))
+    monkeypatch.setattr(data, "masked_words", lambda *args, pad=False: masked_words(*args, pad=True))
+    distill.main(distill_config(**flags, out_dir=str(tmp_path / "padded")))
+    same_losses(tmp_path / "plain", tmp_path / "padded", 1e-5)
+
+
+@pytest.mark.parametrize("stage, config, flags", [
+    (teacher, "teacher_config", {}), (teacher, "teacher_config", dict(grad_checkpoint=True)),
+    (distill, "distill_config", dict(objective=EVERY, crd_tokens=64))], ids=["teacher", "recomputed", "distill"])
+def test_memory_that_is_said_is_what_a_run_takes(request, monkeypatch, capsys, stage, config, flags):
+    """Frames, video encoder, teacher and KD included; the peak is of PyTorch's own allocations in this thread."""
+    class Here(ThreadPoolExecutor):
+        def submit(self, *work):
+            (done := Future()).set_result(work[0](*work[1:]))
+            return done
+    monkeypatch.setattr(feed, "ThreadPoolExecutor", Here)
+    cfg = request.getfixturevalue(config)(**flags, model="4L-128H", batch_size=64, max_steps=2)
+    capsys.readouterr()  # a teacher was made
+    gc.collect()  # what is freed meanwhile would count as less
+    peak = bench.first_run(lambda: stage.main(cfg), torch.device("cpu"))[1]
+    said = 1e3 * float(re.search(r"about ([\d.e-]+) GB for weights", capsys.readouterr().out)[1])
+    assert 0.7 < said / peak < 1.4, (said, peak)
 
 
 def test_nst_without_normalisation_is_called_out_in_the_log(distill_config, capsys):

@@ -31,6 +31,7 @@ from prepare import chain
 from prepare.packing import pack_xtext
 from prepare.world import demo_xtext
 from run import model_folder
+from test_scripts import compiles
 
 # a run of a second on packed pairs of the demo
 QUICK = dict(max_steps=4, batch_size=8, log_every=1, eval_every=4, save_every=2, eval_blocks=6, device="cpu",
@@ -229,6 +230,36 @@ def test_without_cross_layers_the_run_leaves_an_ordinary_bert(parts, config, tmp
     assert load_mlm_head(folder, load_bert(folder)) is not None
     adapt_xdbert.main(config(objective="itc", language=language))  # the old one is out of date
     assert load_mlm_head(folder, load_bert(folder)) is None
+
+
+def test_evaluation_in_micro_batches_equals_one_batch_and_takes_the_dtype(parts, config):
+    every = dict(objective="mlm+match+cliptc+itc", eval_blocks=24, batch_size=24)
+    model, blocks, dtypes = adapter(parts, config(**every)), blocks_of(parts), set()
+    model.language.layers[0].register_forward_hook(lambda *x: dtypes.add(x[0].attention.qkv(x[1][0]).dtype))
+
+    def scores(**flags):
+        dtypes.clear()
+        return adapt_xdbert.evaluate(model, blocks, config(**every | flags), init_ranks("cpu"))
+    whole, small, half = scores(), scores(grad_accum=6), scores(dtype="bfloat16")
+    assert dtypes == {torch.bfloat16} and len(whole) > 8
+    assert small == pytest.approx(whole, rel=1e-5) and half == pytest.approx(whole, rel=0.02, abs=0.05)
+    assert half["mlm"] != whole["mlm"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [dict(objective="mlm+match+cliptc+itc", freeze="none", grad_accum=2, grad_every=3),
+                                   dict(grad_checkpoint=True, backend="aot_eager")], ids=["itc", "recomputed"])
+def test_compiled_adaptation_equals_the_eager_one(config, tmp_path, monkeypatch, flags):
+    """Language encoder and tower, each in training, for gradients and in evaluation, with batches of any size."""
+    compiles(adapt_xdbert, config, tmp_path, monkeypatch, 9, **dict(max_steps=6, eval_every=3, save_every=6) | flags)
+
+
+def test_recomputed_activations_change_no_bit_of_an_adaptation(config, tmp_path):
+    found = []
+    for again in (False, True):
+        adapt_xdbert.main(config(grad_checkpoint=again, max_steps=2, eval_every=2, out_dir=str(tmp_path / str(again))))
+        found.append(load_file(tmp_path / str(again) / "model" / "model.safetensors"))
+    assert all(torch.equal(x, found[1][name]) for name, x in found[0].items())
 
 
 def test_evaluation_without_a_pair_counts_nothing(parts, config):
