@@ -53,9 +53,9 @@ def test_ridge_approaches_least_squares_and_shrinks():
 @pytest.mark.parametrize("chunk", [1, 7, 16, 2048])
 def test_ranks_and_nearest_are_those_of_all_products_at_once(chunk):
     """With equal rows, zeros and NaN, whatever the parts."""
-    query, target = randn(50, 6).double(), randn(50, 6, seed=1)
-    target[7], target[49], query[4], query[6], target[5] = target[3].clone(), target[2].clone(), 0, math.nan, math.nan
-    cosine = F.normalize(query.float(), dim=-1) @ F.normalize(target, dim=-1).T
+    query, target = randn(50, 6).float(), randn(50, 6, seed=1).float()
+    target[[7, 49]], query[4], query[6], target[5] = target[[3, 2]], 0, math.nan, math.nan
+    cosine = F.normalize(query, dim=-1) @ F.normalize(target, dim=-1).T
     assert torch.equal(ranks(query, target, chunk), (~(cosine < cosine.diagonal()[:, None])).sum(1))
     assert torch.equal(nearest(query, target, chunk), cosine.argmax(1))
     assert nearest(query[:2], target[:1]).tolist() == [0, 0]
