@@ -4,13 +4,13 @@
     python bench.py --only nst,crd --json bench.json
     python bench.py --device cuda --preset base
 
-Leave the machine alone meanwhile. The plain forms are written here, for comparison only. The same rules hold
-for them and for ours. Before a form is timed, its value and gradients are compared with ours on a few
-samples; that warms it up. A first run gives the memory. If it takes 2 seconds or more on a CPU, it is also
-the only round; else it is thrown away, and the forms of a section take turns. On a CPU, freed memory goes
-back to the system, as is the C library's way, but our whole step keeps it as the scripts do
-(keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning and xdbert keep
-it, plain and ours.
+Leave the machine alone meanwhile. The plain forms are in benches/plain.py, for comparison only. The same
+rules hold for them and for ours. Before a form is timed, its value and gradients are compared with ours on a
+few samples; that warms it up. A first run gives the memory. If it takes 2 seconds or more on a CPU, it is
+also the only round; else it is thrown away, and the forms of a section take turns. On a CPU, freed memory
+goes back to the system, as is the C library's way, but our whole step keeps it as the scripts do
+(keep_freed_memory); --kept times the released structure's step this way, too. Fine-tuning and xdbert keep it,
+plain and ours.
 
 nst, crd, hinge: forward and backward of one loss (the others cost next to nothing). mlm_head: head and loss.
 step: teacher forward, student forward and backward, clipping, AdamW, bank; the batch is in memory.
@@ -18,6 +18,11 @@ step: teacher forward, student forward and backward, clipping, AdamW, bank; the 
 finetune: batch, forward and backward, clipping, AdamW, on examples as long as those of real tasks. xdbert: a
 step of adapt_xdbert.py at the paper's shapes, whatever the flags: BERT-base and ViT-B/32's text tower on 2
 texts of 512 words and 9 x 77 of CLIP's tokens, some of whose 9 segments are empty; 11 GB. text: packing.
+
+Only where --only names them: feed, whether the CPU makes batches as fast as a GPU eats them. scale, how time
+and memory grow, 3 minutes. launches, operators of a loss. gpu, the step at the papers' shapes, part by part:
+
+    python bench.py --device cuda --only gpu,launches --batch 256
 """
 import contextlib
 import copy
@@ -374,7 +379,7 @@ def distilling(student, teachers, device):
 
     def alone(batch, kind):
         with torch.no_grad(), autocast(device, kind):
-            dtype = student.bert(batch["inputs"][:2]).dtype
+            dtype = student.bert.layers[0](batch["h_t"][:1].float()).dtype  # of the states in this autocast
         h, none = batch["h_t"].to(dtype, copy=True).requires_grad_(), batch["mlm_index"][:0]
         given = batch | {"mlm_index": none, "mlm_targets": none, "h_t": batch["h_t"].to(DTYPES[kind])}
         heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
