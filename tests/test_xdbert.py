@@ -3,7 +3,6 @@
 Run: python -m pytest -q tests/test_xdbert.py
 """
 import dataclasses
-import functools
 import json
 import re
 import shutil
