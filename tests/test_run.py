@@ -587,6 +587,7 @@ def test_mps_is_taken_where_it_is_and_else_refused_in_one_line(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.amp, "is_autocast_available", lambda device: device != "mps")
         refused("--device mps: needs", "mps")
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)  # PyTorch 2.4 cannot
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert init_ranks("mps") == Ranks(0, 1, torch.device("mps")) and init_ranks("auto").device.type == "cpu"
     refused("--dtype bfloat16: --device mps computes in float32", "mps", "bfloat16")
