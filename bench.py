@@ -31,11 +31,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import adapt_xdbert
@@ -44,10 +47,14 @@ import finetune
 import losses
 from common import (duration, keyed_integers, keyed_uniform, one_line_end, parse_cli, print0, table,
                     write_json)
-from model import (BERT, BERTConfig, CLIPConfig, CLIPLayer, CLIPText, CrossAttention, CrossLayer, DistillHead,
-                   MLMHead, TaskModel, model_config, param_groups)
+from benches.feed import bench_feed, made_vocab
+from benches.plain import (DISTANCES, KERNELS, Released, ReleasedXDBERT, crd_gather, crd_shared, eager,
+                           hinge_batched, hinge_loop, nst_batched, nst_loop)
+from benches.scale import bench_scale
+from data import masked_words
+from model import (BERT, BERTConfig, CLIPConfig, CLIPText, MLMHead, TaskModel, model_config, param_groups)
 from parts.examples import POOL, tokenized
-from parts.machine import Ranks, init_ranks, keep_freed_memory, move, peak_flops
+from parts.machine import Ranks, flops_per_token, init_ranks, keep_freed_memory, move, peak_flops
 from parts.tasks import TASKS, Rows
 from parts.vocab import SPECIALS, Vocab
 from prepare.packing import pack_text, train_vocab
@@ -92,6 +99,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MASKED = 0.15  # share of the tokens at which the masked-language loss is taken
 SAMPLES = 2  # samples on which a loop over the batch is timed; its time is scaled to the batch
 LOOP = "loop over samples (*)"
+PAPERS = ("6L-512H", "12L-768H")  # shapes of the papers' students, which gpu measures
 USED = (7, 4)  # segments of CLIP's in use in xdbert: what 512 words of plain text take, and about half of it
 # Tokens of an example, [CLS] and [SEP] included: quantiles 0, 0.05 .. 1 over GLUE's train.tsv under
 # bert-base-uncased's vocabulary, cut at 128
@@ -100,206 +108,6 @@ LENGTHS = {
     "sst2": (3, 4, 4, 5, 6, 6, 7, 8, 8, 9, 10, 11, 13, 14, 16, 18, 20, 23, 27, 33, 66),
     "cola": (4, 6, 7, 8, 8, 9, 9, 9, 10, 10, 10, 11, 11, 12, 12, 13, 14, 15, 17, 20, 47)}
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # some versions of the profiler print each start and stop
-
-
-# ---------------------------------------------------------------------------- plain forms of the losses
-
-
-# x, y (d, T) -> (d, d), by way of all (d, d, T) differences (sigma 1) or products (degree 2), as released
-KERNELS = {"gaussian": lambda x, y: (-(x[:, None] - y[None]).square().sum(-1) / 2).exp(),
-           "poly": lambda x, y: (x[:, None] * y[None]).sum(-1).square()}
-# x, y (B, d, T) -> squared distances (B, d, d)
-DISTANCES = {"cdist": lambda x, y: torch.cdist(x, y).square(),
-             "bmm": lambda x, y: (x.square().sum(-1)[:, :, None] + y.square().sum(-1)[:, None]
-                                  - 2 * torch.bmm(x, y.transpose(1, 2)))}
-
-
-def nst_loop(s, t, kernel, teacher_term=True):
-    """Eq. 7, sample by sample; s, t (B, T, d). The released code leaves the teacher's (constant) term out."""
-    total = 0.0
-    for S, T in zip(s, t):
-        S, T = (F.normalize(x, dim=0, eps=1e-6).T for x in (S, T))              # (d, T)
-        total = total + kernel(S, S).mean() - 2 * kernel(S, T).mean()
-        if teacher_term:
-            total = total + kernel(T, T).mean()
-    return total / len(s)
-
-
-def nst_batched(s, t, distances):
-    """Eq. 7 for the whole batch, gradient by autograd."""
-    S, T = (F.normalize(x, dim=1, eps=1e-6).transpose(1, 2) for x in (s, t))    # (B, d, T)
-    ss, tt, st = ((-distances(x, y) / 2).exp().mean() for x, y in ((S, S), (T, T), (S, T)))
-    return ss + tt - 2 * st
-
-
-def crd_gather(z_s, z_t, slots, bank, drawn):
-    """Eq. 8 as in RepDistiller: every anchor gathers its own negatives, drawn (A, N); exp, then log."""
-    A, N = drawn.shape
-    total, noise = 0.0, N / bank.rows
-    for z, other, rows, log_z in ((z_s, z_t, bank.z_t, bank.log_z[0]), (z_t, z_s, bank.z_s, bank.log_z[1])):
-        negatives = rows.index_select(0, drawn.flatten()).view(A, N, -1)
-        positive = ((z * other).sum(-1) / bank.tau).exp() / math.exp(log_z)
-        negative = (torch.bmm(negatives, z[:, :, None])[..., 0] / bank.tau).exp() / math.exp(log_z)
-        negative = negative * (drawn != slots[:, None])
-        total = total - (positive / (positive + noise)).log().sum() - (noise / (negative + noise)).log().sum()
-    return total / A
-
-
-def crd_shared(z_s, z_t, slots, bank, negatives):
-    """Eq. 8 with negatives (N,) that all anchors share, gradient by autograd."""
-    total, positive = 0.0, (z_s * z_t).sum(-1) / bank.tau
-    for z, rows, log_z in ((z_s, bank.z_t, bank.log_z[0]), (z_t, bank.z_s, bank.log_z[1])):
-        shift = log_z + math.log(len(negatives) / bank.rows)
-        scores = z @ rows[negatives].T / bank.tau - shift                       # (A, N)
-        scores = scores.masked_fill(slots[:, None] == negatives, -math.inf)
-        total = total + F.softplus(shift - positive).sum() + F.softplus(scores).sum()
-    return total / len(z_s)
-
-
-def hinge_loop(h, v, texts):
-    """Eq. 3 against all others, pair by pair, for the first `texts` of h (B, T, C); v (B, C), margin 1."""
-    total = 0.0
-    for b in range(texts):
-        own = F.cosine_similarity(h[b], v[b], dim=-1)                           # (T,)
-        for c in range(len(v)):
-            if c != b:
-                total = total + (1 - own + F.cosine_similarity(h[c], v[b], dim=-1)).clamp(min=0).sum()
-                total = total + (1 - own + F.cosine_similarity(h[b], v[c], dim=-1)).clamp(min=0).sum()
-    return total / (texts * h.shape[1] * (len(v) - 1))
-
-
-def hinge_batched(h, v):
-    """The same for the whole batch by way of a (B, B, T, C) tensor, gradient by autograd."""
-    B = len(v)
-    cos = F.cosine_similarity(h[:, None], v[None, :, None], dim=-1)             # (B text, B video, T)
-    own, others = cos.diagonal().T, ~torch.eye(B, dtype=torch.bool, device=h.device)
-    video = (1 - own[:, None] + cos).clamp(min=0)[others].sum()
-    text = (1 - own[None] + cos).clamp(min=0)[others].sum()                     # text x' against video v
-    return (text + video) / (own.numel() * (B - 1))
-
-
-# ---------------------------------------------------------------------------- released structures
-
-
-class EagerAttention(nn.Module):
-    """Attention of model.py the eager way: three maps, a mask that is always added, F.dropout."""
-
-    def __init__(self, attention):
-        super().__init__()
-        self.heads, self.dropout, self.out = attention.heads, attention.dropout, attention.out
-        crossed = isinstance(attention, CrossAttention)
-        self.maps, joined = nn.ModuleList(), attention.key_value if crossed else attention.qkv
-        for weight, bias in zip(*(x.data.chunk(3 - crossed) for x in (joined.weight, joined.bias))):
-            part = nn.Linear(weight.shape[1], len(weight), device="meta")
-            part.weight, part.bias = nn.Parameter(weight), nn.Parameter(bias)  # on the same memory
-            self.maps.append(part)
-        if crossed:
-            self.maps.insert(0, attention.query)
-
-    def forward(self, x, other, mask=None):
-        """x (B, T, C), other (B, S, C'), mask bool, to broadcast to (B, H, T, S), None = all -> (B, T, C)."""
-        q, k, v = (part(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-                   for part, y in zip(self.maps, (x, other, other)))
-        unseen = x.new_zeros(1, other.shape[1]) if mask is None else -10_000 * (1 - mask.to(x.dtype))
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + unseen
-        y = F.dropout(scores.softmax(-1), self.dropout, self.training) @ v
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class EagerLayer(nn.Module):
-    """model.Layer, model.CLIPLayer or model.CrossLayer the eager way."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.pre_norm, self.cross = isinstance(layer, CLIPLayer), None
-        if isinstance(layer, CrossLayer):
-            self.cross, self.cross_norm, layer = EagerAttention(layer.cross), layer.cross_norm, layer.layer
-        self.attention = EagerAttention(layer.attention)
-        self.attention_norm, self.output_norm = layer.attention_norm, layer.output_norm
-        self.expand, self.contract = layer.expand, layer.contract
-
-    def forward(self, x, *masks, causal=False):
-        """masks: mask, or for a CrossLayer other, mask, other_mask; each may be left out. causal: CLIP's."""
-        if causal:
-            masks = torch.ones(2 * x.shape[1:2], dtype=torch.bool, device=x.device).tril(),
-
-        def dropout(y):
-            return F.dropout(y, self.attention.dropout, self.training)
-        if self.cross:
-            other, mask, other_mask = masks
-            x = self.cross_norm(x + dropout(self.cross(x, other, other_mask)))
-            masks = mask,
-        if self.pre_norm:
-            y = self.attention_norm(x)
-            x = x + self.attention(y, y, *masks)
-            y = self.expand(self.output_norm(x))
-            return x + self.contract(y * torch.sigmoid(1.702 * y))
-        x = self.attention_norm(x + dropout(self.attention(x, x, *masks)))
-        return self.output_norm(x + dropout(self.contract(F.gelu(self.expand(x)))))
-
-
-def eager(encoder):
-    """A twin of a BERT, CLIPText or CrossEncoder whose layers run the eager way; its weights are the same."""
-    twin = copy.copy(encoder)
-    twin._modules = {name: nn.ModuleList(map(EagerLayer, part)) if isinstance(part, nn.ModuleList) else part
-                     for name, part in encoder._modules.items()}
-    return twin
-
-
-def contrast_at(z_s, z_t, temperature=0.5):
-    """In-batch NT-Xent at one position, which runs in CRD's place in the released code: z_s, z_t (B, C)."""
-    z, B = torch.cat([z_s, z_t]), len(z_s)
-    scores = F.cosine_similarity(z[:, None], z[None], dim=-1) / temperature     # by way of (2B, 2B, C)
-    scores = scores.masked_fill(torch.eye(2 * B, dtype=torch.bool, device=z.device), -math.inf)
-    return F.cross_entropy(scores, torch.arange(2 * B, device=z.device).roll(B))
-
-
-class Released(nn.Module):
-    """Student, heads and loss with the released code's structure (VidLanKD at 46bae35).
-
-    Loops over samples (NST, polynomial, d x d x T) and positions (NT-Xent, where the paper has CRD), logits
-    at all positions, eager attention, teacher outputs in float32 by way of the CPU. Heads as ours.
-    """
-
-    def __init__(self, config, teacher):
-        super().__init__()
-        self.bert, self.teacher = eager(BERT(config)), [eager(teacher)]  # in a list: it is not trained
-        self.mlm = MLMHead(config.hidden, self.bert.embeddings.word.weight, std=config.init_std)
-        self.nst, self.crd_s, self.crd_t = (DistillHead(config.hidden, config.hidden) for _ in range(3))
-
-    def forward(self, batch):
-        ids = batch["inputs"]
-        with torch.no_grad():
-            h_t = self.teacher[0].eval()(ids).cpu().to(ids.device)
-        h, T = self.bert(ids), ids.shape[1]
-        mlm = F.cross_entropy(self.mlm(h).flatten(0, 1), batch["labels"].flatten())
-        nst = nst_loop(self.nst(h), h_t, KERNELS["poly"], teacher_term=False)
-        z_s, z_t = self.crd_s(h), self.crd_t(h_t)
-        return mlm + nst + sum(contrast_at(z_s[:, i], z_t[:, i]) for i in range(T)) / T
-
-
-class ReleasedXDBERT(nn.Module):
-    """The model of XDBERT's released code (ddd08e2), its structure on the weights of an adapt_xdbert.Adapter.
-
-    All segments of CLIP's are run, whether they are empty or not, and all their positions go through the
-    cross-modal encoder; masks are added; logits of words and of CLIP's tokens at all positions.
-    """
-
-    def __init__(self, ours):
-        super().__init__()
-        encoder = ours.encoder
-        self.language, self.clip, self.cross = map(eager, (encoder.language, encoder.clip, encoder.cross))
-        self.pooler, self.mlm, self.match, self.cliptc = encoder.pooler, ours.mlm, ours.match, ours.cliptc
-
-    def forward(self, batch):
-        """inputs, labels (B, T), clip_ids (B S, L), clip_mask, clip_labels (B, S L), matched (B,) -> loss."""
-        h = self.language(batch["inputs"])                                      # (B, T, C)
-        c = self.clip(batch["clip_ids"]).view(*batch["clip_mask"].shape, -1)    # (B, S L, P)
-        h, c = self.cross(h, c, None, batch["clip_mask"])
-        matched = self.match(torch.tanh(self.pooler(h[:, 0])))
-        return (F.cross_entropy(self.mlm(h).flatten(0, 1), batch["labels"].flatten())
-                + F.cross_entropy(self.cliptc(c).flatten(0, 1), batch["clip_labels"].flatten())
-                + F.cross_entropy(matched, batch["matched"]))
 
 
 # ---------------------------------------------------------------------------- measuring
@@ -534,18 +342,44 @@ def bench_hinge(cfg, device, out):
 # ---------------------------------------------------------------------------- sections: training steps
 
 
-def made_batch(cfg, device):
-    """A batch as distill.py makes it: ids, 15 % targets, and one anchor token of each sequence."""
+def made_batch(cfg, device, each=1):
+    """A batch as distill.py makes it: ids, 15 % targets, and `each` anchor tokens of a sequence."""
     B, T = cfg.batch, cfg.tokens
-    place = np.arange(B * T)
+    place, anchor = np.arange(B * T), np.arange(B * each)
     ids = torch.from_numpy(keyed_integers(cfg.vocab, "bench ids", place))
     target = torch.from_numpy(keyed_uniform("bench targets", place) < MASKED)
+    anchors = torch.from_numpy(anchor // each * T + keyed_integers(T, "bench anchors", anchor))
     batch = {"inputs": ids.view(B, T), "mask": torch.ones(B, T, dtype=torch.bool), "mlm_targets": ids[target],
-             "labels": ids.where(target, torch.tensor(-100)).view(B, T), "first": torch.arange(B),
-             "anchors": torch.from_numpy(np.arange(B) * T + keyed_integers(T, "bench anchors", np.arange(B))),
-             "mlm_index": target.nonzero()[:, 0]}
-    slots = keyed_integers(cfg.rows, "bench samples", np.arange(B))
-    return {name: x.to(device) for name, x in batch.items()} | {"slots": slots}
+             "labels": ids.where(target, torch.tensor(-100)).view(B, T), "anchors": anchors,
+             "first": torch.arange(B) * each, "mlm_index": target.nonzero()[:, 0]}
+    samples = keyed_integers(cfg.rows, "bench samples", np.arange(B))
+    return {name: x.to(device) for name, x in batch.items()} | {
+        "samples": samples, "slots": np.repeat(samples, each)}
+
+
+def distilling(student, teachers, device):
+    """The losses of distill.py's step, nst+crd, and its bank's update, as (loss, alone).
+
+    loss(batch, kind, h=None): from the states h (B, T, C) on where they are given. alone(batch, kind): a run
+    of distillation alone, forward and backward: no masked words, given states do for the student's.
+    """
+    def loss(batch, kind, h=None):
+        batch = batch | {"negatives": student.bank.draw(keyed_integers, 0, 0)}
+        with autocast(device, kind):
+            if h is None:
+                batch["h_t"], h = teachers[kind](batch["inputs"]), student.bert(batch["inputs"])
+            terms = student.terms(h, batch, dict.fromkeys(("mlm", "nst", "crd")))
+        distill.update_bank(student, batch["samples"], Ranks(0, 1, device))
+        return terms["mlm"] + 100 * terms["nst"] + terms["crd"]
+
+    def alone(batch, kind):
+        with torch.no_grad(), autocast(device, kind):
+            dtype = student.bert(batch["inputs"][:2]).dtype
+        h, none = batch["h_t"].to(dtype, copy=True).requires_grad_(), batch["mlm_index"][:0]
+        given = batch | {"mlm_index": none, "mlm_targets": none, "h_t": batch["h_t"].to(DTYPES[kind])}
+        heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
+        return lambda: torch.autograd.grad(loss(given, kind, h), [h, *heads])
+    return loss, alone
 
 
 def bench_step(cfg, device, out):
@@ -568,24 +402,7 @@ def bench_step(cfg, device, out):
     with torch.no_grad():
         bank.set_z(*student.project(batch["h_t"], batch), batch["slots"], bank.draw(keyed_integers, 0, 0))
 
-    def loss(batch, kind, h=None):
-        """distill.py's losses, and the bank's update; from the states h (B, T, C) on where they are given."""
-        batch = batch | {"negatives": bank.draw(keyed_integers, 0, 0)}
-        with autocast(device, kind):
-            if h is None:
-                batch["h_t"], h = teachers[kind](batch["inputs"]), student.bert(batch["inputs"])
-            terms = student.terms(h, batch, dict.fromkeys(("mlm", "nst", "crd")))
-        distill.update_bank(student, batch["slots"], Ranks(0, 1, device))
-        return terms["mlm"] + 100 * terms["nst"] + terms["crd"]
-
-    def alone(kind):
-        """Distillation alone: no masked words; the states of another BERT do for the student's."""
-        with torch.no_grad(), autocast(device, kind):
-            dtype = student.bert(two["inputs"]).dtype
-        h, none = batch["h_t"].to(dtype, copy=True).requires_grad_(), batch["mlm_index"][:0]
-        given = batch | {"mlm_index": none, "mlm_targets": none, "h_t": batch["h_t"].to(DTYPES[kind])}
-        heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
-        return lambda: torch.autograd.grad(loss(given, kind, h), [h, *heads])
+    loss, alone = distilling(student, teachers, device)
     student.train()
     released = Released(config, teacher).to(device).train()
     released_step = training_step(released, released, foreach=False)
@@ -597,8 +414,8 @@ def bench_step(cfg, device, out):
     plain, steps = "released structure, fp32", {f"ours, {kind}": partial(step, batch, kind) for kind in kinds}
     if cfg.kept:
         steps["the released, freed memory kept"] = partial(released_step, batch)
-    rows = measure({plain: partial(released_step, batch)}
-                   | {f"distillation alone, {kind}": alone(kind) for kind in kinds}, device, cfg.rounds)
+    kd = {f"distillation alone, {kind}": alone(batch, kind) for kind in kinds}
+    rows = measure({plain: partial(released_step, batch)} | kd, device, cfg.rounds)
     keep_memory(device, (340 if cfg.kept else 120) * B * T * config.layers * C)
     rows |= measure(steps, device, cfg.rounds)
     for name in steps:
@@ -624,6 +441,143 @@ def made_examples(lengths, cfg):
     texts = [" ".join(words[i] for i in itertools.islice(drawn, length - 2)) for length in lengths.tolist()]
     rows = Rows(texts, None, keyed_integers(2, "bench labels", np.arange(n)), [""] * n)
     return tokenized(TASKS["sst2"], rows, Vocab([*SPECIALS, *words]), cfg.tokens)
+
+
+def bench_gpu(cfg, device, out):
+    """distill.py's step in bf16 at the papers' two shapes (on a CPU at --model), nst+crd with 2 anchors a
+    sequence, as it is and compiled, and its parts, each by itself."""
+    kind, shapes = kinds_of(device)[-1], PAPERS if device.type == "cuda" else (cfg.model,)
+    for shape, compiled in itertools.product(shapes, (False, True)):
+        config, bank = model_config(shape, cfg.vocab), full_bank(cfg.rows, cfg, device)
+        teacher = BERT(config).to(device, DTYPES[kind]).eval().requires_grad_(False)
+        student = distill.Distiller(distill.Config(objective="nst+crd", crd_dim=cfg.dim), config,
+                                    SimpleNamespace(width=config.hidden), bank).to(device)
+        if compiled:
+            teacher.compile(), student.bert.compile()
+        batch, (loss, alone) = made_batch(cfg, device, 2), distilling(student, {kind: teacher}, device)
+        words = {name: batch[name].cpu() for name in ("inputs", "mask")}
+        words = masked_words(words | {"ids": words["inputs"]}, made_vocab(cfg.vocab), MASKED, "100/0/0", 0, 0,
+                             np.arange(cfg.batch), pad=True)  # as for a GPU
+        batch |= move(words, device)
+        batch["h_t"] = teacher(batch["inputs"])
+        batch["negatives"] = bank.draw(keyed_integers, 0, 0)
+        with torch.no_grad():
+            bank.set_z(*student.project(batch["h_t"].float(), batch), batch["slots"], batch["negatives"])
+        step = partial(training_step(student, loss, fused=True), batch, kind)
+        step()  # compiles, and makes AdamW's moments
+        forms = {"step": step, **step_parts(student, teacher, batch, kind, device),
+                 "distillation alone": alone(batch, kind)}
+        rows = measure(forms, device, cfg.rounds)
+        rows["backward"] = {name: rows["forward and backward"][name] - rows["forward"][name]
+                            for name in ("ms", "low", "high")} | {"peak_mb": math.nan}
+        launch = min(launched(step, device) for _ in range(cfg.rounds))
+        for row in rows.values():
+            row["ratio"] = row["ms"] / rows["step"]["ms"]
+        name = f"{shape}{', compiled' * compiled}"
+        show(f"gpu: {name}, B {cfg.batch}, T {cfg.tokens}, V {cfg.vocab}, {kind}; ratio = part of the step",
+             rows, [], out, cfg.batch * cfg.tokens)
+        T, peak = cfg.tokens, peak_flops(device, DTYPES[kind]) or math.nan
+        flops = 3 * flops_per_token(config, T, MASKED) + flops_per_token(config, T)  # as distill.py counts
+        found = {"tokens_per_s": rows["step"]["tokens_per_s"], "launch_ms": launch,
+                 "mfu": flops * rows["step"]["tokens_per_s"] / peak,
+                 "kd_share": rows["distillation alone"]["ratio"], "peak_mb": rows["step"]["peak_mb"]}
+        print0(f"{found['tokens_per_s']:,.0f} tokens/s; MFU {100 * found['mfu']:.1f} % of {peak / 1e12:.3g} "
+               f"TFLOP/s; distillation is {100 * found['kd_share']:.1f} % of the step; the host takes "
+               f"{launch:.1f} ms to launch it")
+        out |= {f"gpu.{shape}{'.compiled' * compiled}.{key}": value for key, value in found.items()}
+
+
+def launched(run, device):
+    """Milliseconds until a run has been handed to the device, which may still be at work."""
+    seconds(run, device)
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def step_parts(student, teacher, batch, kind, device):
+    """{part of a distillation step: a run of it alone}; those of the objective forward and backward."""
+    words, bank = list(student.bert.parameters()), student.bank
+    with torch.no_grad(), autocast(device, kind):
+        h = student.bert(batch["inputs"])
+        s, z = student.heads["nst"](h), student.project(h, batch)
+    h, s, *z = (x.detach().requires_grad_() for x in (h, s, *z))
+    along = torch.randn_like(h)
+
+    def gradients(forward, inputs):
+        """A run of forward() and its gradients; outputs that are no losses are weighted at random."""
+        def run():
+            with autocast(device, kind):
+                outputs = forward()
+            return torch.autograd.grad(outputs, inputs, [along.flatten()[:y.numel()].view_as(y).to(y.dtype)
+                                                         for y in outputs])
+        return run
+
+    def forward():
+        with autocast(device, kind):
+            return student.bert(batch["inputs"]),
+
+    def crd():
+        drawn = bank.draw(keyed_integers, 0, 0)
+        return losses.crd(*z, batch["slots"], bank, drawn),
+
+    def update():
+        first = batch["first"]
+        student.fresh.append((z[0].detach()[first], z[1].detach()[first]))
+        distill.update_bank(student, batch["samples"], Ranks(0, 1, device))
+    twins = [p.detach().clone() for p in student.parameters()]  # their gradients stay from run to run
+    for twin in twins:
+        twin.grad = torch.zeros_like(twin)
+    optimizer = torch.optim.AdamW(twins, lr=1e-4, fused=True)
+
+    def optimize():
+        nn.utils.clip_grad_norm_(twins, 1.0)
+        optimizer.step()
+    heads = [p for part in (student.heads, student.f1, student.f2) for p in part.parameters()]
+    masked = h.flatten(0, 1)[batch["mlm_index"]].detach().requires_grad_()
+    return {"teacher": lambda: teacher(batch["inputs"]), "forward": forward,
+            "forward and backward": gradients(forward, words),
+            "masked-word head": gradients(lambda: (losses.mlm(student.mlm(masked), batch["mlm_targets"]),),
+                                          [masked, *student.mlm.parameters()]),
+            "heads": gradients(lambda: (student.heads["nst"](h), *student.project(h, batch)), [h, *heads]),
+            "nst": gradients(lambda: (losses.nst(s, batch["h_t"], batch["mask"]),), [s]),
+            "crd": gradients(crd, z), "bank's update": update, "optimizer": optimize}
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators of the block, but views, those of the backward pass among them, in `count`."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        views = (x.alias_info and not x.alias_info.is_write for x in function._schema.returns)
+        self.count += function.namespace == "aten" and not any(views)
+        return function(*args, **(kwargs or {}))
+
+
+def bench_launches(cfg, device, out, B=256, T=128, C=768, V=30522, memory=141e9):
+    """Operators of a loss, forward and backward, at 12L-768H's batch, in chunks as on an H200, or on the GPU
+    in use. They are counted on tensors without values, so the numbers are the same on every machine."""
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else int(memory)
+    chunk_rows, gpu = losses.chunk_rows, SimpleNamespace(type="cuda", total_memory=memory)
+
+    def x(*shape):
+        return torch.empty(shape, requires_grad=True)
+    n, slots, drawn = B * T, np.arange(2 * B), np.arange(cfg.negatives)
+    with (FakeTensorMode(allow_non_fake_inputs=True),
+          patch.object(torch.cuda, "get_device_properties", lambda device: gpu),
+          patch.object(losses, "chunk_rows", lambda device, *args: chunk_rows(gpu, *args))):
+        mask, bank = torch.ones(B, T, dtype=torch.bool), losses.CRDBank(10 ** 6, cfg.dim, cfg.negatives)
+        bank.log_z = [0.0, 0.0]
+        for name, loss in {
+                "nst": lambda: losses.nst(x(B, T, C), x(B, T, C), mask),
+                "soft": lambda: losses.soft(x(n, C), x(V, C), x(V), x(n, C), x(V, C), x(V)),
+                "voken": lambda: losses.voken(x(n, C), x(V, C), x(V), x(n, C), x(V, C)),
+                "crd": lambda: losses.crd(x(2 * B, cfg.dim), x(2 * B, cfg.dim), slots, bank, drawn)}.items():
+            with Operators() as operators:
+                loss().backward()
+            out[f"launches.{name}"] = operators.count
+    print0(f"operators, B {B}, T {T}, d {C}, V {V}, a GPU of {memory / 1e9:.0f} GB: "
+           + ", ".join(f"{name} {out[f'launches.{name}']:,}" for name in ("nst", "soft", "voken", "crd")))
 
 
 def bench_finetune(cfg, device, out):
@@ -790,7 +744,8 @@ def bench_text(cfg, device, out, size=4_000_000):
 # beside each section its seconds on two cores of an AVX2-only EPYC, for the time left
 SECTIONS = {"nst": (bench_nst, 17), "crd": (bench_crd, 4), "mlm_head": (bench_mlm_head, 10),
             "hinge": (bench_hinge, 8), "step": (bench_step, 79), "finetune": (bench_finetune, 12),
-            "xdbert": (bench_xdbert, 80), "text": (bench_text, 14)}
+            "xdbert": (bench_xdbert, 80), "text": (bench_text, 14), "feed": (bench_feed, 40),
+            "scale": (bench_scale, 240), "gpu": (bench_gpu, 60), "launches": (bench_launches, 5)}
 
 
 def main(cfg):

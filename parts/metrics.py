@@ -18,22 +18,33 @@ from parts.machine import generator_of, move
 # ---------------------------------------------------------------------------- retrieval
 
 
-def ranks(query, target, chunk=1024):
+def tiles(x, size):
+    """Unit rows of x (n, C), `size` at a time: yields (how many of them were in the tile before, rows).
+
+    All tiles are equally large, so the last may begin in the one before: products of one shape round alike,
+    and equal rows stay equal.
+    """
+    size = min(size, len(x))
+    for i in range(0, len(x), size):
+        start = min(i, len(x) - size)
+        yield i - start, F.normalize(x[start:start + size].float(), dim=-1)
+
+
+def ranks(query, target, chunk=2048):
     """Rank of each query's own target among all by cosine, 1 = the nearest; ties count against the query.
 
     query, target: (n, C), row i of one belongs to row i of the other. -> int64 (n,); the median of ranks by
-    chance is (n + 1) / 2. chunk: queries that are compared at a time.
+    chance is (n + 1) / 2. chunk: queries, and targets, that are compared at a time, which bounds the memory.
     """
-    query, target = F.normalize(query.float(), dim=-1), F.normalize(target.float(), dim=-1)
     found = []
-    for i in range(0, len(query), chunk):
-        scores = query[i:i + chunk] @ target.T  # (chunk, n)
-        own = scores.gather(1, torch.arange(i, i + len(scores))[:, None])
-        found.append((~(scores < own)).sum(1))  # NaN counts against it, too
+    for (seen, q), (_, mine) in zip(tiles(query, chunk), tiles(target, chunk)):
+        own = (q @ mine.T).diagonal()[:, None]
+        below = sum((q @ t.T < own)[:, old:].sum(1) for old, t in tiles(target, chunk))
+        found.append((len(target) - below)[seen:])  # NaN is not below: it counts against the query, too
     return torch.cat(found)
 
 
-def recall(query, target, ks=(1, 5, 10), chunk=1024):
+def recall(query, target, ks=(1, 5, 10), chunk=2048):
     """Share of the queries whose own target is among the k nearest, see ranks.
 
     -> {"1": share, ...}; chance is k / n.
@@ -48,12 +59,12 @@ class Top:
 
     def __init__(self, query, k):
         self.query, self.k, self.seen = F.normalize(query.float(), dim=-1), k, 0
-        self.cosine, self.index = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
+        self.cosine, self.index = self.query[:, :0], self.query[:, :0].long()
 
     def add(self, target):
         """More targets (m, C), the ones that follow in number."""
         scores = self.query @ F.normalize(target.float(), dim=-1).T
-        place = torch.arange(self.seen, self.seen + len(target)).expand_as(scores)
+        place = torch.arange(self.seen, self.seen + len(target), device=scores.device).expand_as(scores)
         best, order = torch.cat([self.cosine, scores], 1).sort(dim=1, descending=True, stable=True)
         self.index = torch.cat([self.index, place], 1).gather(1, order[:, :self.k])
         self.cosine, self.seen = best[:, :self.k], self.seen + len(target)
@@ -67,9 +78,21 @@ def top(query, target, k):
     return found.cosine, found.index
 
 
-def nearest(query, target):
-    """Index of the target of highest cosine for each query: (n, C), (m, C) -> (n,)."""
-    return (F.normalize(query.float(), dim=-1) @ F.normalize(target.float(), dim=-1).T).argmax(1)
+def nearest(query, target, chunk=2048):
+    """Index of the target of highest cosine, of equal ones the first: (n, C), (m, C) -> int64 (n,).
+
+    chunk: queries, and targets, that are compared at a time, which bounds the memory.
+    """
+    found = []
+    for seen, q in tiles(query, chunk):
+        best, index, first = q.new_full((len(q),), -math.inf), q.new_zeros(len(q), dtype=torch.long), 0
+        for old, t in tiles(target, chunk):
+            value, place = (q @ t.T)[:, old:].max(1)
+            better = (value > best) | value.isnan() & ~best.isnan()  # as argmax does
+            best, index = torch.where(better, value, best), torch.where(better, place + first, index)
+            first += len(t) - old
+        found.append(index[seen:])
+    return torch.cat(found)
 
 
 def ridge(x, y, strength=0.01):

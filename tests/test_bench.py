@@ -1,14 +1,18 @@
 """bench.py: the plain forms mean what the equations say, unlike things get no ratio, memory is counted to the
-byte, rows in bf16 follow the CPU, examples are as long as real ones, and the command runs through at small
-sizes. No test asserts a speed.
+byte, rows in bf16 follow the CPU, examples are as long as real ones, growth is fitted, what ranks send is
+counted, docs/scale.md is what its script prints, and the command runs through at small sizes. No test asserts
+a speed.
 
 Run: python -m pytest -q tests/test_bench.py
 """
 import copy
 import json
 import math
+import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,8 +21,12 @@ import torch.nn.functional as F
 
 import adapt_xdbert
 import bench
+import distill
 import losses
+import teacher
+from benches import feed, jobs, plain, scale
 from common import parse_cli
+from data import VideoClips
 from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder, model_config
 from parts.examples import load_examples
 from parts.tasks import TASKS, find_file
@@ -200,7 +208,7 @@ def test_released_xdbert_shares_our_memory_and_leaves_our_layers():
     still = [name for name, value in ours.state_dict().items() if torch.equal(value, before[name])]
     assert sorted(still) == ["encoder.clip.logit_scale", "encoder.language.pooler.bias",
                              "encoder.language.pooler.weight"]  # what no term reads
-    assert not [m for m in ours.modules() if isinstance(m, bench.EagerLayer)]
+    assert not [m for m in ours.modules() if isinstance(m, plain.EagerLayer)]
 
 
 def test_made_pairs_are_two_forms_of_the_same_texts():
@@ -238,9 +246,9 @@ def test_a_loss_unlike_its_plain_form_gets_no_ratio(only, wrong, message, monkey
 
 def test_a_step_unlike_its_plain_form_gets_no_ratio(monkeypatch):
     """Other states; and padding that only one of the two forms sees."""
-    eager, bert, cross = bench.EagerLayer.forward, BERT.forward, CrossEncoder.forward
+    eager, bert, cross = plain.EagerLayer.forward, BERT.forward, CrossEncoder.forward
     for only, model, forward, what in (
-            ("step", bench.EagerLayer, lambda self, *args: 1.01 * eager(self, *args), "states"),
+            ("step", plain.EagerLayer, lambda self, *args: 1.01 * eager(self, *args), "states"),
             ("finetune", BERT, lambda self, ids, mask, segments: bert(self, ids, None, segments), "sst2"),
             ("xdbert", CrossEncoder, lambda self, h, c, mask, clip_mask, *wanted:
              cross(self, h, c, mask, None, *wanted), "7 of 9")):
@@ -285,6 +293,159 @@ def test_peak_memory_is_exact():
         c = torch.ones(1_000_000)
         del b, c
     assert bench.first_run(run, CPU)[1] == 8.0
+
+
+# ---------------------------------------------------------------------------- feed, growth, jobs
+
+
+def test_feed_reads_the_batches_of_both_scripts(capsys):
+    """Few tokens and channels; shares and rates are numbers."""
+    out = {}
+    feed.bench_feed(SMALL, CPU, out, 40_000, 3, 8, 0.02)
+    assert set(out) == {"feed.text_mtokens_per_s", "feed.text_mtokens_per_s_needed", "feed.frames_mb_per_s",
+                        "feed.frames_mb_per_s_needed", "feed.wait_share", "feed.wait_share_held",
+                        "feed.frames_wait_share"}
+    assert all(math.isfinite(value) and value >= 0 for value in out.values())
+    assert out["feed.frames_mb_per_s_needed"] == pytest.approx(3 * 130 * 8 * 2 / 1e6 / feed.TEACHER_STEP)
+    assert "256 x 128 tokens" in capsys.readouterr().out
+
+
+def test_a_loop_that_is_faster_than_its_batches_waits_and_a_slower_one_does_not():
+    def make(step):
+        time.sleep(0.02)
+        return np.arange(2), [{"ids": torch.zeros(1)}]
+    assert feed.paced(make, feed.ONE, {}, 0.0, 5, warm=2) > 0.8
+    assert feed.paced(make, feed.ONE, {}, 0.06, 5, warm=2) < 0.3
+
+
+def test_sparse_files_are_read_like_packed_ones_and_take_no_disk(tmp_path):
+    vocab, path = feed.made_vocab(300), tmp_path / "videos.h5"
+    feed.write_clips(path, 50, 400, vocab, 2048)
+    assert path.stat().st_size > 80e6 > 1000 * path.stat().st_blocks
+    clips = VideoClips(str(path), 64)
+    batch = clips.batch(np.arange(3))
+    assert batch["frames"].shape == (3, 400, 2048) and not batch["frames"].any()
+    assert batch["frame_mask"].all() and batch["mask"].sum(1).tolist() == [64, 64, 42]  # 120, 80, 40 words
+
+
+def test_growth_is_that_of_own_memory():
+    with scale.Growth() as memory:
+        kept = np.ones(5_000_000)
+        gone = np.ones(5_000_000)
+        del gone
+        time.sleep(0.05)
+    assert len(kept) and 39 < memory.mb < 110
+
+
+def test_growth_leaves_pages_of_memory_maps_out(tmp_path):
+    if not Path("/proc/self/status").exists():
+        pytest.skip("the system does not tell a process's own memory")
+    (tmp_path / "file").write_bytes(bytes(60_000_000))
+    with scale.Growth() as memory:
+        assert np.memmap(tmp_path / "file", np.uint8, "r").max() == 0
+    assert memory.mb < 20
+
+
+def test_exponents_are_those_of_the_large_sizes():
+    rows = {n: {"seconds": max(0.001, 1e-6 * n ** 1.5), "mb": 10 + n ** 0.5} for n in (1, 10, 10 ** 4, 10 ** 6, 10 ** 8)}
+    time, memory = scale.exponents(rows)
+    assert time == pytest.approx(1.5) and memory == pytest.approx(0.49, abs=0.02)
+    flat = {n: {"seconds": 2.0 * n, "mb": mb} for n, mb in ((1, 0.0), (10, 5.0), (100, 7.9))}  # below the noise
+    assert scale.exponents(flat) == pytest.approx((1.0, 0.0))
+
+
+def test_growth_is_measured_of_everything_at_small_sizes(capsys, monkeypatch):
+    """In this process, in place of one for each size, and without the runs of two ranks."""
+    few = {"tokens": partial(scale.tokens, steps=1), "bank": partial(scale.bank, batch=8, anchors=16, dim=8, steps=1),
+           "clips": scale.clips, "frames": scale.frames, "packing": scale.packing,
+           "encoder": partial(scale.encoder, shape="1L-64H"), "videos": scale.videos}
+    monkeypatch.setattr(scale, "cpu_times", lambda run, seconds, least, warm=0: feed.times(run, 0, 1, 0))
+    for what in ("frames", "packing"):
+        monkeypatch.setitem(scale.MAKE, what, partial(scale.MAKE[what], channels=8))
+
+    def run(what, n, folder, processes=1):
+        return few[what](folder, n) if what in few else {"ranks": {"gradients": float(processes - 1)}}
+    sizes = {"tokens": (60_000, 90_000), "bank": (100, 200), "clips": (30, 40), "frames": (1, 3),
+             "packing": (1, 3), "encoder": (1, 3), "videos": (5, 9)}
+    out = {}
+    scale.bench_scale(SMALL, CPU, out, sizes, run)
+    parts = {"start", "tokens", "bank", "clips", "frames", "packing", "encoder", "videos"}
+    assert set(out) == {f"scale.{part}.{key}" for part in parts for key in ("time_exponent", "memory_exponent",
+                                                                            "sizes")} | {"scale.ranks.1", "scale.ranks.2"}
+    assert set(out["scale.tokens.sizes"]) == {"60000", "90000"}
+    assert all(row["seconds"] > 0 for part in parts for row in out[f"scale.{part}.sizes"].values())
+    printed = capsys.readouterr().out
+    assert "one caption file, videos" in printed and "2 ranks: a step sends 1 gradients" in printed
+
+
+def test_a_size_that_fails_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="scale: videos of 7 failed: .*caption.json"):
+        scale.children("videos", 7, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_two_ranks_send_is_counted(tmp_path):
+    """A gradient a parameter, and both rows of each sequence, of which a rank has half the batch's 32."""
+    scale.make_ranks(tmp_path)
+    assert scale.children("ranks", 1, tmp_path) == {"ranks": {}}
+    sent = scale.children("ranks", 2, tmp_path, 2)["ranks"]
+    config = model_config("1L-64H", 300)
+    model = distill.Distiller(distill.Config(objective="nst+crd"), config, SimpleNamespace(width=64), None)
+    assert sent["gradient bytes"] == 4 * sum(p.numel() for p in model.parameters()) and sent["gradients"] >= 1
+    assert sent["all_gathers"] == 2 and sent["all_gather bytes"] == 2 * 16 * 128 * 4
+    assert sent["all_reduce bytes"] < 200
+
+
+def test_gpu_measures_every_part_of_the_step(monkeypatch, capsys):
+    compiled = []
+    monkeypatch.setattr(BERT, "compile", lambda self: compiled.append(self))
+    out = run(monkeypatch, {"avx512_bf16"}, only="gpu")
+    names = {f"gpu.1L-64H{kind}.{key}" for kind in ("", ".compiled")
+             for key in ("tokens_per_s", "launch_ms", "mfu", "kd_share", "peak_mb")}
+    assert names == set(out) - {"machine", "table"} and all(out[name] > 0 for name in names)
+    assert len(compiled) == 2 and len(out["table"]) == 2
+    for rows in out["table"].values():
+        assert {"step", "teacher", "forward", "backward", "masked-word head", "heads", "nst", "crd", "bank's update",
+                "optimizer", "distillation alone"} < set(rows)
+        assert rows["step"]["ratio"] == 1 and rows["nst"]["ratio"] == rows["nst"]["ms"] / rows["step"]["ms"]
+    assert "the host takes" in capsys.readouterr().out
+
+
+def test_operators_are_counted_without_views():
+    x = torch.ones(3, 4, requires_grad=True)
+    with bench.Operators() as operators:
+        (x.T[1:] * 2).exp_()  # transpose, slice; mul, exp_
+    assert operators.count == 2
+
+
+def test_launches_are_those_of_chunks_that_fit_the_gpu():
+    """A GPU with less memory takes more chunks."""
+    many, few = {}, {}
+    for out, memory in ((few, 1e9), (many, 1e6)):
+        bench.bench_launches(SMALL, CPU, out, 8, 16, 32, 500, memory)
+        assert set(out) == {f"launches.{name}" for name in ("nst", "soft", "voken", "crd")}
+    assert many["launches.crd"] == few["launches.crd"] > 20
+    for name in ("nst", "soft", "voken"):
+        assert many[f"launches.{name}"] > few[f"launches.{name}"] > 10
+
+
+def test_jobs_are_counted_as_the_papers_tell_them():
+    found = {name: rest for name, *rest in jobs.jobs()}
+    samples, length, size, flops = found["student 12L-768H, Wikipedia"]
+    assert samples * length == 500_000 * 256 * 128 and size == 5.8e9
+    assert flops == pytest.approx(128 * 720e6, rel=0.05)  # PERF: forward 175, backward and MLM head behind it
+    assert found["teacher 12L-768H, HowTo100M"][2] == pytest.approx(3.9e12, rel=0.01)
+    assert jobs.si(3.898e12, "B") == "3.9 TB" and jobs.si(12) == "12"
+
+
+def test_scale_page_holds_what_its_script_prints(capsys):
+    """But for what bench.py measured, the last column of one table."""
+    page = (Path(__file__).parent.parent / "docs" / "scale.md").read_text().splitlines()
+    jobs.main()
+    printed = [line.rstrip("- ") for line in capsys.readouterr().out.splitlines() if line.strip("- ")]
+    assert len(printed) > 25
+    for line in printed:
+        assert any(found.startswith(f"    {line}") for found in page), line
 
 
 @pytest.mark.parametrize("wrong", ["--only nst,foo", "--rounds 0", "--batch 1", "--rows 2", "--tokens 4",

@@ -20,7 +20,8 @@ ROW = ("model", "losses", "common", "parts.machine", "parts.checkpoints", "parts
        "prepare.packing", "prepare.video", "features", "prepare.world", "analyses.figures",
        "analyses.closing", "analyses.curves", "analyses.answers", "analyses.sentences", "analyses.clips",
        "analyses.words", "analyses.inside", "analyses.page", "prepare.chain", "analyze", "prepare.commands",
-       "analyses.papers", "analyses.rows", "analyses.plan", "analyses.times", "ablate", "bench")
+       "analyses.papers", "analyses.rows", "analyses.plan", "analyses.times", "ablate", "benches.plain",
+       "benches.feed", "benches.scale", "benches.jobs", "bench")
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
 SOURCES = [path for path in SOURCES if path.parent.name != "tests"]
 

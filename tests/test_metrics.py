@@ -4,6 +4,7 @@ other definitions, and SQuAD's scores against what the official scripts gave for
 Run: python -m pytest -q tests/test_metrics.py
 """
 import csv
+import itertools
 import json
 import math
 import warnings
@@ -12,12 +13,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy import stats
 
 from common import keyed_integers, keyed_uniform
 from parts.metrics import (METRICS, PERCEPTUAL, collapse, diagnostic_scores, linear_probe, mean_state,
-                           median_run, neighbour_probe, normalise, noun_vectors, probes, recall, retrieval,
-                           ridge, shared_neighbours, squad_score)
+                           median_run, nearest, neighbour_probe, normalise, noun_vectors, probes, ranks, recall,
+                           retrieval, ridge, shared_neighbours, squad_score)
 
 # ---------------------------------------------------------------------------- retrieval
 
@@ -46,6 +48,31 @@ def test_ridge_approaches_least_squares_and_shrinks():
     torch.testing.assert_close(ridge(x, y, 1e-10)(x), exact, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(ridge(x, y, 1e6)(x), y.mean(0).expand_as(y), rtol=0, atol=1e-3)
     torch.testing.assert_close(ridge(x, y)(x), ridge(100 * x, y)(100 * x))  # whatever the scale of a model
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, 2048])
+def test_ranks_and_nearest_are_those_of_all_products_at_once(chunk):
+    """With equal rows, zeros and NaN, whatever the parts."""
+    query, target = randn(50, 6).double(), randn(50, 6, seed=1)
+    target[7], target[49], query[4], query[6], target[5] = target[3].clone(), target[2].clone(), 0, math.nan, math.nan
+    cosine = F.normalize(query.float(), dim=-1) @ F.normalize(target, dim=-1).T
+    assert torch.equal(ranks(query, target, chunk), (~(cosine < cosine.diagonal()[:, None])).sum(1))
+    assert torch.equal(nearest(query, target, chunk), cosine.argmax(1))
+    assert nearest(query[:2], target[:1]).tolist() == [0, 0]
+
+
+def test_search_takes_memory_that_does_not_grow_with_the_targets():
+    query, peaks = randn(40, 4), []
+    for n in (1000, 4000):
+        target = randn(n, 4)
+        for search in (lambda: nearest(query, target, 64), lambda: ranks(target, target, 64)):
+            with torch.autograd.profiler.profile(profile_memory=True) as profile:
+                search()
+            sizes = [event.nbytes() for event in sorted(profile.kineto_results.events(), key=lambda x: x.start_ns())
+                     if event.name() == "[memory]"]
+            peaks.append(max(itertools.accumulate(sizes)))
+    assert peaks[2] < peaks[0] + 100 and peaks[3] < peaks[1] + 8 * 4 * 4000  # the ranks themselves
+    assert max(peaks) < 4 * 4000 * 4000 / 100
 
 
 class Clips:
