@@ -28,6 +28,7 @@ take their slices. What it holds:
   segment_words (B, S, T), itc_mask (B, S)     the same: words of each CLIP segment, and which pairs are real
   others                                       adapt_xdbert.share_pairs: pairs of the other micro-batches
 """
+import errno
 import functools
 import glob
 import hashlib
@@ -106,6 +107,9 @@ def open_packed(path, kind="", vocab=None):
                 raise ValueError(f"{name} is {attributes[name]!r}"[:80])
         held, form = attributes["kind"], attributes["format"]
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        if getattr(error, "errno", None) == errno.EMFILE:
+            raise SystemExit(f"{path}: too many files are open; allow more, such as by `ulimit -n 4096`"
+                             ) from None
         raise SystemExit(f"{path}: not a packed file, or damaged ({error}); pack it anew") from None
     if kind and held != kind and (kind, held) != ("text", "xtext"):  # pairs hold the text, too
         raise SystemExit(f"{path}: holds packed {held}, not {kind}; pack it with `python data.py {kind} ...`")
@@ -559,7 +563,7 @@ def check_clips(path, attributes, maps):
             fits = fits and len(offsets) == videos + 1 and (offsets[0], offsets[-1]) == (0, size) and (
                 np.diff(offsets) > 0).all()
         shard, shards = (attributes.get(name, 1) for name in ("shard", "shards"))
-        fits = fits and videos and frames.dtype == np.float16 and 1 <= shard <= shards
+        fits = fits and videos and frames.dtype == np.float16 and shard in range(1, shards + 1)
     except (KeyError, TypeError):
         fits = False
     if not fits:
@@ -582,7 +586,7 @@ def open_videos(files):
         if widths != first:
             raise SystemExit(f"{path}: has {widths[0]} + {widths[1]} channels a frame, {files[0]} has "
                              f"{first[0]} + {first[1]}; pack both from the same features")
-    found = {(held["shards"], held["shard"]) for held, _ in opened if "shards" in held}
+    found = {(held["shards"], held.get("shard", 1)) for held, _ in opened if "shards" in held}
     for n in {n for n, _ in found}:
         gone = list(itertools.islice((i for i in range(1, n + 1) if (n, i) not in found), 9))
         if gone:

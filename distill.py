@@ -26,7 +26,7 @@ import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, read_json
 from model import BERT, DistillHead, MLMHead, masked_mean, model_config, param_groups, recompute
-from parts.machine import flops_per_token, init_ranks, memory_report, move
+from parts.machine import flops_per_token, init_ranks, memory_report
 from parts.metrics import gradient_norms, masked_word_scores, probes
 from parts.weights import (check_tower, config_and_vocab, is_clip, load_bert, load_mlm_head, open_clip,
                            read_tensors, save_bert, save_tensors, start_from, vocab_of)

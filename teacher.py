@@ -24,10 +24,11 @@ import data
 import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
 from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups, recompute
+from parts.checkpoints import save_checkpoint
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_tensors, save_video_encoder
-from run import Run, lr_at, micro_batch_size, run_script, save_checkpoint, set_seed, steps_of
+from run import Run, lr_at, micro_batch_size, run_script, set_seed, steps_of
 
 
 @dataclass(frozen=True)

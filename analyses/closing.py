@@ -79,6 +79,8 @@ def open_judge(folder, device):
     if (path / "video_encoder.safetensors").exists():
         judge.video = load_video_encoder(path).to(device)
         judge.clips = open_clips(cfg.videos, path, train.vocab)
+    if judge.clips and judge.latents and len(judge.clips[0].files) > 1:
+        judge.latents["clips"] = []  # they are in the order of the demo's one file
     return judge
 
 
@@ -221,7 +223,7 @@ def close(folder, beside, device):
     text, words = fill_in(bert, head, vocab, ids, place, device)
     print0(f"fills in   {text}\n           " + ", ".join(f"{w} {100 * p:.0f}%" for w, p in words)
            + f" (it was {vocab.decode([int(ids[place])])})")
-    if judge.clips:
+    if judge.clips and judge.latents["clips"]:
         states = clip_states(judge.latents, judge.clips[1])
         found = describe(states[columns[objective]["retrieval"]["nearest"][0]])
         print0(f"retrieves  {states[0]['text']}\n           {found}\n")

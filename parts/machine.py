@@ -242,7 +242,7 @@ def memory_report(model, config, batch, T, logits=0.15, beside=(), anew=False, m
         total += 4 * sequences * tokens * shape.layers * (shape.hidden if anew else kept)
         passing += [4 * sequences * tokens * n for n in (logits * 3 * shape.vocab_size, kept)[:1 + anew]]
     total += max(passing) if anew else sum(passing)
-    return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.2g} GB for weights, AdamW and the "
+    return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.3g} GB for weights, AdamW and the "
             f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
 
 

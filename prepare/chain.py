@@ -16,12 +16,13 @@ import teacher as teacher_script
 from analyses.closing import close, close_adaptation, newest_run, open_clips, tasks_table
 from common import peek_json, print0, read_settings, stored_config, write_json
 from data import open_vocab
+from parts.checkpoints import check_started
 from parts.machine import init_ranks, side_by_side
 from parts.tasks import TASKS
 from parts.vocab import OPENAI_CLIP, load_clip_vocab, load_vocab
 from parts.weights import is_clip
 from prepare.world import demo_world, demo_xtext
-from run import check_started, model_folder
+from run import model_folder
 
 
 def teacher(cfg):

@@ -52,10 +52,11 @@ import torch.distributed as dist  # noqa: E402
 from conftest import QUICK_STUDENT, QUICK_TEACHER  # noqa: E402  sets one thread, too
 from test_ddp import QUICK_ADAPTATION, flat, pairs_and_tower  # noqa: E402
 
+from parts.checkpoints import CHECKPOINTS  # noqa: E402
 from parts.machine import peak_flops  # noqa: E402
 from prepare import chain  # noqa: E402, F401  what the scripts import
 from prepare.world import make_demo  # noqa: E402
-from run import CHECKPOINTS, code_hash  # noqa: E402
+from run import code_hash  # noqa: E402
 
 STEPS = dict(max_steps=24, save_every=6, eval_every=6, log_every=1, batch_size=8)
 SCRIPTS = {"distill": 3, "teacher": 2, "adapt_xdbert": 2, "finetune": 2}  # how often

@@ -56,10 +56,11 @@ from common import one_line_end
 from model import BERT, XDBERT, BERTConfig, CLIPConfig, MLMHead, TaskModel, VideoEncoder
 from parts import tasks, vocab, weights
 from parts.examples import load_examples, tokenized
+from parts.checkpoints import save_checkpoint
 from parts.machine import Ranks
 from parts.towers import load_tower
 from prepare import captions, chain, packing, video
-from run import Run, model_folder, read_run, save_checkpoint
+from run import Run, model_folder, read_run
 
 SECONDS, MEMORY, BATCH = 20, 2 << 30, 200
 ALONE = Ranks(0, 1, torch.device("cpu"))

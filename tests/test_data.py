@@ -4,6 +4,8 @@
 Run: python -m pytest -q tests/test_data.py
 """
 import hashlib
+import os
+import resource
 import tracemalloc
 import zlib
 from collections import Counter
@@ -712,8 +714,16 @@ def test_files_that_are_no_set_are_refused(sharded, vocab, tmp_path):
     write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], shard=1, shards=10 ** 9)
     assert "1000000000 shards these are missing: 2, 3, 4, 5, 6, 7, 8, 9, ...; " in stop_line(
         data.VideoClips, tmp_path / "t.h5", 20)
-    write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], shard="one", shards=2)
-    assert "t.h5: damaged" in stop_line(data.VideoClips, tmp_path / "t.h5", 20)
+    for attributes in dict(shard="one", shards=2), dict(shard=3, shards=2), dict(shard=1, shards=2.5), dict(shard=2):
+        write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], **attributes)
+        assert "t.h5: damaged" in stop_line(data.VideoClips, tmp_path / "t.h5", 20)
+    limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(1)
+    os.close(free)
+    try:  # no more than are open now
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        assert "s1.h5: too many files are open; allow more" in stop_line(data.VideoClips, shards, 20)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "python data.py videos" in stop_line(data.VideoClips, str(tmp_path / "no*.h5"), 20)
 
 

@@ -3,7 +3,6 @@
 Run: python -m pytest -q tests/test_feed.py
 """
 import threading
-import time
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
 """Proves on a CUDA device what the other files prove on a CPU; skipped where there is none.
 
-Training in three precisions, resume with the loss scaler's state, losses and encoder equal to the CPU's, and
-an optimizer step that never waits for the device.
+Training in three precisions, resume with the loss scaler's state, losses and encoder equal to the CPU's in
+chunks of any size, compiled and recomputed runs equal to plain ones, and a step that never waits for the device.
 Run: python -m pytest -q tests/test_gpu.py
 """
 import math
@@ -22,7 +22,8 @@ import losses
 import teacher
 from analyses import closing
 from common import keyed_integers, read_json
-from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder
+from model import BERT, BERTConfig, CLIPConfig, CLIPText, CrossEncoder, recompute
+from run import Run
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -150,6 +151,48 @@ def test_gpu_run_equals_cpu_run_without_dropout(request, tmp_path, stage, config
             assert a[key] == pytest.approx(b[key], rel=2e-2), (a["step"], key)
 
 
+@pytest.mark.parametrize("stage, config, flags", [
+    (teacher, "teacher_config", {}), (distill, "distill_config", dict(objective=EVERY, grad_every=3)),
+    (adapt_xdbert, "adapt_config", dict(objective="mlm+match+cliptc+itc", grad_every=3))],
+    ids=["teacher", "distill", "adapt"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("again", [False, True])
+def test_compiled_run_on_the_gpu_equals_the_eager_one(request, tmp_path, stage, config, flags, dtype, again):
+    make, runs = request.getfixturevalue(config), []
+    flags = flags | dict(device="cuda", dtype=dtype, dropout=0.0, max_steps=3, log_every=1, eval_every=3, save_every=3)
+    for name, more in {"eager": {}, "compiled": dict(compile_model=True, grad_checkpoint=again)}.items():
+        torch._dynamo.reset()
+        cfg = make(**flags | more, out_dir=str(tmp_path / name))
+        stage.main(cfg)
+        runs.append(steps_of(cfg))
+    assert len(runs[0]) == len(runs[1]) == 3
+    for a, b in zip(*runs):
+        for key in (*cfg.objective.split("+"), "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=2e-2 if dtype == "float32" else 1e-1), (a["step"], key)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recomputed_activations_on_the_gpu_take_less_memory_for_equal_gradients(dtype):
+    """With dropout, whose generator's state is kept."""
+    found, peaks = [], []
+    for again in (False, True):
+        torch.manual_seed(0)
+        bert = BERT(BERTConfig(vocab_size=V, layers=8, hidden=256, heads=4, intermediate=1024, dropout=0.1)).cuda()
+        if again:
+            recompute(bert)
+        ids = (torch.arange(64 * 128) * 7 % V).view(64, 128).cuda()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", getattr(torch, dtype), enabled=dtype != "float32"):
+            h = bert(ids)
+        h.float().square().mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        found.append([h.detach(), *(p.grad for p in bert.parameters() if p.grad is not None)])
+    for x, y in zip(*found):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-5)
+    assert peaks[1] < 0.5 * peaks[0]
+
+
 # ---------------------------------------------------------------------------- fine-tuning
 
 
@@ -249,6 +292,28 @@ def test_loss_and_gradient_equal_the_cpus(name):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
+@losses.no_tf32()
+def test_size_of_the_chunks_changes_no_loss_on_the_gpu(monkeypatch):
+    """By default all rows are one chunk there."""
+    soft_in, voken_in, nst_in = (CASES[name][1:] for name in ("soft", "voken", "nst gaussian"))
+    forms = [(lambda h, W, b, g: losses.soft(h, W, b, g, W.detach(), b.detach()), soft_in),
+             (lambda h, W, b, g: losses.voken(h, W, b, g, W.detach()), voken_in),
+             (lambda s, t, m: losses.nst(s, t.detach(), m), nst_in)]
+    for form, inputs in forms:
+        found = []
+        for rows in (None, 1, 5):
+            with monkeypatch.context() as patch:
+                if rows:
+                    patch.setattr(losses, "chunk_rows", lambda *_, rows=rows: rows)
+                moved = [x.cuda().requires_grad_(x.is_floating_point()) for x in inputs]
+                value = form(*moved)
+                gradients = torch.autograd.grad(value, [x for x in moved if x.requires_grad], allow_unused=True)
+                found.append([value, *(g for g in gradients if g is not None)])
+        for other in found[1:]:
+            for x, y in zip(other, found[0]):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @losses.no_tf32()
 def test_fused_attention_equals_plain_matmuls(padded):
@@ -271,7 +336,7 @@ def test_fused_attention_equals_plain_matmuls(padded):
 
 @losses.no_tf32()
 def test_clip_text_on_the_gpu_equals_the_cpus():
-    """Causal, by an additional mask: values at every position, and gradients."""
+    """Causal, there without a mask: values at every position, and gradients."""
     torch.manual_seed(0)
     clip = CLIPText(CLIPConfig(V, layers=2, hidden=32, heads=2, intermediate=64, positions=T, projection=24))
     ids, found = (torch.arange(B * T) * 7 % V).view(B, T), []
@@ -311,20 +376,25 @@ def test_cross_modal_encoder_on_the_gpu_equals_the_cpus():
 
 @pytest.fixture
 def strict_steps(monkeypatch):
-    """From the first forward to the scaler's update any host synchronisation is an error; a list of steps."""
-    update, steps = torch.amp.GradScaler.update, []
-    for objective in (distill.Distiller, adapt_xdbert.Adapter, finetune.Objective):
-        def strict_forward(self, batch, divisor, forward=objective.forward):
-            if self.training and len(steps) >= 2:  # the first steps set up cuBLAS and the optimizer's state
-                torch.cuda.set_sync_debug_mode("error")
-            return forward(self, batch, divisor)
-        monkeypatch.setattr(objective, "forward", strict_forward)
+    """From the third step on, any wait for the device is an error, but in log lines, saves and evaluations; a
+    list with an entry a step. The first steps set up cuBLAS and the optimizer's state."""
+    steps = []
 
-    def relaxed_update(self, *args):
-        update(self, *args)
-        torch.cuda.set_sync_debug_mode("default")
-        steps.append(1)
-    monkeypatch.setattr(torch.amp.GradScaler, "update", relaxed_update)
+    def patched(name):
+        method = getattr(Run, name)
+
+        def relaxed(self, step, *args, **more):
+            torch.cuda.set_sync_debug_mode("default")
+            found = method(self, step, *args, **more)
+            if name == "tick":
+                steps.append(step)
+            last = name == "save_due" and args[0]
+            if len(steps) >= 2 and name != "eval_due" and not last:
+                torch.cuda.set_sync_debug_mode("error")
+            return found
+        monkeypatch.setattr(Run, name, relaxed)
+    for name in ("eval_due", "save_due", "tick"):
+        patched(name)
     yield steps
     torch.cuda.set_sync_debug_mode("default")
 
@@ -337,6 +407,14 @@ FIVE = dict(device="cuda", max_steps=5, log_every=5, save_every=5)
 def test_optimizer_step_never_waits_for_the_device(request, strict_steps, stage, config, flags, dtype):
     more = dict(grad_every=5) | (dict(objective=EVERY) if config == "distill_config" else {})
     stage.main(request.getfixturevalue(config)(**(flags | FIVE | more), eval_every=5, dtype=dtype))
+    assert len(strict_steps) == 5
+
+
+@pytest.mark.parametrize("flags", [dict(), dict(negatives="one", ct_input="clean"), dict(negatives="all"),
+                                   dict(objective="clip"), dict(objective="mlm", stop_on="loss")],
+                         ids=lambda flags: ",".join(map(str, flags.values())) or "infonce")
+def test_teachers_step_never_waits_for_the_device(teacher_config, strict_steps, flags):
+    teacher.main(teacher_config(**flags | FIVE, eval_every=5, dtype="float16"))
     assert len(strict_steps) == 5
 
 

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -116,6 +117,10 @@ def test_any_number_of_jobs_packs_the_same_bytes(vocab, clip, tmp_path, monkeypa
     rows = {f"v{i}": {"start": [0], "end": [1], "text": [HARD[i % len(HARD)]]} for i in range(50)}
     (tmp_path / "c.json").write_text(json.dumps(rows))
     sources = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.json")]
+    (tmp_path / "latin.txt").write_bytes(b"the cat\n" * 999 + b"caf\xe9\n")
+    assert "latin.txt: not UTF-8 near byte 7995" in stop_line(pack_text, [*sources, tmp_path / "latin.txt"], vocab,
+                                                             tmp_path / "o.h5", 2)
+    assert sorted(tmp_path.iterdir()) == sorted([*sources, tmp_path / "latin.txt"])
     for kind, pack, jobs in (("text", pack_text, 3), ("pairs", lambda *a: pack_xtext(*a[:2], clip, *a[2:]), 2)):
         one, many = tmp_path / f"{kind}1.h5", tmp_path / f"{kind}n.h5"
         counts, same = pack(sources, vocab, one), pack(sources, vocab, many, jobs)
@@ -123,11 +128,32 @@ def test_any_number_of_jobs_packs_the_same_bytes(vocab, clip, tmp_path, monkeypa
         assert [counts[k] == same[k] for k in ("tokens", "documents", "bytes")] == [True] * 3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sent, to_all", [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False),
+                                          (signal.SIGKILL, False)])
+def test_stopped_jobs_leave_no_process_and_no_file(vocab, tmp_path, sent, to_all):
+    vocab.save(tmp_path)
+    with open(tmp_path / "t.txt", "w") as f:
+        f.writelines(["the cat sat on the mat .\n" * 1000] * 4000)  # 100 MB
+    run = subprocess.Popen([sys.executable, ROOT / "data.py", "text", tmp_path / "t.txt", "--vocab", tmp_path, "--jobs",
+                            "2", "--out", tmp_path / "o.h5"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    raw = f"o.h5.*.{run.pid}.tmp/tokens.raw"
+    while not any(path.stat().st_size for path in tmp_path.glob(raw)):
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, sent) if to_all else run.send_signal(sent)
+    said = run.communicate(timeout=60)[1]  # ends when no process holds the pipe
+    assert run.returncode == (-9 if sent == signal.SIGKILL else 1) and not (tmp_path / "o.h5").exists()
+    if sent != signal.SIGKILL:
+        assert said.splitlines()[-1].startswith("data.py: ") and "Traceback" not in said
+        assert not list(tmp_path.glob("*.tmp"))
+
+
 def test_processes_work_in_order_and_end_with_the_first():
-    given = (((i, 7), i) for i in range(20))
+    given, others = (((i, 7), i) for i in range(20)), multiprocessing.active_children()  # of pytest
     results = in_order(max, given, 3)
     assert [next(results) for _ in range(9)] == [(max(i, 7), i) for i in range(9)]
-    workers = multiprocessing.active_children()
+    workers = [worker for worker in multiprocessing.active_children() if worker not in others]
     for worker in workers:  # Ctrl-C goes to them, too, and is left to the first
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)

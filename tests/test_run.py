@@ -23,10 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from common import Switch, birth, write_json
 from model import BERT, BERTConfig, MLMHead, model_config
+from parts.checkpoints import checkpoint_nbytes, load_checkpoint, save_checkpoint
 from parts.machine import (PEAK_TFLOPS, Ranks, cores, flops_per_token, generator_of, init_ranks, keep_freed_memory,
                            memory_report, move, peak_flops, peak_memory_mb, return_freed_memory, side_by_side)
-from run import (FORMAT, Interrupt, Run, checkpoint_nbytes, file_hash, load_checkpoint, lr_at, model_folder, read_run,
-                 run_script, save_checkpoint, steps_of)
+from run import FORMAT, Interrupt, Run, file_hash, lr_at, model_folder, read_run, run_script, steps_of
 
 TINY = BERTConfig(vocab_size=40, layers=2, hidden=24, heads=3, intermediate=32, max_positions=16)
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -160,7 +160,7 @@ def test_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 def test_kill_while_saving_leaves_a_readable_checkpoint(tmp_path):
     script = ("import sys, torch; sys.path.insert(0, sys.argv[1])\n"
-              "from parts.machine import Ranks\nfrom run import save_checkpoint\n"
+              "from parts.machine import Ranks\nfrom parts.checkpoints import save_checkpoint\n"
               "ranks, step = Ranks(0, 1, torch.device('cpu')), 0\n"
               "while True:\n"
               "    step += 1\n"
@@ -587,6 +587,7 @@ def test_mps_is_taken_where_it_is_and_else_refused_in_one_line(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.amp, "is_autocast_available", lambda device: device != "mps")
         refused("--device mps: needs", "mps")
+    monkeypatch.setattr(torch.amp, "is_autocast_available", lambda device: True)  # PyTorch 2.4 cannot
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert init_ranks("mps") == Ranks(0, 1, torch.device("mps")) and init_ranks("auto").device.type == "cpu"
     refused("--dtype bfloat16: --device mps computes in float32", "mps", "bfloat16")

@@ -3,7 +3,6 @@
 Run: python -m pytest -q tests/test_xdbert.py
 """
 import dataclasses
-import functools
 import json
 import re
 import shutil
@@ -254,6 +253,7 @@ def test_compiled_adaptation_equals_the_eager_one(config, tmp_path, monkeypatch,
     compiles(adapt_xdbert, config, tmp_path, monkeypatch, 9, **dict(max_steps=6, eval_every=3, save_every=6) | flags)
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_bit_of_an_adaptation(config, tmp_path):
     found = []
     for again in (False, True):
