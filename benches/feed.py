@@ -16,7 +16,7 @@ import teacher
 from common import print0, table
 from data import TextBlocks, VideoClips, step_batches, write_packed
 from parts.feed import Feed
-from parts.machine import Ranks
+from parts.machine import Ranks, keep_freed_memory
 from parts.vocab import SPECIALS, Vocab
 
 STEP = 0.019  # seconds of a step of 256 x 128 tokens at 1.75 M tokens/s: 6L-512H at 40 % of an H200's peak
@@ -93,6 +93,7 @@ def times(run, seconds, least=5, warm=2, clock=time.perf_counter):
 def bench_feed(cfg, device, out, count=100_000_000, clips=CLIPS, channels=CHANNELS, seconds=4.0):
     """distill.py's batches, 256 x 128, nst+crd, from 100 M packed tokens; teacher.py's, 64 clips."""
     vocab, ranks = made_vocab(cfg.vocab), Ranks(0, 1, device)
+    keep_freed_memory()  # as the scripts do; a GPU's batches lie in page-locked memory, which is kept, too
     with tempfile.TemporaryDirectory() as folder:
         text, videos = Path(folder) / "text.h5", Path(folder) / "videos.h5"
         write_tokens(text, count, vocab)

@@ -340,4 +340,8 @@ def bench_scale(cfg, device, out, growing=GROWING, run=children):
 
 if __name__ == "__main__":
     keep_freed_memory()  # as the scripts do
-    print(json.dumps(JOBS.get(sys.argv[1], ranks)(Path(sys.argv[3]), int(sys.argv[2])), default=float))
+    found = JOBS.get(sys.argv[1], ranks)(Path(sys.argv[3]), int(sys.argv[2]))
+    print(json.dumps(found, default=float), flush=True)
+    if dist.is_initialized():
+        dist.barrier()
+        os._exit(0)  # gloo's threads could abort the process's end
