@@ -325,7 +325,7 @@ def bench_scale(cfg, device, out, growing=GROWING, run=children):
                           f"{row['mb']:.1f}"])
             name = ""
         time_slope, memory_slope = exponents(rows)
-        lines.append(["", "exponent", f"{time_slope:.2f}", "", "", f"{memory_slope:.2f}"])
+        lines.append(["", "exponent", f"{time_slope:.2f}", "", "", f"{round(memory_slope, 2) + 0.0:.2f}"])
         out |= {f"scale.{part}.time_exponent": time_slope, f"scale.{part}.memory_exponent": memory_slope,
                 f"scale.{part}.sizes": {str(n): row for n, row in rows.items()}}
     print0(table(lines))
