@@ -157,7 +157,7 @@ def test_processes_work_in_order_and_end_with_the_first():
     for worker in workers:  # Ctrl-C goes to them, too, and is left to the first
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
-    assert next(results) == (9, 9) and next(given)[1] == 13  # one text a process is under way
+    assert next(results) == (9, 9) and next(given)[1] == 16  # two texts a process are under way
     results.close()
     for worker in workers:
         worker.join(20)
