@@ -319,6 +319,8 @@ def pack_words(kind, sources, encoder, out, jobs, dtypes, arrays, carry=lambda *
     encoder: of the streams in `dtypes` {name: dtype}. carry(streams of a text) -> what is written of them,
     which may depend on those before. arrays, attributes: what else write_packed shall write.
     """
+    if not 0 <= jobs <= 1000:
+        raise SystemExit(f"--jobs {jobs}: must be from 1 to 1,000, or 0 for one a core")
     sources, vocab = [Path(p) for p in sources], encoder.vocab
     total = sum(p.stat().st_size for p in sources)
     # English has 4 to 5 bytes a token
@@ -448,10 +450,10 @@ def in_order(encoder, texts, jobs):
 
     Each process has two texts, so that it need not wait for the next, and memory is bounded.
     """
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if jobs == 1:
         yield from ((encoder(*text), size) for text, size in texts)
         return
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     pipes, waiting = [], deque()  # to each process; (pipe, size) of the texts under way
     try:
         pipes += (start_worker() for _ in range(jobs))  # all, before the first has read anything
@@ -503,9 +505,9 @@ def work(pipe):
             while True:
                 texts.put(pipe.recv())
         texts.put(None)
-    threading.Thread(target=read, daemon=True).start()
-    encoder = texts.get()
-    with suppress(OSError):
+    with suppress(EOFError, OSError):
+        encoder = pipe.recv()
+        threading.Thread(target=read, daemon=True).start()
         for text in iter(texts.get, None):
             pipe.send(encoder(*text))
 
