@@ -185,6 +185,7 @@ class Layer(nn.Module):
 def recompute(module):
     """Backward computes what is inside of each layer anew (Chen et al. 2016): of a layer its input alone is
     kept. Values and gradients stay equal, with their dropout, and a step takes a third longer."""
+    torch._dynamo.config.optimize_ddp = False  # PyTorch 2.4 cannot split a graph with such layers for DDP
     for stack in module.modules():
         for layer in stack if isinstance(stack, nn.ModuleList) else ():
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)

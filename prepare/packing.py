@@ -6,9 +6,11 @@ import itertools
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import signal
+import threading
 import time
 import zlib
 from collections import Counter, deque
@@ -317,6 +319,8 @@ def pack_words(kind, sources, encoder, out, jobs, dtypes, arrays, carry=lambda *
     encoder: of the streams in `dtypes` {name: dtype}. carry(streams of a text) -> what is written of them,
     which may depend on those before. arrays, attributes: what else write_packed shall write.
     """
+    if not 0 <= jobs <= 1000:
+        raise SystemExit(f"--jobs {jobs}: must be from 1 to 1,000, or 0 for one a core")
     sources, vocab = [Path(p) for p in sources], encoder.vocab
     total = sum(p.stat().st_size for p in sources)
     # English has 4 to 5 bytes a token
@@ -444,57 +448,68 @@ def cached_words(words, encode, cache, longest=32, most=1 << 18):
 def in_order(encoder, texts, jobs):
     """Yields (encoder(*text), size) of the (text, size), in their order, by `jobs` processes, 0 = one a core.
 
-    Each process has one text at a time, so that memory is bounded.
+    Each process has two texts, so that it need not wait for the next, and memory is bounded.
     """
+    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     if jobs == 1:
         yield from ((encoder(*text), size) for text, size in texts)
         return
-    jobs = jobs or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    pipes = deque()  # to each process, and the size of what it has; the first has had it for longest
+    pipes, waiting = [], deque()  # to each process; (pipe, size) of the texts under way
     try:
-        for text, size in texts:
-            if len(pipes) < jobs:
-                pipes.append((start_worker(encoder), 0))
-                done = None
-            else:
-                done = pipes[0][0].recv(), pipes[0][1]
-                pipes.rotate(-1)
-            pipe, _ = pipes[-1]
-            pipe.send(text)
-            pipes[-1] = pipe, size
-            if done:
-                yield done
-        for pipe, size in pipes:
+        pipes += (start_worker() for _ in range(jobs))  # all, before the first has read anything
+        for pipe in pipes:
+            pipe.send(encoder)
+        for number, (text, size) in enumerate(texts):
+            done = []
+            if len(waiting) == 2 * jobs:
+                pipe, read = waiting.popleft()
+                done = [(pipe.recv(), read)]
+            waiting.append((pipes[number % jobs], size))
+            waiting[-1][0].send(text)
+            yield from done
+        for pipe, size in waiting:
             yield pipe.recv(), size
     except (EOFError, BrokenPipeError, ConnectionResetError):
         raise SystemExit("one of the processes was ended, perhaps as memory was short; give fewer --jobs"
                          ) from None
     finally:
-        for pipe, _ in pipes:
+        for pipe in pipes:
             pipe.close()
 
 
-def start_worker(encoder):
-    """A pipe to a new process, which encodes what is sent to it until the pipe is closed, from any cause."""
+def start_worker():
+    """A pipe to a new process, see work; it ends when the pipe is closed, from any cause."""
     context = multiprocessing.get_context("spawn")  # a fork would lack the threads of the tokenizer
     ours, theirs = context.Pipe()
     resource_tracker.ensure_running()  # now, as its start unblocks signals
     # Ctrl-C and a scheduler's SIGTERM go to all; the first process ends the others
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
-        context.Process(target=work, args=(theirs, encoder)).start()
+        context.Process(target=work, args=(theirs,)).start()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return ours
 
 
-def work(pipe, encoder):
-    """What a process of start_worker does."""
+def work(pipe):
+    """A process of start_worker: is sent an encoder, then texts, and sends what that makes of them.
+
+    It reads in a thread, so that sending to it never waits.
+    """
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the other cores have processes of their own
-    with suppress(EOFError, OSError):  # of a closed pipe
-        while True:
-            pipe.send(encoder(*pipe.recv()))
+    texts = queue.SimpleQueue()
+
+    def read():
+        with suppress(EOFError, OSError):  # of a closed pipe
+            while True:
+                texts.put(pipe.recv())
+        texts.put(None)
+    with suppress(EOFError, OSError):
+        encoder = pipe.recv()
+        threading.Thread(target=read, daemon=True).start()
+        for text in iter(texts.get, None):
+            pipe.send(encoder(*text))
 
 
 # ---------------------------------------------------------------------------- videos

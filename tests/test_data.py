@@ -787,6 +787,9 @@ def test_hash_of_large_content_is_of_its_size_and_of_blocks(tmp_path, monkeypatc
     assert found(other) in seen
 
 
+# ---------------------------------------------------------------------------- vokens
+
+
 @pytest.fixture
 def uneven(vocab, tmp_path):
     """Clips of 40 tasks of 3 videos and 40 of 30; the first caption of each video lasts 0.5 s."""

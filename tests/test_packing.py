@@ -120,6 +120,7 @@ def test_any_number_of_jobs_packs_the_same_bytes(vocab, clip, tmp_path, monkeypa
     (tmp_path / "latin.txt").write_bytes(b"the cat\n" * 999 + b"caf\xe9\n")
     assert "latin.txt: not UTF-8 near byte 7995" in stop_line(pack_text, [*sources, tmp_path / "latin.txt"], vocab,
                                                              tmp_path / "o.h5", 2)
+    assert "--jobs -1: must be" in stop_line(pack_text, sources, vocab, tmp_path / "o.h5", -1)
     assert sorted(tmp_path.iterdir()) == sorted([*sources, tmp_path / "latin.txt"])
     for kind, pack, jobs in (("text", pack_text, 3), ("pairs", lambda *a: pack_xtext(*a[:2], clip, *a[2:]), 2)):
         one, many = tmp_path / f"{kind}1.h5", tmp_path / f"{kind}n.h5"
@@ -157,7 +158,7 @@ def test_processes_work_in_order_and_end_with_the_first():
     for worker in workers:  # Ctrl-C goes to them, too, and is left to the first
         os.kill(worker.pid, signal.SIGINT)
         os.kill(worker.pid, signal.SIGTERM)
-    assert next(results) == (9, 9) and next(given)[1] == 13  # one text a process is under way
+    assert next(results) == (9, 9) and next(given)[1] == 16  # two texts a process are under way
     results.close()
     for worker in workers:
         worker.join(20)
