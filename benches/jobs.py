@@ -122,11 +122,12 @@ def parts():
     """{model: (trained parameters, bytes of its bank)}, without making weights."""
     found = {}
     with torch.device("meta"):
-        for shape in SHAPES:
+        for shape, text in zip(SHAPES, (WIKIPEDIA, WIKI103)):
             cfg, config = student(shape)
+            rows = min(cfg.crd_bank_size, int(text // (T - 2)))  # one for a block
             found[f"student {shape}, nst+crd"] = (distill.Distiller(
                 cfg, config, SimpleNamespace(width=config.hidden), None),
-                CRDBank.nbytes(cfg.crd_bank_size, cfg.crd_dim, getattr(torch, cfg.crd_bank_dtype)))
+                CRDBank.nbytes(rows, cfg.crd_dim, getattr(torch, cfg.crd_bank_dtype)))
             found[f"teacher {shape}"] = teacher.Teacher(
                 teacher.Config(**teacher.PRESETS["paper"], objective="mlm+ct"), config, CHANNELS), 0
         found["XDBERT, base and ViT-B/32"] = adapter()[1], 0
