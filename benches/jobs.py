@@ -119,7 +119,7 @@ def rate_table(found):
 
 
 def parts():
-    """{model: (trained parameters, bytes of its bank)}, without making weights."""
+    """{model: (trained parameters, all of them, bytes of its bank)}, without making weights."""
     found = {}
     with torch.device("meta"):
         for shape, text in zip(SHAPES, (WIKIPEDIA, WIKI103)):
