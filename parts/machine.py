@@ -98,24 +98,25 @@ def init_ranks(device="auto", dtype="float32"):
 
 
 def end_ranks():
-    """Leaves the process group; for the end of a script. On an error's way out the process ends here.
+    """Leaves the process group and ends the process, without Python's own end; for the end of a script.
 
-    The error holds the model and with it the group, whose end would wait for gloo's threads, while these wait
-    for Python's lock: such a process hangs for good.
+    A thread of gloo's may be the last to let go of a tensor. For that it needs Python's lock: once Python is
+    ending, the process aborts, though all work is done. On an error's way out the group is not left either:
+    the error holds the model and with it the group, whose end would wait for threads that wait for the lock.
     """
     if not dist.is_initialized():
         return
     error = sys.exc_info()[1]
+    code = 0 if error is None else getattr(error, "code", 1)
     if error is None:
-        return dist.destroy_process_group()
-    code = getattr(error, "code", 1)
-    if not isinstance(error, SystemExit):
+        dist.destroy_process_group()
+    elif not isinstance(error, SystemExit):
         traceback.print_exc()
     elif isinstance(code, str):
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    os._exit(code if isinstance(code, int) else bool(code))
 
 
 def keep_freed_memory(keep=True):
