@@ -116,7 +116,7 @@ def end_ranks():
         print(code, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else bool(code))
+    os._exit(code if isinstance(code, int) else int(bool(code)))
 
 
 def keep_freed_memory(keep=True):
