@@ -120,15 +120,16 @@ def end_ranks():
 
 
 def keep_freed_memory(keep=True):
-    """Makes glibc keep freed memory. By default large tensors return to the system, and each step faults
-    their pages in again."""
+    """Makes glibc keep freed memory, in one pool for all threads. By default large tensors return to the
+    system, and each step faults their pages in again; so do a thread's own pools."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # not glibc
         return
-    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
     mallopt(M_MMAP_MAX, 0 if keep else 2 ** 16)
     mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1 if keep else 2 ** 17)
+    mallopt(M_ARENA_MAX, int(keep))  # 0: as many as glibc likes
 
 
 def return_freed_memory():
