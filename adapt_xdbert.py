@@ -322,7 +322,7 @@ def evaluate(model, blocks, cfg, ranks):
         sides["mismatched"] = (index + 1 + keyed_integers(len(blocks) - 1, "val other", index)) % len(blocks)
     # (sides, terms) x (summed loss, right, items)
     total = torch.zeros(len(sides), len(names), 3, dtype=torch.float64)
-    parts = np.array_split(index, max(1, len(index) * ranks.size * cfg.grad_accum // cfg.batch_size))
+    parts = np.array_split(index, math.ceil(len(index) * ranks.size * cfg.grad_accum / cfg.batch_size))
     pairs = []  # ITC's of all blocks, 0 where another rank has them
     if "itc" in model.weights:
         pairs = [torch.zeros(len(index), cfg.segments, *width, device=ranks.device)

@@ -86,6 +86,8 @@ class Config:
     json: str = ""  # file for the same numbers; empty = none
 
     def __post_init__(self):
+        if self.device not in ("cpu", "cuda", "auto"):
+            raise ValueError(f"--device {self.device}: times are taken on cpu or cuda")
         if not set(self.only.split(",")) <= set(SECTIONS):
             raise ValueError(f"--only {self.only}: write some of {','.join(SECTIONS)}")
         for name, (least, most) in dict(batch=(2, 10 ** 4), tokens=(5, 10 ** 4), vocab=(10, 10 ** 6),
@@ -458,6 +460,7 @@ def bench_gpu(cfg, device, out):
         student = distill.Distiller(distill.Config(objective="nst+crd", crd_dim=cfg.dim), config,
                                     SimpleNamespace(width=config.hidden), bank).to(device)
         if compiled:
+            torch._dynamo.reset()  # each shape has its own graphs, of which a module may have few
             teacher.compile(), student.bert.compile()
         batch, (loss, alone) = made_batch(cfg, device, 2), distilling(student, {kind: teacher}, device)
         words = {name: batch[name].cpu() for name in ("inputs", "mask")}
@@ -773,7 +776,7 @@ def main(cfg):
         print0(f"\n{name}: {100 * done / whole:.0f} % done, about {duration(pace * (whole - done))} left")
         keep_freed_memory(False)  # the C library's own policy, for plain and ours
         # losses.py computes without TF32, so its plain forms do; the steps as the scripts run them
-        with contextlib.nullcontext() if name in ("step", "finetune", "xdbert") else losses.no_tf32():
+        with contextlib.nullcontext() if name in ("step", "finetune", "xdbert", "gpu") else losses.no_tf32():
             section(cfg, device, out)
         done += share
     print0(f"\n{duration(time.monotonic() - start)}")

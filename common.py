@@ -171,6 +171,8 @@ def check_fields(cfg, choices, positive):
                  "warmup_steps", "epochs"):
         if getattr(cfg, name) < 0:
             raise ValueError(f"--{name} {getattr(cfg, name):g}: must not be negative")
+    if cfg.device == "mps" and cfg.grad_checkpoint:  # PyTorch would draw another dropout in backward
+        raise ValueError("--grad_checkpoint: not with --device mps; raise --grad_accum instead")
     if not (cfg.save_every or cfg.save_minutes):
         raise ValueError("--save_every 0 needs --save_minutes")
     if type(cfg).max_steps and not cfg.max_steps and not cfg.epochs:  # finetune.py's tasks have their own

@@ -38,6 +38,7 @@ import math
 import os
 import weakref
 import zlib
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -107,9 +108,7 @@ def open_packed(path, kind="", vocab=None):
                 raise ValueError(f"{name} is {attributes[name]!r}"[:80])
         held, form = attributes["kind"], attributes["format"]
     except (OSError, KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        if getattr(error, "errno", None) == errno.EMFILE:
-            raise SystemExit(f"{path}: too many files are open; allow more, such as by `ulimit -n 4096`"
-                             ) from None
+        refuse_more_files(path, error)
         raise SystemExit(f"{path}: not a packed file, or damaged ({error}); pack it anew") from None
     if kind and held != kind and (kind, held) != ("text", "xtext"):  # pairs hold the text, too
         raise SystemExit(f"{path}: holds packed {held}, not {kind}; pack it with `python data.py {kind} ...`")
@@ -121,6 +120,13 @@ def open_packed(path, kind="", vocab=None):
     if vocab.hash != attributes["vocab_hash"]:
         raise SystemExit(f"{path}: damaged (the vocabulary is not the one it was packed with); pack it anew")
     return attributes, vocab, maps
+
+
+def refuse_more_files(path, error):
+    """SystemExit where the system lets a process have no more files open."""
+    if getattr(error, "errno", None) == errno.EMFILE:
+        raise SystemExit(f"{path}: too many files are open; allow more, such as by `ulimit -n 4096`"
+                         ) from None
 
 
 # what packed files hold: {dataset: (numpy's kinds of numbers, dimensions)}
@@ -586,9 +592,10 @@ def open_videos(files):
         if widths != first:
             raise SystemExit(f"{path}: has {widths[0]} + {widths[1]} channels a frame, {files[0]} has "
                              f"{first[0]} + {first[1]}; pack both from the same features")
-    found = {(held["shards"], held.get("shard", 1)) for held, _ in opened if "shards" in held}
+    found = Counter((held["shards"], held.get("shard", 1)) for held, _ in opened if "shards" in held)
     for n in {n for n, _ in found}:
-        gone = list(itertools.islice((i for i in range(1, n + 1) if (n, i) not in found), 9))
+        sets = max(count for (shards, _), count in found.items() if shards == n)
+        gone = list(itertools.islice((i for i in range(1, n + 1) if found[n, i] < sets), 9))
         if gone:
             raise SystemExit(f"{files[0]}: of its {n} shards these are missing: {str(gone[:8])[1:-1]}"
                              f"{', ...' * (len(gone) > 8)}; give them, too, or make them, such as by `python "
@@ -664,7 +671,11 @@ class FrameFile:
     def __init__(self, path, frames):
         self.path, self.row = path, frames.strides[0]
         self.offset = frames.ctypes.data - frames.base.ctypes.data
-        self.file = os.open(path, os.O_RDONLY)
+        try:
+            self.file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            refuse_more_files(path, error)
+            raise
         weakref.finalize(self, os.close, self.file)
 
     def read(self, first, out):

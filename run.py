@@ -229,14 +229,15 @@ def unlock(folder):
 
 
 def check_shared(path, flag, ranks):
-    """SystemExit on all ranks where one of them does not see what rank 0 writes beside `path`, which `flag`
-    gives: they run on machines without a common file system."""
+    """SystemExit on all ranks where one of them does not see what rank 0 writes in `path`, which `flag`
+    gives, or in the next folder above that is there: they run on machines without a common file system."""
     if ranks.size == 1:
         return
 
     def near():
-        return next(folder for folder in Path(path).absolute().parents if folder.is_dir())
-    own = f"shared.{socket.gethostname()}.{os.getpid()}.tmp"  # as common.sweep looks for it
+        return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    path = Path(path).absolute()
+    own = f"shared.{socket.gethostname()[:64]}.{os.getpid()}.tmp"  # as common.sweep looks for it
     if ranks.main:
         sweep(near() / "shared")
         (near() / own).touch()
@@ -357,6 +358,7 @@ class Run:
                 self.start, self.lines = int(self.saved["step"]), int(self.saved["log_lines"])
                 if self.resumes:
                     restore_rng(self.saved, self.ranks)
+                del self.saved["rng"]  # the last of the file, which else stays mapped
         return self.start
 
     def load_best(self, model, step=0):
@@ -390,9 +392,9 @@ class Run:
         a progress bar in place of a line for each window.
         """
         cfg, device = self.cfg, self.ranks.device
-        self.open_folder()
         if self.ranks.main:
-            self.tell_checkpoint()
+            self.check_room()
+        self.open_folder()
         self.interrupt = Interrupt(cfg.max_minutes)
         self.terms, self.unit, self.units, self.flops = list(terms), unit, units, flops
         self.peak = peak_flops(device, getattr(torch, cfg.dtype)) * self.ranks.size if flops else 0.0
@@ -461,19 +463,20 @@ class Run:
         minutes = (time.monotonic() - self.written) / 60
         return self.interrupt.due(), self.ranks.main and 0 < self.cfg.save_minutes <= minutes
 
-    def tell_checkpoint(self):
+    def check_room(self):
         """Prints what checkpoints take of disk and time, where that is much; SystemExit without the room.
 
         Three exist for a moment: the newest, the one before, and the one in writing.
         """
-        nbytes, held = checkpoint_nbytes(self.parts), sum(
-            path.stat().st_size for path in self.folder.glob("checkpoint.pt*"))
-        free = shutil.disk_usage(self.folder).free
+        nbytes = checkpoint_nbytes(self.parts)
+        held = sum(path.stat().st_size for path in self.folder.glob("checkpoint.pt*")) * self.resumes
+        place = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.is_dir())
+        free = shutil.disk_usage(place).free
         if 3 * nbytes > free + held:
             raise SystemExit(f"{self.folder}: checkpoints take {3 * nbytes / 1e9:.2g} GB of disk, "
                              f"{free / 1e9:.2g} GB are free; free some or give another --out_dir")
         if nbytes >= 1e8:
-            rate = disk_rate(self.folder)
+            rate = disk_rate(place)
             print0(f"checkpoint: {nbytes / 1e9:.2g} GB in about {duration(math.ceil(nbytes / rate))}, at the "
                    f"{rate / 1e6:,.0f} MB/s of this disk; {3 * nbytes / 1e9:.2g} GB while one is written")
 

@@ -25,6 +25,7 @@ import losses
 from common import Switch, check_fields, duration, keyed_integers, print0, table, write_json
 from model import BERT, CLIPConfig, CLIPText, MLMHead, VideoEncoder, model_config, param_groups, recompute
 from parts.checkpoints import save_checkpoint
+from parts.feed import AHEAD
 from parts.machine import flops_per_token, init_ranks, memory_report, move
 from parts.metrics import mean_state, recall, vectors
 from parts.weights import save_bert, save_clip, save_tensors, save_video_encoder
@@ -206,7 +207,9 @@ def evaluate(model, clips, cfg, ranks):
     total = torch.zeros(len(ITEMS), 2, dtype=torch.float64)  # term x (sum, items)
     if sees:  # texts and videos as retrieval compares them; 0 where another rank has them
         found = torch.zeros(2, len(clips), model.video.config.hidden, device=ranks.device)
-    parts = np.array_split(np.arange(len(clips)), max(1, len(clips) // cfg.batch_size))
+    # as large as in training, but with a negative
+    count = min(math.ceil(len(clips) * ranks.size * cfg.grad_accum / cfg.batch_size), len(clips) // 2)
+    parts = np.array_split(np.arange(len(clips)), max(1, count))
     for index in parts[ranks.rank::ranks.size]:
         batch = move(make_batch(clips, cfg, index, "val", index), ranks.device)
         with torch.autocast(ranks.device.type, dtype, enabled=dtype != torch.float32):
@@ -266,8 +269,13 @@ def memory(model, cfg, config, micro_size):
     if "ct" in cfg.objective:
         beside += [(text, micro_size, cfg.block_size)] * (cfg.ct_input == "clean" and "mlm" in cfg.objective)
         more += 4 * 8 * micro_size ** 2 * cfg.block_size  # cosines of each token with each clip, and the like
-    return memory_report(model, config, micro_size, cfg.block_size, cfg.mask_rate * ("mlm" in cfg.objective),
-                         beside, cfg.grad_checkpoint, more)
+    share = cfg.mask_rate * ("mlm" in cfg.objective)
+    report = memory_report(model, config, micro_size, cfg.block_size, share, beside, cfg.grad_checkpoint,
+                           more)
+    if cfg.objective == "mlm":
+        return report
+    host = (AHEAD + 2) * cfg.grad_accum * 2 * frames * model.video.features
+    return f"{report}; {host / 1e9:.2g} GB of the host's for frames read ahead"
 
 
 def run_folder(cfg):

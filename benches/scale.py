@@ -37,6 +37,8 @@ from prepare.packing import pack_videos, read_captions
 
 ROOT = Path(__file__).resolve().parent.parent
 NOISE = 0.002  # seconds: runs below are not fitted
+LINEAR, FLAT = 1.1, 0.1  # exponents up to these count as linear, and as flat
+CORPUS = ("start", "tokens", "clips", "videos")  # what must take the same memory for a corpus of any size
 LEAST = 8.0  # MB: what is below, buffers and the allocator's rounding, counts as much
 
 
@@ -328,7 +330,11 @@ def bench_scale(cfg, device, out, growing=GROWING, run=children):
         lines.append(["", "exponent", f"{time_slope:.2f}", "", "", f"{round(memory_slope, 2) + 0.0:.2f}"])
         out |= {f"scale.{part}.time_exponent": time_slope, f"scale.{part}.memory_exponent": memory_slope,
                 f"scale.{part}.sizes": {str(n): row for n, row in rows.items()}}
-    print0(table(lines))
+    worse = [f"{what} of {NAMES[part][0]}" for part in found for what, most, judged in (
+        ("time", LINEAR, part != "encoder"), ("memory", FLAT, part in CORPUS))
+        if judged and out[f"scale.{part}.{what}_exponent"] > most]
+    print0(f"{table(lines)}\nabove {LINEAR} in time, or above {FLAT} in memory that grows with a corpus: "
+           + (", ".join(worse) or "nothing"))
     with tempfile.TemporaryDirectory() as name:
         make_ranks(Path(name))
         for n in (1, 2):

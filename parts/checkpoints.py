@@ -119,6 +119,8 @@ def of_this_run(folder):
     """A block that takes over a checkpoint; SystemExit where it does not hold what such a run saves."""
     try:
         yield
+    except torch.cuda.OutOfMemoryError:
+        raise
     except (LookupError, ArithmeticError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise SystemExit(f"{folder}: its checkpoint is none of such a run ({reason}); start anew without "

@@ -1,13 +1,14 @@
 """Feeds a training loop: its batches, made ahead by a thread, and one message a step between the ranks."""
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from parts.machine import move
 
-AHEAD = 2  # steps whose batches are made, or being made, while one runs
+AHEAD = 3  # steps whose batches are made, or being made, while one runs
 
 
 class Feed:
@@ -21,22 +22,19 @@ class Feed:
     the number of ranks needs anything of the feed. items: {term: function of a micro-batch -> how many items
     of the term it has}. wishes() -> numbers, of this rank, now.
 
-    The ranks add up items and wishes in one message a step, which is sent a step ahead and so waits for
-    nobody; of several ranks a wish therefore counts at the step after the next. What `make` raises comes out
-    of `take`, or of the step before.
+    Several ranks add up items and wishes in one message a step, which is sent a step ahead and so waits for
+    nobody; a wish then counts at the step after the next. What `make` raises comes out of `take`, or of the
+    step before.
     """
 
     def __init__(self, make, ranks, first, last, items={}, wishes=list):
         self.make, self.ranks, self.last, self.items, self.wishes = make, ranks, last, items, wishes
-        self.thread, self.sent = ThreadPoolExecutor(1, "feed", self.begin_thread), None
+        # page-locked memory belongs to a device; without this all ranks would take the first one's
+        begin = partial(torch.cuda.set_device, ranks.device) if ranks.device.type == "cuda" else None
+        self.thread, self.sent = ThreadPoolExecutor(1, "feed", begin), None
         self.waiting = deque(self.thread.submit(self.batches, step)
                              for step in range(first, min(first + AHEAD, last)))
         self.send()
-
-    def begin_thread(self):
-        """Page-locked memory belongs to a device; without this all ranks would take the first one's."""
-        if self.ranks.device.type == "cuda":
-            torch.cuda.set_device(self.ranks.device)
 
     def batches(self, step):
         """(index, micro-batches in page-locked memory where there is a GPU, items of each term)."""
@@ -49,12 +47,10 @@ class Feed:
 
     def send(self):
         """Sends the next step's message; behind the last step it has no items."""
-        own = self.waiting[0].result()[2] if self.waiting else [0.0] * len(self.items)
         if self.ranks.size > 1:
+            own = self.waiting[0].result()[2] if self.waiting else [0.0] * len(self.items)
             self.message = torch.tensor([*own, *map(float, self.wishes())], dtype=torch.float64)
             self.sent = dist.all_reduce(self.message, async_op=True)
-        else:
-            self.message = torch.tensor(own, dtype=torch.float64)
 
     def received(self):
         """The next step's message, summed over the ranks, as a list."""
@@ -69,14 +65,18 @@ class Feed:
 
     def take(self, step):
         """(index, micro-batches on the device, {term: items of the global batch, at least 1})."""
-        items = {name: max(1.0, n) for name, n in zip(self.items, self.received())}
-        index, batches, _ = self.waiting.popleft().result()
+        index, batches, counts = self.waiting.popleft().result()
+        if self.ranks.size > 1:
+            counts = self.received()
         if step + AHEAD < self.last:
             self.waiting.append(self.thread.submit(self.batches, step + AHEAD))
         self.send()
+        items = {name: max(1.0, n) for name, n in zip(self.items, counts)}
         return index, [move(batch, self.ranks.device) for batch in batches], items
 
     def close(self):
         """Ends the thread. The last message has no reader, but every rank has sent it."""
-        self.received()
+        if self.sent:
+            self.received()
         self.thread.shutdown(cancel_futures=True)
+        self.make = self.wishes = None  # they hold the run, which holds this: it would outlive its use

@@ -378,6 +378,18 @@ def test_growth_is_measured_of_everything_at_small_sizes(capsys, monkeypatch):
     assert "one caption file, videos" in printed and "2 ranks: a step sends 1 gradients" in printed
 
 
+def test_growth_that_is_worse_than_linear_is_named(capsys):
+    """Made-up sizes: clips take quadratic time, and packed text memory; a batch of frames may take its own."""
+    def run(what, n, folder, processes=1):
+        rows = {"tokens": {"start": (1.0, 10.0), "tokens": (n, n)}, "clips": {"clips": (n ** 2, 1.0)},
+                "frames": {"frames": (n, n)}, "encoder": {"encoder": (n ** 2, n)}, "ranks": {}}[what]
+        return {part: {"units": n, "seconds": row[0], "mb": row[1]} for part, row in rows.items()} or {"ranks": {}}
+    sizes = dict.fromkeys(("clips", "frames", "encoder"), (10, 100, 1000))
+    scale.bench_scale(SMALL, CPU, {}, sizes | {"tokens": (10 ** 4, 10 ** 5, 10 ** 6)}, run)
+    assert ("in memory that grows with a corpus: time of exact search, clips, memory of reading all of it, tokens\n"
+            in capsys.readouterr().out)
+
+
 def test_a_size_that_fails_is_named(tmp_path):
     with pytest.raises(SystemExit, match="scale: videos of 7 failed: .*caption.json"):
         scale.children("videos", 7, tmp_path)

@@ -711,6 +711,8 @@ def test_files_that_are_no_set_are_refused(sharded, vocab, tmp_path):
     assert "t.h5: packed with another vocabulary" in stop_line(data.VideoClips, [*shards, tmp_path / "t.h5"], 20)
     write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"])
     assert len(data.VideoClips([*shards, tmp_path / "t.h5"], 20, val_clips=1).video_id) == 41
+    write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], shard=1, shards=3)  # of another set of as many
+    assert "missing: 2, 3; give them" in stop_line(data.VideoClips, [*shards, tmp_path / "t.h5"], 20)
     write_clips(tmp_path / "t.h5", vocab, [b"x", b"y"], shard=1, shards=10 ** 9)
     assert "1000000000 shards these are missing: 2, 3, 4, 5, 6, 7, 8, 9, ...; " in stop_line(
         data.VideoClips, tmp_path / "t.h5", 20)
@@ -720,8 +722,14 @@ def test_files_that_are_no_set_are_refused(sharded, vocab, tmp_path):
     limits, free = resource.getrlimit(resource.RLIMIT_NOFILE), os.dup(1)
     os.close(free)
     try:  # no more than are open now
-        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
-        assert "s1.h5: too many files are open; allow more" in stop_line(data.VideoClips, shards, 20)
+        for more in range(8):  # the file itself, its map, and the one that frames are read from
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free + more, limits[1]))
+            try:
+                data.VideoClips(shards, 20)
+            except SystemExit as end:
+                assert ".h5: too many files are open; allow more" in str(end)
+            else:
+                assert more > 2
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "python data.py videos" in stop_line(data.VideoClips, str(tmp_path / "no*.h5"), 20)

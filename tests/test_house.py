@@ -15,8 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("teacher", "distill", "adapt_xdbert", "finetune")
 SCRIPTS = [f"{stage}.py" for stage in STAGES]
-ROW = ("model", "losses", "common", "parts.machine", "parts.checkpoints", "parts.feed", "run", "parts.vocab", "parts.metrics", "parts.weights",
-       "parts.towers", "data", "parts.tasks", "parts.examples", *STAGES, "prepare.captions",
+ROW = ("model", "losses", "common", "parts.machine", "parts.checkpoints", "parts.feed", "run",
+       "parts.vocab", "parts.metrics", "parts.weights", "parts.towers", "data", "parts.tasks", "parts.examples", *STAGES, "prepare.captions",
        "prepare.packing", "prepare.video", "features", "prepare.world", "analyses.figures",
        "analyses.closing", "analyses.curves", "analyses.answers", "analyses.sentences", "analyses.clips",
        "analyses.words", "analyses.inside", "analyses.page", "prepare.chain", "analyze", "prepare.commands",

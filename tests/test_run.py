@@ -316,6 +316,8 @@ def test_nothing_of_a_resumed_run_lies_in_the_checkpoints_file(run, tmp_path):
     again = run(resume="true")
     assert again.restore(40, **(new := parts())) == 10 and not {"model", "optimizer"} & again.saved.keys()
     path = tmp_path / "run" / "checkpoint.pt"
+    if (maps := Path("/proc/self/maps")).exists():
+        assert str(path) not in maps.read_text()
     size = path.stat().st_size
     with path.open("r+b") as f:  # in place: what is mapped would change
         f.write(b"\xff" * size)
@@ -353,8 +355,10 @@ def test_large_checkpoints_are_told_and_refused_without_room_before_the_start(ru
                      capsys.readouterr().out)
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["config.json", "log.jsonl", "run.lock"]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 ** 8))
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(SystemExit, match="checkpoints take 0.43 GB of disk, 0.1 GB are free; free some or give"):
         one.begin(("mlm",))
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was moved
 
 
 def test_damaged_checkpoint_is_never_rotated_over_the_good_one(run, tmp_path):

@@ -36,8 +36,9 @@ import distill
 import features
 import finetune
 import teacher
-
+from model import model_config
 from parts import feed
+from parts.machine import Ranks
 from parts.vocab import load_vocab
 from parts.weights import config_and_vocab, load_bert, load_mlm_head, save_bert
 from prepare.packing import pack_text
@@ -635,6 +636,30 @@ def test_number_of_absurd_size_is_one_line(module, name, kind):
     for value in ("1" + "0" * 22, "-1" + "0" * 22, "9" * 5000, *["1e22", "-1e22", "1e400", "1e-400x"] * (kind is float)):
         says = stop_line(common.parse_cli, module.Config, module.PRESETS, [f"--{name}={value}"])
         assert says.startswith(f"--{name} ")
+
+
+@pytest.mark.parametrize("ranks, accum, sizes", [(1, 1, {13, 14}), (1, 4, {4}), (2, 2, {4})])
+def test_teacher_evaluates_in_parts_as_large_as_it_trains_on(teacher_config, monkeypatch, ranks, accum, sizes):
+    """Each with a negative, and of several ranks only its own; the scores of retrieval do not hang on it."""
+    cfg, seen = teacher_config(batch_size=16, grad_accum=accum), []
+    clips = data.VideoClips(cfg.videos, cfg.block_size, cfg.max_frames, part="val", val_clips=40)
+    torch.manual_seed(0)
+    model = teacher.Teacher(cfg, model_config(cfg.model, clips.vocab.size), clips.features)
+    make = teacher.make_batch
+    monkeypatch.setattr(teacher, "make_batch", lambda *args: seen.append(len(args[2])) or make(*args))
+    whole = teacher.evaluate(model, clips, replace(cfg, grad_accum=1), Ranks(0, 1, torch.device("cpu")))
+    seen.clear()
+    part = Ranks(1, ranks, torch.device("cpu")) if ranks > 1 else Ranks(0, 1, torch.device("cpu"))
+    monkeypatch.setattr(Ranks, "sum", lambda self, x: x)
+    scores = teacher.evaluate(model, clips, cfg, part)
+    assert set(seen) == sizes and sum(seen) == 40 // ranks
+    if ranks == 1:
+        assert all(scores[name] == pytest.approx(whole[name]) for name in whole if "_r" in name)
+
+
+def test_recomputed_activations_on_an_apple_gpu_are_refused():
+    line = stop_line(common.parse_cli, distill.Config, distill.PRESETS, ["--device", "mps", "--grad_checkpoint"])
+    assert line == "--grad_checkpoint: not with --device mps; raise --grad_accum instead"
 
 
 def test_numbers_that_would_take_all_memory_or_run_over_are_one_line():
