@@ -39,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOISE = 0.002  # seconds: runs below are not fitted
 LINEAR, FLAT = 1.1, 0.1  # exponents up to these count as linear, and as flat
 CORPUS = ("start", "tokens", "clips", "videos")  # what must take the same memory for a corpus of any size
-LEAST = 8.0  # MB: what is below, buffers and the allocator's rounding, counts as much
+LEAST = 16.0  # MB: what is below, buffers and the allocator's rounding, counts as much
 
 
 class Growth:
