@@ -270,7 +270,7 @@ def main(argv=None):
     add("--feat3d", default="", help="folder of these, 1.5 rows a second")
     add("--normalize", **switch("normalize"), default=True, help="rows of length 1 (default true)")
     add("--shard", default="1/1", metavar="I/N", help="the I-th of N parts of the videos (default: all)")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--batch_size", type=partial(convert, "batch_size", kind=int), default=64,
         help="pictures or clips that a tower takes at once (default 64)")
     add("--quick_gelu", **switch("quick_gelu"), default=False,
