@@ -229,7 +229,7 @@ def flops_per_token(config, T, mlm=0.0):
 
 
 def memory_report(model, config, batch, T, logits=0.15, beside=(), anew=False, more=0):
-    """One line: parameters, memory of training on `batch` sequences of T tokens, size of a checkpoint.
+    """One line: parameters, memory of training on `batch` sequences of T tokens.
 
     Estimated in float32: 16 bytes a parameter for weight, gradient and AdamW's two moments; for backward
     11 C + 2 I numbers a token and layer, on a CPU 3 H T more for attention; 3 V for the share `logits` of the
@@ -245,7 +245,7 @@ def memory_report(model, config, batch, T, logits=0.15, beside=(), anew=False, m
         passing += [4 * sequences * tokens * n for n in (logits * 3 * shape.vocab_size, kept)[:1 + anew]]
     total += max(passing) if anew else sum(passing)
     return (f"{parameters / 1e6:.2f} M parameters; about {total / 1e9:.3g} GB for weights, AdamW and the "
-            f"activations of {batch} x {T} tokens; {12 * parameters / 1e6:.0f} MB a checkpoint")
+            f"activations of {batch} x {T} tokens")
 
 
 # dense peak of one device in TFLOP/s: (name in torch.cuda.get_device_name, bf16 or fp16, fp32 through TF32)
