@@ -474,6 +474,26 @@ def test_error_in_a_group_ends_the_process_at_once(monkeypatch, capsys, error, s
     assert left.value.args == (status,) and line in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("main, before", [(lambda cfg: None, ["left the group"]), (lambda cfg: sys.exit(), [])])
+def test_a_finished_script_in_a_group_ends_without_pythons_own_end(monkeypatch, main, before):
+    """In which a thread of gloo's that lets go of a tensor would abort the process."""
+    class Left(BaseException):
+        pass
+    called = []
+
+    def leave(code):
+        called.append(code)
+        raise Left
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: called.append("left the group"))
+    monkeypatch.setattr(os, "_exit", leave)
+    monkeypatch.setattr("run.parse_cli", lambda *args, **needs: Config())
+    monkeypatch.setattr("run.clear_up_on_sigterm", lambda: None)
+    with pytest.raises(Left):
+        run_script(main, Config, {})
+    assert called == [*before, 0]
+
+
 @pytest.mark.parametrize("name, kind", [("checkpoint.pt", "folder"), ("log.jsonl", "folder"), ("model", "file")])
 def test_what_stands_in_the_runs_way_is_found_before_training(run, tmp_path, name, kind):
     first = run()
