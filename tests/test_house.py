@@ -16,12 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("teacher", "distill", "adapt_xdbert", "finetune")
 SCRIPTS = [f"{stage}.py" for stage in STAGES]
 ROW = ("model", "losses", "common", "parts.machine", "parts.checkpoints", "parts.feed", "run",
-       "parts.vocab", "parts.metrics", "parts.weights", "parts.towers", "data", "parts.tasks", "parts.examples", *STAGES, "prepare.captions",
-       "prepare.packing", "prepare.video", "features", "prepare.world", "analyses.figures",
-       "analyses.closing", "analyses.curves", "analyses.answers", "analyses.sentences", "analyses.clips",
-       "analyses.words", "analyses.inside", "analyses.page", "prepare.chain", "analyze", "prepare.commands",
-       "analyses.papers", "analyses.rows", "analyses.plan", "analyses.times", "ablate", "benches.plain",
-       "benches.feed", "benches.scale", "benches.jobs", "bench")
+       "parts.vocab", "parts.metrics", "parts.weights", "parts.towers", "data", "parts.tasks",
+       "parts.examples", *STAGES, "prepare.captions", "prepare.packing", "prepare.video", "features",
+       "prepare.world", "analyses.figures", "analyses.closing", "analyses.curves", "analyses.answers",
+       "analyses.sentences", "analyses.clips", "analyses.words", "analyses.inside", "analyses.page",
+       "prepare.chain", "analyze", "prepare.commands", "analyses.papers", "analyses.rows",
+       "analyses.plan", "analyses.times", "ablate", "benches.plain", "benches.feed", "benches.scale",
+       "benches.jobs", "bench")
 SOURCES = sorted([*ROOT.glob("*.py"), *ROOT.glob("*/*.py")])
 SOURCES = [path for path in SOURCES if path.parent.name != "tests"]
 
