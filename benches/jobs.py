@@ -5,10 +5,8 @@
 
 A job's time is its floating-point operations over those of a GPU; only matrix products count, as in MFU.
 """
-import json
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -16,7 +14,7 @@ import torch
 import adapt_xdbert
 import distill
 import teacher
-from common import print0, table
+from common import one_line_end, print0, read_json, table
 from losses import CRDBank
 from model import BERT, TaskModel, model_config
 from parts.machine import flops_per_token
@@ -35,6 +33,7 @@ TASKS = {"sst2": (67_349, 128), "qnli": (104_743, 128), "qqp": (363_846, 128), "
          "squad1": (87_599, 384), "squad2": (130_319, 384), "swag": (73_546, 4 * 128)}
 LINKS = {"NVLink": 450e9, "400 Gb/s a GPU": 50e9, "100 Gb/s a node": 12.5e9}  # bytes/s, one way
 DISKS = {"NVMe, 2 GB/s": 2e9, "network, 200 MB/s": 2e8}
+USES = ("feed.frames_mb_per_s", "feed.text_mtokens_per_s", "gpu.12L-768H.mfu")  # of bench.py's file
 USED = 7 / 9  # segments of CLIP's in use: 512 words of plain text take 7, see bench.py
 
 
@@ -168,11 +167,14 @@ def rank_table(shape="12L-768H", batch=256, lr=2e-4):
 
 def main(path=""):
     """Prints the tables; path: a file of bench.py --json."""
-    found = json.loads(Path(path).read_text()) if path else {}
+    found = read_json(path, "give the file that bench.py --json has written") if path else {}
+    if wrong := [name for name in USES if not isinstance(found.get(name) or 0.0, (int, float))]:  # null: NaN
+        raise SystemExit(f"{path}: {wrong[0]} is no number; write it anew with bench.py --json")
     measured = found.get("gpu.12L-768H.mfu") or MEASURED / T * student_flops("12L-768H") / PEAK
     for text in (job_table(measured), rate_table(found), memory_table(), rank_table()):
         print0(text + "\n")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    with one_line_end():
+        main(*sys.argv[1:2])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import stop_line
 
 import adapt_xdbert
 import bench
@@ -448,6 +449,13 @@ def test_jobs_are_counted_as_the_papers_tell_them():
     assert flops == pytest.approx(128 * 720e6, rel=0.05)  # PERF: forward 175, backward and MLM head behind it
     assert found["teacher 12L-768H, HowTo100M"][2] == pytest.approx(3.9e12, rel=0.01)
     assert jobs.si(3.898e12, "B") == "3.9 TB" and jobs.si(12) == "12"
+
+
+def test_a_file_that_is_none_of_benchs_is_one_line(tmp_path):
+    assert "nowhere.json: cannot be read" in stop_line(jobs.main, tmp_path / "nowhere.json")
+    for content in ("x", "[]", '{"feed.frames_mb_per_s": "fast"}'):
+        (tmp_path / "bench.json").write_text(content)
+        assert "bench.json" in stop_line(jobs.main, tmp_path / "bench.json")
 
 
 def test_scale_page_holds_what_its_script_prints(capsys):
